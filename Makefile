@@ -1,0 +1,55 @@
+# Every target builds .venv when it is missing or when pyproject.toml or constraints.txt changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+export JUPYTER_PREFER_ENV_PATH := 1
+export IMAGES SEEDS STEPS
+
+NBVAL := -p no:python --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+NBSTRIPOUT := --keep-output --keep-count --keep-id --extra-keys \
+    "metadata.papermill cell.metadata.papermill metadata.widgets metadata.language_info.version"
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lab figures pretrain study clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+run: $(INSTALLED) ## run the notebooks into runs/ID: report.html, summary.csv [IMAGES=folder_or_tars SEEDS=0,1,2 STEPS=n]
+	@$(BIN)/python -m diva_lab.workbook \
+	    $${IMAGES:+--images "$$IMAGES"} $${SEEDS:+--seeds "$$SEEDS"} $${STEPS:+--steps "$$STEPS"}
+
+test: export HF_HUB_OFFLINE := 1
+test: $(INSTALLED) ## lint, unit and property tests, then every notebook; lists what was skipped
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest --jaxtyping-packages=diva_lab,beartype.beartype
+	$(BIN)/python -m pytest $(NBVAL) notebooks
+
+lab: $(INSTALLED) ## open the notebooks in JupyterLab [ARGS=...]
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+
+figures: $(INSTALLED) ## run the notebooks in place: their committed outputs and figures/ are made anew
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/[0-9][0-9]_*.ipynb
+	$(BIN)/nbstripout $(NBSTRIPOUT) notebooks/[0-9][0-9]_*.ipynb
+
+pretrain: $(INSTALLED) ## remake data/tiny from a seed: hours on two cores, goes on where it was stopped
+	$(BIN)/python -m diva_lab.pretrain all --threads $$(getconf _NPROCESSORS_ONLN)
+
+study: $(INSTALLED) ## remake data/results: all objectives over several seeds
+	$(BIN)/python -m diva_lab.study
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) *.egg-info build dist .pytest_cache .ruff_cache
+	find diva_lab tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or newer," \
+	    "or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version) is too" \
+	    "old; Python 3.11 or newer is needed, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@

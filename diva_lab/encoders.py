@@ -1,0 +1,259 @@
+"""CLIP visual encoders behind one small interface: image -> global embedding and patch tokens, text -> embedding.
+
+Every encoder comes through open_clip; another backbone is one more line in `ENCODERS`. Normalisation, size and resize
+mode are the model's own and applied here, on the device, to pictures in [0, 1].
+"""
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as transforms
+
+from diva_lab.runs import DATA
+
+# name -> (open_clip model, pretrained tag); a `local-dir:` model brings its own weights and tokenizer
+ENCODERS = {
+    "tiny": (f"local-dir:{DATA / 'tiny' / 'clip'}", None),
+    "openai-l14": ("ViT-L-14-quickgelu", "openai"),
+    "openai-l14-336": ("ViT-L-14-336-quickgelu", "openai"),
+    "metaclip-l14": ("ViT-L-14-quickgelu", "metaclip_fullcc"),
+    "metaclip-h14": ("ViT-H-14-quickgelu", "metaclip_fullcc"),
+    "siglip-so400m": ("ViT-SO400M-14-SigLIP", "webli"),
+    "siglip-so400m-384": ("ViT-SO400M-14-SigLIP-384", "webli"),
+    "dfn-h14": ("ViT-H-14-quickgelu", "dfn5b"),
+    "dfn-h14-378": ("ViT-H-14-378-quickgelu", "dfn5b"),
+}
+
+SHORT = 128  # tokens up to which plain softmax attention beats the fused kernel's backward on a CPU
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an encoder says of a batch; neither part is normalised to unit length."""
+
+    embedding: Float[Tensor, "b d"]  # the global embedding
+    patches: Float[Tensor, "b n d"]  # patch tokens after the final norm and the projection, in the same space
+
+
+class SplitAttention(nn.Module):
+    """An `nn.MultiheadAttention` whose packed projection is four `nn.Linear`s, which LoRA can wrap; equal to 1e-6.
+
+    `packed` gives the original back. Takes and returns what open_clip's blocks exchange with the original.
+    """
+
+    def __init__(self, packed: nn.MultiheadAttention):
+        super().__init__()
+        self.heads, self.batch_first = packed.num_heads, packed.batch_first
+        weights, biases = packed.in_proj_weight.detach().chunk(3), packed.in_proj_bias.detach().chunk(3)
+        for name, weight, bias in zip(("q_proj", "k_proj", "v_proj"), weights, biases, strict=True):
+            linear = nn.Linear(packed.embed_dim, packed.embed_dim, device="meta")
+            linear.weight, linear.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
+            self.add_module(name, linear)
+        self.out_proj = nn.Linear(packed.embed_dim, packed.embed_dim, device="meta")
+        self.out_proj.weight, self.out_proj.bias = packed.out_proj.weight, packed.out_proj.bias
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None):
+        if not self.batch_first:
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        q, k, v = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [b, heads, n, d / heads]
+            for layer, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
+        )
+        if q.device.type == "cpu" and q.shape[-2] <= SHORT:
+            scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+            x = (scores if attn_mask is None else scores + attn_mask).softmax(-1).to(v.dtype) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask)
+        x = self.out_proj(x.transpose(1, 2).flatten(2))  # [b, n, d]
+        return (x if self.batch_first else x.transpose(0, 1)), None
+
+    def packed(self) -> nn.MultiheadAttention:
+        """The same attention with its projections packed again."""
+        out = nn.MultiheadAttention(self.out_proj.in_features, self.heads, batch_first=self.batch_first)
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        out.in_proj_weight.data = torch.cat([part.weight.detach() for part in parts])
+        out.in_proj_bias.data = torch.cat([part.bias.detach() for part in parts])
+        out.out_proj.weight.data, out.out_proj.bias.data = self.out_proj.weight.data, self.out_proj.bias.data
+        return out
+
+
+def _replace(tower: nn.Module, kind: type, build) -> nn.Module:
+    for module in list(tower.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, kind):
+                setattr(module, name, build(child))
+    return tower
+
+
+def split_attention(tower: nn.Module) -> nn.Module:
+    """Swap every `nn.MultiheadAttention` of `tower`, in place, for a `SplitAttention` with the same weights."""
+    return _replace(tower, nn.MultiheadAttention, SplitAttention)
+
+
+def fuse_attention(tower: nn.Module) -> nn.Module:
+    """Undo `split_attention`, in place."""
+    return _replace(tower, SplitAttention, SplitAttention.packed)
+
+
+class Encoder(nn.Module):
+    """A CLIP with an open visual tower; frozen until `make_trainable`.
+
+    Args:
+        model: an open_clip model. Its visual attention is split and its `proj` matrix, where it has one, becomes an
+            `nn.Linear`, so that LoRA reaches every matrix; `open_clip_state` gives the original layout back.
+        tokenizer: list of n strings -> token ids [n, context length].
+    """
+
+    def __init__(self, model: nn.Module, tokenizer):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        visual = split_attention(model.visual)
+        self.proj: nn.Module = nn.Identity()
+        if isinstance(getattr(visual, "proj", None), nn.Parameter):
+            self.proj = nn.Linear(*visual.proj.shape, bias=False, device="meta")
+            self.proj.weight = nn.Parameter(visual.proj.detach().T.contiguous())
+            visual.proj = None
+        config = open_clip.get_model_preprocess_cfg(model)
+        size = config["size"]
+        self.px: int = size if isinstance(size, int) else size[0]
+        self.interpolation, self.squash = config["interpolation"], config.get("resize_mode") == "squash"
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(config[name]).view(1, 3, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
+        with torch.no_grad():
+            blank = torch.zeros(1, 3, self.px, self.px, device=self.mean.device)
+            self.dim: int = self.features(blank).embedding.shape[1]
+
+    def preprocess(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 px px"]:
+        """Pictures in [0, 1] of any size -> the model's size and normalisation."""
+        if images.shape[-2:] != (self.px, self.px):
+            mode = transforms.InterpolationMode(self.interpolation if self.interpolation != "random" else "bicubic")
+            size = [self.px, self.px] if self.squash else [self.px]
+            images = transforms.resize(images, size, mode, antialias=True).clamp(0, 1)
+            images = transforms.center_crop(images, [self.px, self.px])
+        return (images - self.mean) / self.std
+
+    def features(self, images: Float[Tensor, "b 3 h w"]) -> Features:
+        """Global embedding and patch tokens of pictures in [0, 1]; differentiable."""
+        out = self.model.visual.forward_intermediates(
+            self.preprocess(images), indices=1, normalize_intermediates=True, output_fmt="NLC", stop_early=False
+        )
+        return Features(self.proj(out["image_features"]), self.proj(out["image_intermediates"][-1]))
+
+    def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Unit-length global embeddings of pictures in [0, 1], in float32; differentiable."""
+        return F.normalize(self.features(images).embedding.float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_text(self, texts: list[str]) -> Float[Tensor, "n d"]:
+        """Unit-length embeddings of `texts`, in float32."""
+        return F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.mean.device)).float(), dim=-1)
+
+    def open_clip_state(self) -> dict[str, Tensor]:
+        """The weights under open_clip's own names, LoRA merged, ready for `open_clip.create_model`."""
+        merge_lora(self)
+        fuse_attention(self.model.visual)
+        state = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+        split_attention(self.model.visual)
+        if isinstance(self.proj, nn.Linear):
+            state["visual.proj"] = self.proj.weight.detach().T.contiguous().cpu()
+        return state
+
+
+def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encoder:
+    """A frozen encoder by its name in `ENCODERS`, by open_clip's `model:tag`, or from a folder in open_clip's format.
+
+    Raises:
+        ValueError: for an unknown name; lists the known ones.
+        FileNotFoundError: where the weights are not on this machine and cannot be fetched.
+    """
+    name = str(name)
+    if name in ENCODERS:
+        model_name, tag = ENCODERS[name]
+    elif Path(name, "open_clip_config.json").is_file():
+        model_name, tag = f"local-dir:{name}", None
+    elif name.partition(":")[0] in open_clip.list_models():
+        model_name, _, tag = name.partition(":")
+    else:
+        raise ValueError(
+            f"unknown encoder {name!r}; expected one of {', '.join(ENCODERS)}, an open_clip name as 'ViT-B-32:openai', "
+            "or a folder that holds open_clip_config.json and its weights"
+        )
+    try:
+        logging.disable(logging.WARNING)  # open_clip logs every step of its search
+        model = open_clip.create_model(model_name, tag, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(model_name)
+    except (RuntimeError, OSError) as error:
+        raise FileNotFoundError(
+            f"encoder {name!r}: no weights for open_clip model {model_name!r}, tag {tag!r}: {error}. "
+            "Fetch them once with network: "
+            f"python -c \"import open_clip; open_clip.create_model('{model_name}', '{tag}')\""
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
+    return Encoder(model, tokenizer).to(device)
+
+
+@torch.no_grad()
+def embed(encoder: Encoder, images: UInt8[Tensor, "n 3 h w"], batch: int = 256) -> Float[Tensor, "n d"]:
+    """Unit-length global embeddings of uint8 pictures, in float32 on the CPU; no gradient, no random draw."""
+    device = next(encoder.parameters()).device
+    return torch.cat([encoder.encode_image(part.to(device).float() / 255).cpu() for part in images.split(batch)])
+
+
+# --- what is trained --------------------------------------------------------------------------------------------
+
+
+def make_trainable(encoder: Encoder, rank: int = 16, alpha: float = 16, dropout: float = 0.1, seed: int = 0) -> None:
+    """Open the visual tower for training, in place: LoRA of `rank` on every linear layer, or all weights if 0.
+
+    LoRA as DCR has it (r = 16, alpha = 16, dropout = .1, no biases): q, k, v, out, both MLP layers and the final
+    projection. The text tower stays frozen.
+    """
+    if rank == 0:
+        encoder.model.visual.requires_grad_(True)
+        encoder.proj.requires_grad_(True)
+        return
+    targets = [
+        name
+        for name, module in encoder.named_modules()
+        if isinstance(module, nn.Linear) and (name == "proj" or name.startswith("model.visual."))
+    ]
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # LoRA's A is drawn from the global generator
+        inject_adapter_in_model(config, encoder)
+    for name, p in encoder.named_parameters():
+        p.requires_grad_("lora_" in name)
+
+
+def merge_lora(encoder: Encoder) -> Encoder:
+    """Fold every LoRA pair into the weight it adapts and remove it, in place; nothing happens without LoRA."""
+    for parent in list(encoder.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                child.merge()
+                setattr(parent, name, child.get_base_layer())
+    return encoder
+
+
+def visual_weights(encoder: Encoder) -> dict[str, Tensor]:
+    """The visual tower's own parameters by name, LoRA left out; the tensors themselves, not copies."""
+    named = dict(encoder.named_parameters())
+    return {n: p for n, p in named.items() if n.startswith(("model.visual.", "proj.")) and "lora_" not in n}
+
+
+def block_of(name: str) -> str:
+    """The part of the tower that a parameter belongs to: stem, block0, block1, ..., or head."""
+    if found := re.search(r"blocks\.(\d+)\.", name):
+        return f"block{found.group(1)}"
+    return "head" if re.search(r"ln_post|proj\b|head|attn_pool", name) else "stem"

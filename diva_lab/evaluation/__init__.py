@@ -1,0 +1,39 @@
+"""Benchmarks of a frozen encoder, one a file.
+
+    intervals.py    what a score is worth: Wilson, bootstrap within groups, paired t over seeds
+    pairs.py        MMVP-VLM by its published rule                            (P-Ability)
+    probes.py       linear probes of each detail on the global embedding      (P-Ability)
+    zeroshot.py     zero-shot classification                                  (D-Ability)
+    clustering.py   k-means: NMI, ACC, ARI                                    (D-Ability)
+    alignment.py    how much of what a caption tells the denoiser, the visual condition tells it too (stage 1)
+    world.py        all of these but the last on the tiny world, as one flat record
+
+A benchmark reads an encoder through `encode_text` and `diva_lab.encoders.embed` alone; all scores are fractions
+in [0, 1].
+"""
+
+from diva_lab.evaluation.alignment import recovered_fraction
+from diva_lab.evaluation.clustering import cluster_scores, matched_accuracy
+from diva_lab.evaluation.intervals import bootstrap_mean, paired_t, wilson
+from diva_lab.evaluation.pairs import pair_decisions, read_pairs, score_pairs, summarise
+from diva_lab.evaluation.probes import linear_probes
+from diva_lab.evaluation.world import world_pairs, world_report
+from diva_lab.evaluation.zeroshot import class_embeddings, zeroshot_accuracy
+
+__all__ = [
+    "bootstrap_mean",
+    "class_embeddings",
+    "cluster_scores",
+    "linear_probes",
+    "matched_accuracy",
+    "pair_decisions",
+    "paired_t",
+    "read_pairs",
+    "recovered_fraction",
+    "score_pairs",
+    "summarise",
+    "wilson",
+    "world_pairs",
+    "world_report",
+    "zeroshot_accuracy",
+]

@@ -1,0 +1,45 @@
+"""What each objective changed: differences to the untouched encoder, paired by seed."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from diva_lab.evaluation.intervals import paired_t
+
+
+def paired_differences(
+    results: pd.DataFrame, measures: Sequence[str], baseline: str = "none", level: float = 0.95
+) -> pd.DataFrame:
+    """Mean difference to `baseline` of every other objective in each of `measures`, with its interval over seeds.
+
+    Args:
+        results: one row an objective and seed: columns `objective`, `seed` and the measures.
+
+    Returns:
+        Columns objective, measure, difference, low, high, seeds: how many both have. low and high are NaN for a single
+        seed. The interval is over seeds of training; the test pictures are the same for all, so it does not hold
+        what other pictures would change. Raises ValueError if `baseline` is not among the objectives.
+    """
+    if baseline not in set(results["objective"]):
+        raise ValueError(f"no baseline {baseline!r} among {', '.join(dict.fromkeys(results['objective']))}")
+    table = results.set_index(["objective", "seed"])[list(measures)]
+    rows = []
+    for name in dict.fromkeys(results["objective"]):
+        if name == baseline:
+            continue
+        differences = (table.loc[name] - table.loc[baseline]).dropna(how="all")  # [seeds, measures]
+        for measure in measures:
+            values = differences[measure].to_numpy(float)
+            mean, low, high = paired_t(values) if len(values) > 1 else (float(values.mean()), np.nan, np.nan)
+            rows.append((name, measure, mean, low, high, len(values)))
+    return pd.DataFrame(rows, columns=["objective", "measure", "difference", "low", "high", "seeds"])
+
+
+def verdict(low: float, high: float, expected: int = 1) -> str:
+    """What the interval (low, high) of a difference says of an expected rise (`expected` = 1) or fall (-1)."""
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return "undecided: one seed has no interval"
+    if low <= 0 <= high:
+        return "undecided: the interval holds zero"
+    return "as expected" if (low > 0) == (expected > 0) else "against expectation"

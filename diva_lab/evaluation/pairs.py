@@ -1,0 +1,173 @@
+"""MMVP-VLM by its published rule: two pictures, two statements, and both statements must find their picture.
+
+Tong et al., "Eyes Wide Shut?" (arXiv 2401.06209), as set out in METHOD section 5. Where the scripts in circulation
+slip, this file does not: the category is the CSV's type and not the row's number, each picture lies in the folder of
+its own type, ties are counted, and similarities are float32.
+"""
+
+import csv
+import io
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
+from torch import Tensor
+
+from diva_lab.encoders import embed
+from diva_lab.evaluation.intervals import bootstrap_mean, wilson
+
+IMAGE_FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")
+SUFFIXES = (".jpg", ".jpeg", ".png")
+PREFIX = "a photo of "
+EXPECTED = (
+    "expected Questions.csv (a header, then id, type, statement; ids 2k-1 and 2k are one pair) beside one of the "
+    f"folders {', '.join(map(repr, IMAGE_FOLDERS))}, which holds <type>/<id>.jpg (or .jpeg, .png)"
+)
+
+# --- on disk ----------------------------------------------------------------------------------------------------
+
+
+def read_pairs(folder: str | Path) -> pd.DataFrame:
+    """One row a pair of an MMVP-VLM folder: pattern, and id_i, statement_i, image_i (a Path) for i = 1, 2.
+
+    Ids 2k-1 and 2k are a pair and the odd one is image 1, in whatever order the rows stand; the pattern is image 1's
+    type. Raises one error that lists everything wrong with the folder: FileNotFoundError where files are missing and
+    nothing else is wrong, ValueError otherwise.
+    """
+    folder = Path(folder)
+    images = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), None)
+    questions, wrong, missing, paths = {}, [], [], {}
+    if (folder / "Questions.csv").is_file():
+        questions, wrong = _read_questions(folder / "Questions.csv")
+    else:
+        missing.append("no Questions.csv")
+    if images is None:
+        missing.append("no image folder")
+    else:
+        kinds = dict.fromkeys(kind for kind, _ in questions.values())
+        absent = [kind for kind in kinds if not (images / kind).is_dir()]
+        missing += [f"no folder {kind!r} in {images.name}" for kind in absent]
+        for i, (kind, _) in questions.items():
+            files = (images / kind / f"{i}{suffix}" for suffix in SUFFIXES)
+            paths[i] = next((file for file in files if file.is_file()), None)
+            if paths[i] is None and kind not in absent:
+                missing.append(f"no image {images.name}/{kind}/{i}.jpg")
+    if missing or wrong:
+        problems = "".join(f"\n- {problem}" for problem in (*missing, *wrong))
+        raise (ValueError if wrong else FileNotFoundError)(f"{folder}: {EXPECTED}; found{problems}")
+
+    pairs = pd.DataFrame({"pattern": [questions[i][0] for i in sorted(questions)[::2]]})
+    for n in (1, 2):
+        ids = sorted(questions)[n - 1 :: 2]
+        pairs[f"id_{n}"] = ids
+        pairs[f"statement_{n}"] = [questions[i][1] for i in ids]
+        pairs[f"image_{n}"] = [paths[i] for i in ids]
+    return pairs
+
+
+def _read_questions(path: Path) -> tuple[dict[int, tuple[str, str]], list[str]]:
+    """id -> (type, statement), and all that is wrong with the table."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text)) if any(map(str.strip, row))]
+    questions, wrong = {}, []
+    if "\N{REPLACEMENT CHARACTER}" in text:
+        wrong.append("Questions.csv is not UTF-8")
+    if rows and rows[0][0].isdecimal():
+        wrong.append(f"no header: the first row is already question {rows[0][0]}")
+    else:
+        rows = rows[1:]
+    if not rows or len(rows) % 2:
+        wrong.append(f"{len(rows)} questions, which are not pairs")
+    for row in rows:
+        if len(row) != 3 or not all(row) or not row[0].isdecimal() or int(row[0]) < 1:
+            wrong.append(f"no id, type and statement in the row {','.join(row)!r}")
+        elif int(row[0]) in questions:
+            wrong.append(f"id {int(row[0])} stands twice")
+        else:
+            questions[int(row[0])] = (row[1], row[2])
+    partners = {i: i + 1 if i % 2 else i - 1 for i in questions}
+    wrong += [f"id {i} without its partner {partner}" for i, partner in partners.items() if partner not in questions]
+    return questions, wrong
+
+
+# --- the rule ---------------------------------------------------------------------------------------------------
+
+
+def pair_decisions(
+    similarity: Float[np.ndarray, "n 2 2"],
+) -> dict[str, Int[np.ndarray, "n 2"] | Bool[np.ndarray, " n"]]:
+    """The official decisions from `similarity` [n pairs, 2 texts, 2 images].
+
+    Each text takes the softmax over the two images and chooses image 1 where p > .5, else image 2: whatever the
+    scale of the logits that is s_1 > s_2, and a tie counts for image 2.
+
+    Returns "chosen" [n, 2] (image 1 or 2, for each text), "correct" [n] (text -> image: both right, the score),
+    "tie" [n] (either text cannot tell the images apart), "image_to_text" [n] (the same rule with images and texts
+    exchanged; not part of the benchmark). Raises ValueError where a similarity is not finite.
+    """
+    if not np.isfinite(similarity).all():
+        raise ValueError("a similarity is not finite: nothing can be decided")
+    chosen = np.where(similarity[:, :, 0] > similarity[:, :, 1], 1, 2)  # [n, texts]
+    text_chosen = np.where(similarity[:, 0, :] > similarity[:, 1, :], 1, 2)  # [n, images]
+    return {
+        "chosen": chosen,
+        "correct": (chosen == (1, 2)).all(axis=1),
+        "tie": (similarity[:, :, 0] == similarity[:, :, 1]).any(axis=1),
+        "image_to_text": (text_chosen == (1, 2)).all(axis=1),
+    }
+
+
+@torch.no_grad()
+def score_pairs(encoder, folder: str | Path) -> pd.DataFrame:
+    """One row a pair: pattern, id_1, id_2, the cosines t1i1, t1i2, t2i1, t2i2, correct, tie, image_to_text.
+
+    Every text ("a photo of " + statement) and every picture of `folder` (see `read_pairs`) is encoded once.
+    """
+    pairs = read_pairs(folder)
+    statements = sorted({*pairs["statement_1"], *pairs["statement_2"]})
+    texts = encoder.encode_text([PREFIX + statement for statement in statements]).float().cpu()  # [m, D]
+    row = {statement: i for i, statement in enumerate(statements)}
+    texts = torch.stack([texts[[row[s] for s in pairs[f"statement_{n}"]]] for n in (1, 2)], dim=1)  # [n, 2, D]
+    images = torch.stack([_embed_files(encoder, pairs[f"image_{n}"]) for n in (1, 2)], dim=1)  # [n, 2, D]
+    similarity = (texts @ images.transpose(1, 2)).numpy()  # [n, texts, images]
+    decisions = pair_decisions(similarity)
+    cosines = {f"t{t + 1}i{i + 1}": similarity[:, t, i] for t in (0, 1) for i in (0, 1)}
+    chosen = {key: decisions[key] for key in ("correct", "tie", "image_to_text")}
+    return pairs[["pattern", "id_1", "id_2"]].assign(**cosines, **chosen)
+
+
+def _embed_files(encoder, paths: Iterable[Path]) -> Float[Tensor, "n d"]:
+    """Embeddings of image files in their own sizes; neighbours of one size share a batch."""
+    runs = itertools.groupby(map(_read, paths), key=lambda picture: picture.shape)
+    return torch.cat([embed(encoder, torch.stack(list(run)), batch=64) for _, run in runs])
+
+
+def _read(path: Path) -> UInt8[Tensor, "3 h w"]:
+    try:
+        return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: not a picture that can be read ({error})") from error
+
+
+def summarise(scores: pd.DataFrame, level: float = 0.95, seed: int = 0) -> dict[str, float]:
+    """Accuracy of each pattern with its Wilson interval, and the score: the mean of the patterns' accuracies.
+
+    Keys NAME, NAME/low and NAME/high for each pattern and for "mean" (bootstrap over the pairs within patterns);
+    "ties" and "image_to_text" are such means too, without interval.
+    """
+    groups = dict(list(scores.groupby("pattern", sort=False)))
+    report = {}
+    for name, group in groups.items():
+        report[name] = float(group["correct"].mean())
+        report[f"{name}/low"], report[f"{name}/high"] = wilson(int(group["correct"].sum()), len(group), level)
+    report["mean"] = float(np.mean([report[name] for name in groups]))
+    correct = [group["correct"].to_numpy(float) for group in groups.values()]
+    report["mean/low"], report["mean/high"] = bootstrap_mean(correct, level, seed)
+    for key, column in (("ties", "tie"), ("image_to_text", "image_to_text")):
+        report[key] = float(np.mean([group[column].mean() for group in groups.values()]))
+    return report

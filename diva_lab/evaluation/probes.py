@@ -1,0 +1,36 @@
+"""Linear probes: is a detail still in the embedding, though no text reaches it?
+
+A pair can be lost for two reasons: the picture's embedding lacks the detail, or it has it where the text does not
+look. The probe tells them apart: it reads the embedding with a regression of its own.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+
+def linear_probes(
+    train: Float[Tensor, "n d"],
+    train_labels: Mapping[str, np.ndarray],
+    test: Float[Tensor, "m d"],
+    test_labels: Mapping[str, np.ndarray],
+    strength: float = 0.1,
+) -> dict[str, float]:
+    """Test accuracy in [0, 1] of one multinomial logistic regression for each detail in `train_labels`.
+
+    Args:
+        train, test: frozen embeddings [n, D] and [m, D]; each feature is standardised by the training images.
+        train_labels, test_labels: detail -> its value for each image, as integers [n] and [m].
+        strength: sklearn's C, the inverse of the L2 penalty.
+    """
+    accuracies = {}
+    for detail, labels in train_labels.items():
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=300))
+        probe.fit(train.numpy(), labels)
+        accuracies[detail] = float(probe.score(test.numpy(), test_labels[detail]))
+    return accuracies

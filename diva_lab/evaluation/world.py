@@ -1,0 +1,85 @@
+"""Every benchmark on the tiny world, as one flat record: what the encoder sees, and what it still tells apart."""
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diva_lab.encoders import embed
+from diva_lab.evaluation.clustering import cluster_scores
+from diva_lab.evaluation.pairs import score_pairs, summarise
+from diva_lab.evaluation.probes import linear_probes
+from diva_lab.evaluation.zeroshot import zeroshot_accuracy
+from diva_lab.runs import CACHE
+from diva_lab.world import CLASSES, DETAILS, PATTERNS, World, draw_scenes, write_pairs
+
+WORLD = World()
+SCENES = 3000  # of a test set, and of the probes' training set
+# split -> (pairs a pattern, seed of the pairs, seed of the test scenes). Training draws from (world.seed, 1) and
+# (world.seed, 4, ...); numpy takes (a, b) and (a, b, 0, 0) for the same seed, so the second number has to differ.
+SPLITS = {"measure": (300, 1000, 2), "choose": (100, 2000, 5)}
+PROBE_TRAIN = 3
+
+
+def world_pairs(world: World = WORLD, split: str = "measure", cache: Path = CACHE) -> Path:
+    """The folder of a split's minimal pairs, in MMVP-VLM's layout; written on first use, whole or not at all."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
+    per_pattern, seed, _ = SPLITS[split]
+    folder = Path(cache) / f"world-{world.seed}-{world.px}" / f"pairs-{split}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="writing-") as draft:
+            pairs = write_pairs(Path(draft) / "pairs", world, per_pattern, seed + world.seed)
+            try:
+                os.rename(pairs, folder)
+            except OSError:  # another process may have been faster
+                if not folder.exists():
+                    raise
+    return folder
+
+
+@functools.lru_cache(maxsize=4)
+def _scenes(world: World, key: int) -> tuple[np.ndarray, Tensor]:
+    """`SCENES` scenes [n] and their pictures, uint8 [n, 3, px, px]."""
+    scenes = draw_scenes(SCENES, (world.seed, key))
+    return scenes, torch.from_numpy(world.render(scenes)).permute(0, 3, 1, 2)
+
+
+def world_report(
+    encoder, world: World = WORLD, split: str = "measure", seed: int = 0, cache: Path = CACHE
+) -> dict[str, float]:
+    """P- and D-Ability of `encoder` on `world`, all fractions in [0, 1] (but ARI, whose chance level is 0).
+
+    Args:
+        encoder: anything that `diva_lab.encoders.embed` takes and that has `encode_text`.
+        world: whose pictures to show.
+        split: "measure" (300 pairs a pattern) for results, "choose" (100 other pairs, other scenes) for settings.
+        seed: of k-means and of the bootstrap; the pictures do not depend on it.
+        cache: folder under which pairs are kept.
+
+    Returns:
+        "pairs/<detail>" and "pairs/mean", each with "/low" and "/high" (95 %); "probe/<detail>" and "probe/mean";
+        "zeroshot"; "nmi", "acc", "ari".
+    """
+    pairs = score_pairs(encoder, world_pairs(world, split, cache))
+    detail_of = {pattern: detail for detail, pattern in PATTERNS.items()}
+    summary = summarise(pairs.assign(pattern=pairs["pattern"].map(detail_of)), seed=seed)
+    names = [f"{name}{end}" for name in (*DETAILS, "mean") for end in ("", "/low", "/high")]
+
+    scenes, images = _scenes(world, SPLITS[split][2])
+    train_scenes, train_images = _scenes(world, PROBE_TRAIN)
+    embeddings, train = embed(encoder, images), embed(encoder, train_images)
+    probes = linear_probes(train, {d: train_scenes[d] for d in DETAILS}, embeddings, {d: scenes[d] for d in DETAILS})
+    labels = scenes["class"].astype(int)
+    return {
+        **{f"pairs/{name}": summary[name] for name in names},
+        **{f"probe/{detail}": accuracy for detail, accuracy in probes.items()},
+        "probe/mean": float(np.mean(list(probes.values()))),
+        "zeroshot": zeroshot_accuracy(encoder, embeddings, torch.from_numpy(labels), CLASSES),
+        **cluster_scores(embeddings, labels, seed),
+    }

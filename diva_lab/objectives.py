@@ -1,0 +1,179 @@
+"""What the encoder is asked for: DIVA, contrastive, their naive sum, and DCR.
+
+The mathematics are functions of tensors. An objective is a function of a `Step` that returns its terms by name, each
+[b], one value an example, weights applied; the loss is the sum of the terms' means. Another objective is one function
+and one line in `OBJECTIVES`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from diva_lab.denoisers import Denoiser
+from diva_lab.encoders import Features
+
+# --- the mathematics --------------------------------------------------------------------------------------------
+
+
+def reconstruction(predicted: Float[Tensor, "b ..."], target: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
+    """L_rec = mean over coordinates of (eps_hat - eps)^2, one value an example (DIVA, eq. of the denoising loss)."""
+    return (predicted.float() - target.float()).square().flatten(1).mean(1)
+
+
+def info_nce(a: Float[Tensor, "b d"], b: Float[Tensor, "b d"], tau: float = 0.1) -> Float[Tensor, " b"]:
+    """InfoNCE between two views of a batch, both ways, cosine similarity over tau, log-sum-exp in float32."""
+    scores = F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T / tau  # [b, b]
+    own = scores.diagonal()
+    return (scores.logsumexp(1) + scores.logsumexp(0)) / 2 - own
+
+
+def dcr_loss(
+    grid: Float[Tensor, "b b d"],
+    augmented: Float[Tensor, "b d"],
+    truth: Float[Tensor, "b d"],
+    tau: float = 0.1,
+    denominator: str = "shared",
+) -> Float[Tensor, " b"]:
+    """DCR's contrast on reconstructions, one value an example (METHOD: L_i).
+
+    `grid[i, j]` is the prediction for the noisy latent of image i under the condition of image j: the diagonal holds
+    the anchors, the rest of row i the negatives of i. With s the cosine and P_i = {augmented_i, truth_i},
+
+        L_i = -1/2 sum_{p in P_i} log( exp(s(a_i, p) / tau) / sum_{q in D_p} exp(s(a_i, q) / tau) )
+
+    where D_p is P_i and the negatives (`shared`, as published), or {p} and the negatives (`own`): with the negatives
+    gone, `shared` only makes the two positives equal, while `own` has no such term. The paper's log-softmax, not the
+    released code's exp and log, which overflow in half precision; cosines in float32, where .999 is not yet 1.
+
+    Raises:
+        ValueError: for another `denominator`.
+    """
+    if denominator not in ("shared", "own"):
+        raise ValueError(f"unknown denominator {denominator!r}; expected shared or own")
+    b = len(grid)
+    dtype = torch.promote_types(grid.dtype, torch.float32)
+    grid, augmented, truth = (F.normalize(x.to(dtype), dim=-1) for x in (grid, augmented, truth))
+    anchor = grid.diagonal().T  # [b, d]
+    negatives = torch.einsum("id,ijd->ij", anchor, grid) / tau  # [b, b]
+    negatives = negatives.masked_fill(torch.eye(b, dtype=torch.bool, device=grid.device), -math.inf)
+    positives = torch.stack([(anchor * augmented).sum(1), (anchor * truth).sum(1)], dim=1) / tau  # [b, 2]
+    if denominator == "shared":
+        return torch.cat([positives, negatives], dim=1).logsumexp(1) - positives.mean(1)
+    each = torch.cat([positives[:, :, None], negatives[:, None].expand(b, 2, b)], dim=2)  # [b, 2, 1 + b]
+    return (each.logsumexp(2) - positives).mean(1)
+
+
+def dcr_chance(b: int, truth_cosine: float, tau: float = 0.1) -> float:
+    """DCR's loss where all conditions give the same prediction: ln(b + exp(-d / tau)) + d / 2 tau, d = 1 - cosine."""
+    d = 1 - truth_cosine
+    return math.log(b + math.exp(-d / tau)) + d / (2 * tau)
+
+
+# --- timesteps --------------------------------------------------------------------------------------------------
+
+TIMESTEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # from a uniform and a normal draw to t / T in [0, 1)
+    "uniform": lambda u, z: u,
+    "logit-normal": lambda u, z: z.sigmoid(),  # as GenHancer, with s = 1 as released
+    "high-noise": lambda u, z: 0.5 + 0.5 * u,
+}
+
+
+def draw_timesteps(kind: str, b: int, timesteps: int, generator: torch.Generator) -> Int[Tensor, " b"]:
+    """`b` timesteps in [0, timesteps).
+
+    Raises:
+        ValueError: for an unknown `kind`; lists the known ones.
+    """
+    if kind not in TIMESTEPS:
+        raise ValueError(f"unknown timesteps {kind!r}; expected one of {', '.join(TIMESTEPS)}")
+    u, z = torch.rand(b, generator=generator), torch.randn(b, generator=generator)
+    return (TIMESTEPS[kind](u, z) * timesteps).long().clamp(0, timesteps - 1)
+
+
+# --- the objectives ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that an objective may use in one step.
+
+    Attributes:
+        images: [b, 3, h, w] in [0, 1], on the device.
+        encode: pictures -> `Features`; carries the gradient.
+        condition: `Features` -> context [b, l, c]; carries the gradient.
+        augment: pictures -> an augmented view of each.
+        denoiser: frozen.
+        generator: of timesteps and noise, on the CPU.
+        settings: a `training.Settings`, or anything with its fields.
+    """
+
+    images: Float[Tensor, "b 3 h w"]
+    encode: Callable[[Tensor], Features]
+    condition: Callable[[Features], Tensor]
+    augment: Callable[[Tensor], Tensor]
+    denoiser: Denoiser
+    generator: torch.Generator
+    settings: object
+
+    def latents(self) -> Float[Tensor, "b c h w"]:
+        """Clean latents: the posterior's mean (DIVA) or a sample (DCR), by `settings.latent`."""
+        return self.denoiser.latents(self.images, self.generator if self.settings.latent == "sample" else None)
+
+    def noised(self, x0: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor, Tensor]:
+        """One draw of (x_t, t, eps) for each latent."""
+        t = draw_timesteps(self.settings.timesteps, len(x0), self.denoiser.timesteps, self.generator).to(x0.device)
+        noise = torch.randn(x0.shape, generator=self.generator).to(x0)
+        return self.denoiser.add_noise(x0, noise, t), t, noise
+
+
+def diva(step: Step) -> dict[str, Tensor]:
+    """DIVA: reconstruct the picture from its own condition; mean over `draws` draws of (t, eps) an image.
+
+    The released code steps twice and forgets to divide the first draw; here the draws are averaged, as in the paper.
+    """
+    x0, n = step.latents(), step.settings.draws
+    x_t, t, noise = step.noised(x0.repeat(n, 1, 1, 1))
+    context = step.condition(step.encode(step.images)).repeat(n, 1, 1)
+    loss = reconstruction(step.denoiser.predict(x_t, t, context), noise)
+    return {"rec": step.settings.lambda_rec * loss.view(n, -1).mean(0)}
+
+
+def contrastive(step: Step) -> dict[str, Tensor]:
+    """InfoNCE between the embeddings of two augmented views of each picture."""
+    one, two = (step.encode(step.augment(step.images)).embedding for _ in range(2))
+    return {"con": step.settings.lambda_con * info_nce(one, two, step.settings.tau)}
+
+
+def naive(step: Step) -> dict[str, Tensor]:
+    """The naive sum lambda_con L_con + lambda_rec L_rec, whose gradients are said to fight."""
+    return contrastive(step) | diva(step)
+
+
+def dcr(step: Step) -> dict[str, Tensor]:
+    """DCR: contrast the predictions for one noisy latent under all pictures' conditions; b^2 + b evaluations."""
+    settings, b = step.settings, len(step.images)
+    x0 = step.latents()
+    x_t, t, noise = step.noised(x0)
+    c = step.condition(step.encode(step.images))  # [b, l, c]
+    c_augmented = step.condition(step.encode(step.augment(step.images)))
+    predicted = step.denoiser.predict(
+        torch.cat([x_t.repeat_interleave(b, 0), x_t]),  # rows: image i's latent under every condition j
+        torch.cat([t.repeat_interleave(b), t]),
+        torch.cat([c.repeat(b, 1, 1), c_augmented]),
+    ).flatten(1)  # [b * b + b, d]
+    truth = step.denoiser.target(settings.target, x0, noise, t).flatten(1)
+    loss = dcr_loss(predicted[: b * b].view(b, b, -1), predicted[b * b :], truth, settings.tau, settings.denominator)
+    return {"dcr": loss}
+
+
+OBJECTIVES: dict[str, Callable[[Step], dict[str, Tensor]]] = {
+    "diva": diva,
+    "contrastive": contrastive,
+    "naive": naive,
+    "dcr": dcr,
+}

@@ -1,0 +1,163 @@
+"""A run on disk: settings, metrics and checkpoints; saved, resumed, listed.
+
+    runs/ID/settings.json      what was asked for
+    runs/ID/environment.json   git sha, versions, machine, time
+    runs/ID/metrics.jsonl      one line a step: loss, terms, gradients, seconds of training so far
+    runs/ID/evaluations.jsonl  what `evaluate` returned, at the steps at which it was asked
+    runs/ID/checkpoint/        the trained weights (safetensors) and the optimizer's state, after `step` steps
+
+A run's id is made of its settings: asked for twice, a finished run is returned and a killed one goes on.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data"
+RUNS = Path(os.environ.get("DIVA_LAB_RUNS", ROOT / "runs"))
+CACHE = Path(os.environ.get("DIVA_LAB_CACHE", Path.home() / ".cache" / "diva-lab"))
+PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "accelerate", "peft", "numpy")
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def environment() -> dict:
+    """What a result depends on beside its settings: git sha (`+` if the tree is dirty), versions, machine, time."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    return {
+        "git": (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if git("status", "--porcelain") else ""),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder. `settings` are those of the stage, and the key `stage` names it."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, settings: dict, root: str | Path = RUNS) -> "Run":
+        """The run of these settings under `root`, its folder made if there is none yet."""
+        text = json.dumps(settings, indent=1, sort_keys=True)
+        name = [settings[key] for key in ("stage", "objective") if settings.get(key)]
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        run = cls(Path(root) / "-".join([*name, f"s{settings['seed']}", digest]))
+        if not (run.folder / "settings.json").exists():
+            run.folder.mkdir(parents=True, exist_ok=True)
+            (run.folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+            (run.folder / "settings.json").write_text(text + "\n")
+        return run
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    @property
+    def settings(self) -> dict:
+        return json.loads((self.folder / "settings.json").read_text())
+
+    @property
+    def environment(self) -> dict:
+        return json.loads((self.folder / "environment.json").read_text())
+
+    @property
+    def source(self) -> str:
+        """One line for under a figure: run, seed, git sha and torch version."""
+        facts = self.environment
+        return f"run {self.id} · git {facts['git']} · torch {facts['versions']['torch']}"
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "done").exists()
+
+    def finish(self) -> "Run":
+        (self.folder / "done").touch()
+        return self
+
+    def log(self, kind: str, **values: float) -> None:
+        """Append one line to `metrics` or `evaluations`."""
+        with open(self.folder / f"{kind}.jsonl", "a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def _table(self, kind: str) -> pd.DataFrame:
+        path = self.folder / f"{kind}.jsonl"
+        return pd.DataFrame([json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [])
+
+    def metrics(self) -> pd.DataFrame:
+        """One row a step: step, loss, each term, gradients, seconds."""
+        return self._table("metrics")
+
+    def evaluations(self) -> pd.DataFrame:
+        """One row for each time that `evaluate` was asked: step and what it returned."""
+        return self._table("evaluations")
+
+    def save(self, step: int, weights: dict[str, torch.Tensor], optimizer: dict, seconds: float) -> None:
+        """Write a checkpoint; the old one stays until the new one is whole."""
+        new, old = self.folder / "checkpoint.new", self.folder / "checkpoint"
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, new / "weights.safetensors")
+        torch.save({"step": step, "seconds": seconds, "optimizer": optimizer}, new / "optimizer.pt")
+        aside = self.folder / "checkpoint.old"
+        shutil.rmtree(aside, ignore_errors=True)
+        if old.exists():
+            old.rename(aside)
+        new.rename(old)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    @property
+    def _checkpoint(self) -> Path | None:
+        return next((p for name in ("checkpoint", "checkpoint.old") if (p := self.folder / name).exists()), None)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trained weights of the last checkpoint.
+
+        Raises:
+            FileNotFoundError: if the run has none.
+        """
+        if self._checkpoint is None:
+            raise FileNotFoundError(f"run {self.id} has no checkpoint in {self.folder}; was it ever trained?")
+        return load_file(self._checkpoint / "weights.safetensors")
+
+    def resume(self) -> dict | None:
+        """The last checkpoint's step, seconds and optimizer state, records cut back to it; None if there is none."""
+        if self._checkpoint is None:
+            for kind in ("metrics", "evaluations"):
+                (self.folder / f"{kind}.jsonl").unlink(missing_ok=True)
+            return None
+        state = torch.load(self._checkpoint / "optimizer.pt", weights_only=True)
+        for kind, last in (("metrics", state["step"] - 1), ("evaluations", state["step"])):
+            path = self.folder / f"{kind}.jsonl"
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last]
+            path.write_text("".join(f"{line}\n" for line in kept))
+        return state
+
+
+def list_runs(root: str | Path = RUNS) -> pd.DataFrame:
+    """Every run under `root`: its id, whether it is done, and its settings as columns."""
+    folders = sorted(path.parent for path in Path(root).glob("*/settings.json"))
+    return pd.DataFrame([{"run": (run := Run(folder)).id, "done": run.done, **run.settings} for folder in folders])

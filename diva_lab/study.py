@@ -1,0 +1,134 @@
+"""The results that ship: converged projectors, then every objective and control over several seeds.
+
+    python -m diva_lab.study projectors   stage 1 to its plateau, for each condition -> data/tiny/projectors
+    python -m diva_lab.study rates        a learning rate for each objective, on pairs that are not reported
+    python -m diva_lab.study objectives   objectives and controls, paired over seeds -> data/results/objectives.csv
+
+Each part goes on where it was stopped: its runs are kept under runs/study.
+"""
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from diva_lab.conditions import CONDITIONS
+from diva_lab.evaluation.alignment import alignment_report
+from diva_lab.evaluation.world import world_report
+from diva_lab.objectives import OBJECTIVES
+from diva_lab.runs import DATA, RUNS, Run, environment, sha256
+from diva_lab.training import SHIPPED, Settings, align, perturb, tune
+from diva_lab.workbook import summary
+from diva_lab.world import World, draw_scenes
+
+STUDY = RUNS / "study"
+RESULTS = DATA / "results"
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+PLATEAU = 0.01  # the recovered fraction gained in 1000 steps below which stage 1 has converged
+
+
+def projectors(condition: str, rounds: int = 8, steps: int = 1000) -> Path:
+    """Align in rounds of `steps` until one gains less than `PLATEAU`; ship the last projector with its record."""
+    settings = Settings(condition=condition, projector="new", batch=64, lr=1e-3, steps=steps, save_every=250)
+    history = []
+    for number in range(rounds):
+        if history:
+            settings = replace(settings, projector=str(STUDY / history[-1]["run"]), seed=number)
+        run = align(settings, STUDY, alignment_report)
+        table = run.evaluations()
+        first, last = table["recovered"].iloc[0], table.iloc[-1]
+        history.append(
+            {"run": run.id, "steps": steps, **last.drop("step").to_dict(), "gained": last["recovered"] - first}
+        )
+        print(condition, f"round {number + 1}: recovered {first:.4f} -> {last['recovered']:.4f}", flush=True)
+        if number and history[-1]["gained"] < PLATEAU:
+            break
+    SHIPPED.mkdir(parents=True, exist_ok=True)
+    path = SHIPPED / f"{condition}.safetensors"
+    shutil.copy(STUDY / history[-1]["run"] / "checkpoint" / "weights.safetensors", path)
+    record = {"sha256": sha256(path), "settings": run.settings, "rounds": history, **run.environment}
+    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def rates(steps: int, seed: int = 100) -> dict[str, float]:
+    """For each objective the learning rate of the best mean of pair score and zero-shot, on the split `choose`."""
+    rows, chosen = [], {}
+    report = partial(world_report, split="choose")
+    for objective in OBJECTIVES:
+        for lr in RATES:
+            run = tune(Settings(objective=objective, lr=lr, steps=steps, seed=seed), STUDY, report)
+            last = run.evaluations().iloc[-1]
+            rows.append({"objective": objective, "lr": lr, "run": run.id, **last.to_dict()})
+            print(objective, lr, f"pairs {last['pairs/mean']:.4f}, zero-shot {last['zeroshot']:.4f}", flush=True)
+        table = pd.DataFrame([row for row in rows if row["objective"] == objective])
+        chosen[objective] = float(table.loc[(table["pairs/mean"] + table["zeroshot"]).idxmax(), "lr"])
+    _write(pd.DataFrame(rows).assign(chosen=lambda d: d["lr"] == d["objective"].map(chosen)), "rates.csv")
+    return chosen
+
+
+def objectives(seeds: int, steps: int) -> Path:
+    """Every objective at its chosen rate, and the controls, for `seeds` seeds; one row per objective and seed."""
+    table = pd.read_csv(RESULTS / "rates.csv")
+    lr = table[table["chosen"]].set_index("objective")["lr"].to_dict()
+    world, root = World(), STUDY / "objectives"
+    held_out = torch.from_numpy(world.render(draw_scenes(1000, (world.seed, 8)))).permute(0, 3, 1, 2)
+    runs: list[Run] = []
+    for seed in range(seeds):
+        for objective in ("none", *OBJECTIVES):
+            settings = Settings(objective=objective, lr=lr.get(objective, 1e-4), steps=steps, seed=seed)
+            runs.append(tune(replace(settings, evaluate_every=max(1, steps // 4)), root, world_report))
+        runs += [perturb(runs[-1], held_out, match, root, world_report) for match in ("norm", "drift")]
+        result = summary(root)
+        rate = result["objective"].map(lr)
+        git = result["run"].map({run.id: run.environment["git"] for run in runs})
+        path = _write(result.assign(lr=rate, git=git, torch=environment()["versions"]["torch"]), "objectives.csv")
+        curves = [
+            run.evaluations().assign(objective=run.settings["objective"], seed=run.settings["seed"]) for run in runs
+        ]
+        _write(pd.concat(curves), "curves.csv")
+        terms = [
+            run.metrics().assign(objective=run.settings["objective"], seed=run.settings["seed"])
+            for run in runs
+            if run.settings["objective"] == "naive"
+        ]
+        _write(pd.concat(terms), "conflict.csv")
+    return path
+
+
+def _write(table: pd.DataFrame, name: str) -> Path:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    table.to_csv(RESULTS / name, index=False, float_format="%.6g")
+    return RESULTS / name
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m diva_lab.study", description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", help="projectors, rates, objectives; all of them if none is named")
+    parser.add_argument("--condition", choices=tuple(CONDITIONS), help="only this condition's projector")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    known = ("projectors", "rates", "objectives")
+    for part in args.parts:
+        if part not in known:
+            parser.error(f"unknown part {part!r}; expected {', '.join(known)}")
+    parts = args.parts or known
+    if "projectors" in parts:
+        for condition in (args.condition,) if args.condition else CONDITIONS:
+            print("written:", projectors(condition))
+    if "rates" in parts:
+        print("chosen:", rates(max(1, args.steps // 2)))
+    if "objectives" in parts:
+        print("written:", objectives(args.seeds, args.steps))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,396 @@
+"""Two stages, one loop: `align` trains the projector, `tune` the encoder; the denoiser is frozen in both.
+
+    run = align(Settings(condition="global", steps=1000))
+    run = tune(Settings(objective="dcr", projector=run.folder, steps=200), evaluate=report)
+
+Every draw of a step depends on (seed, step) alone, so a killed run goes on to the same bits on one machine.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from diva_lab.conditions import CONDITIONS, Conditioner
+from diva_lab.denoisers import TARGETS, Denoiser, load_denoiser
+from diva_lab.encoders import Encoder, embed, load_encoder, make_trainable, merge_lora, visual_weights
+from diva_lab.gradients import measure, term_gradients
+from diva_lab.images import augment, open_images
+from diva_lab.machine import default_device, fast_bf16, generator
+from diva_lab.objectives import OBJECTIVES, TIMESTEPS, Step, diva
+from diva_lab.runs import DATA, ROOT, RUNS, Run
+
+# The settings of the shipped projectors, which `make run` and the notebooks start from.
+SHIPPED = DATA / "tiny" / "projectors"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of both stages. Defaults are DCR's recipe at the tiny world's size.
+
+    Attributes:
+        encoder, denoiser: names of the registries, or folders.
+        images: `world`, `world:SEED`, a folder, or webdataset tars.
+        objective: of stage 2; stage 1 always reconstructs (DCR's paper; its code runs the full DCR loss).
+        condition: what the denoiser is told of the picture.
+        projector: `shipped`, `new`, or the folder of a run of stage 1.
+        train_projector: tune it together with the encoder, as DIVA as published does.
+        batch, accumulate: pictures a micro-batch, micro-batches a step.
+        optimizer: `adamw` or `sgd` (momentum .9). lr is constant after `warmup` steps.
+        clip: largest norm of the gradient, 0 for none.
+        lora_rank: 0 tunes all visual weights.
+        draws: DIVA's draws of (t, eps) an image.
+        tau: temperature of both contrasts.
+        target: DCR's ground truth, `noise` (paper) or `velocity` (released code).
+        denominator: of DCR's softmax, `shared` (published) or `own`.
+        flips: in the augmentation.
+        timesteps: how t is drawn.
+        latent: the posterior's `mean` (DIVA) or a `sample` (DCR's code).
+        precision: `bf16`, `no`, or `auto`: bf16 where the machine multiplies it in hardware.
+        evaluate_every, save_every: in steps; 0 for only at the end.
+    """
+
+    encoder: str = "tiny"
+    denoiser: str = "tiny"
+    images: str = "world"
+    objective: str = "dcr"
+    condition: str = "global"
+    projector: str = "shipped"
+    train_projector: bool = False
+    seed: int = 0
+    steps: int = 100
+    batch: int = 8
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    warmup: int = 0
+    clip: float = 1.0
+    lora_rank: int = 16
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.1
+    draws: int = 2
+    tau: float = 0.1
+    lambda_con: float = 1.0
+    lambda_rec: float = 1.0
+    target: str = "noise"
+    denominator: str = "shared"
+    flips: bool = True
+    timesteps: str = "uniform"
+    latent: str = "mean"
+    precision: str = "auto"
+    evaluate_every: int = 0
+    save_every: int = 100
+
+    def __post_init__(self):
+        choices = {
+            "objective": (*OBJECTIVES, *CONTROLS), "condition": CONDITIONS, "target": TARGETS, "timesteps": TIMESTEPS,
+            "denominator": ("shared", "own"), "latent": ("mean", "sample"), "optimizer": ("adamw", "sgd"),
+            "precision": ("auto", "bf16", "no"),
+        }  # fmt: skip
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Path):
+                object.__setattr__(self, field.name, str(value))
+            elif type(value) is not field.type and not (field.type is float and type(value) is int):
+                raise ValueError(f"setting {field.name}={value!r}: expected {field.type.__name__}")
+        for name in ("batch", "accumulate", "draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"setting {name}={getattr(self, name)}: expected at least 1")
+        for name in ("steps", "warmup", "lora_rank", "evaluate_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"setting {name}={getattr(self, name)}: expected 0 or more")
+        if self.objective in ("dcr", "contrastive", "naive") and self.batch < 2:
+            raise ValueError(f"setting batch={self.batch}: a contrast needs other pictures, at least 2")
+
+    @classmethod
+    def of(cls, run: Run) -> "Settings":
+        """The settings that a run was made with."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in run.settings.items() if name in known})
+
+
+CONTROLS = ("none", "perturb-norm", "perturb-drift")  # rows beside the objectives: untouched, or moved at random
+Evaluate = Callable[..., dict[str, float]]
+
+
+# --- building what the settings name ----------------------------------------------------------------------------
+
+
+def build_encoder(settings: Settings, device: torch.device | str = "cpu") -> Encoder:
+    """The encoder, its visual tower open for training as the settings say."""
+    encoder = load_encoder(settings.encoder, device)
+    make_trainable(encoder, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed)
+    return encoder.to(device)
+
+
+def build_conditioner(settings: Settings, encoder: Encoder, denoiser: Denoiser) -> Conditioner:
+    """The condition with its projector: shipped, new, or of a run of stage 1.
+
+    Raises:
+        FileNotFoundError: where there is no such projector; says how to make one.
+        ValueError: where it does not fit the encoder and the denoiser.
+    """
+    conditioner = Conditioner(settings.condition, encoder.dim, denoiser.width, settings.seed)
+    if settings.projector == "new":
+        return conditioner.to(denoiser.alphas.device)
+    if settings.projector == "shipped":
+        path = SHIPPED / f"{settings.condition}.safetensors"
+    else:
+        path = Path(settings.projector) / "checkpoint" / "weights.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"projector={settings.projector!r}: no {path}; expected 'new', 'shipped' (tiny models only) or the folder "
+            "of a finished run of align()"
+        )
+    try:
+        conditioner.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise ValueError(
+            f"projector {path} does not fit encoder {settings.encoder!r} (width {encoder.dim}) and denoiser "
+            f"{settings.denoiser!r} (width {denoiser.width}); align() a new one: {error}"
+        ) from error
+    return conditioner.to(denoiser.alphas.device)
+
+
+def tuned_encoder(run: Run, device: torch.device | str = "cpu") -> Encoder:
+    """The encoder that a run of `tune` or `perturb` made, frozen, its LoRA merged."""
+    settings = Settings.of(run)
+    if run.settings["stage"] == "tune" and settings.objective != "none":
+        encoder = build_encoder(settings, device)
+        weights = {n.removeprefix("encoder."): w for n, w in run.weights().items() if n.startswith("encoder.")}
+    else:
+        encoder = load_encoder(settings.encoder, device)
+        weights = run.weights() if run.settings["stage"] == "perturb" else {}
+    unexpected = encoder.load_state_dict(weights, strict=False).unexpected_keys
+    if unexpected:
+        raise ValueError(f"run {run.id} holds weights that its encoder does not have: {', '.join(unexpected[:3])} ...")
+    return merge_lora(encoder).eval().requires_grad_(False)
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress(total: int, first: int, label: str) -> Iterator[Callable[[int, float], None]]:
+    """A bar in a terminal; elsewhere one line every tenth of the way."""
+    if sys.stderr.isatty():
+        with tqdm(total=total, initial=first, desc=label) as bar:
+            yield lambda step, loss: (bar.update(), bar.set_postfix(loss=f"{loss:.4f}"))
+        return
+    every = max(1, total // 10)
+
+    def line(step: int, loss: float) -> None:
+        if (step + 1) % every == 0 or step + 1 == total:
+            print(f"{label}: step {step + 1}/{total}, loss {loss:.4f}", flush=True)
+
+    yield line
+
+
+def _train(
+    run: Run,
+    settings: Settings,
+    encoder: Encoder,
+    conditioner: Conditioner,
+    denoiser: Denoiser,
+    objective: Callable[[Step], dict[str, Tensor]],
+    evaluate: Callable[[], dict[str, float]] | None,
+) -> Run:
+    """Minimise the objective over all parameters of encoder and conditioner that ask for a gradient."""
+    AcceleratorState._reset_state()  # one process may hold runs of different precision, one after the other
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bf16" if fast_bf16(default_device()) else "no"
+    accelerator = Accelerator(mixed_precision=precision)
+    device = accelerator.device
+    modules = nn.ModuleDict({"encoder": encoder, "conditioner": conditioner}).to(device)
+    parameters = {name: p for name, p in modules.named_parameters() if p.requires_grad}
+    if settings.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(
+            parameters.values(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay
+        )
+    optimizer = accelerator.prepare(optimizer)
+
+    first, seconds = 0, 0.0
+    if (state := run.resume()) is not None:
+        first, seconds = state["step"], state["seconds"]
+        optimizer.load_state_dict(state["optimizer"])
+        modules.load_state_dict(run.weights(), strict=False)
+
+    def watch(step: int) -> None:
+        if evaluate is not None:
+            modules.eval()
+            run.log("evaluations", step=step, **evaluate())
+
+    px = max(encoder.px, denoiser.px)
+    source = open_images(settings.images, px, settings.batch, settings.seed, first * settings.accumulate)
+    if first == 0:
+        watch(0)
+    with _progress(settings.steps, first, run.id) as tell:
+        for step in range(first, settings.steps):
+            start = time.perf_counter()
+            modules.train()
+            total: dict[str, dict[str, Tensor]] = {}
+            line: dict[str, float] = {}
+            for micro in range(settings.accumulate):
+                random = generator("step", settings.seed, step, micro)
+                torch.manual_seed(random.initial_seed())  # LoRA's dropout draws from the global generator
+                with accelerator.autocast():
+                    terms = objective(
+                        Step(
+                            images=next(source).to(device).float() / 255,
+                            encode=encoder.features,
+                            condition=lambda f, g=random: conditioner(f, denoiser.empty, g),
+                            augment=lambda x, g=random: augment(x, g, settings.flips),
+                            denoiser=denoiser,
+                            generator=random,
+                            settings=settings,
+                        )
+                    )
+                for name, gradient in term_gradients(terms, parameters).items():
+                    line[name] = line.get(name, 0) + terms[name].mean().item() / settings.accumulate
+                    sums = total.setdefault(name, {n: torch.zeros_like(p) for n, p in parameters.items()})
+                    for n, g in gradient.items():
+                        sums[n] += g.to(sums[n].dtype) / settings.accumulate
+            for n, p in parameters.items():
+                p.grad = sum(gradient[n] for gradient in total.values())
+            norm = nn.utils.clip_grad_norm_(parameters.values(), settings.clip or float("inf"))
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * min(1, (step + 1) / (settings.warmup + 1))
+            optimizer.step()
+            loss = sum(line.values())
+            if loss != loss:
+                raise FloatingPointError(f"run {run.id}: the loss is not a number at step {step}; try a smaller lr")
+            seconds += time.perf_counter() - start
+            run.log("metrics", step=step, loss=loss, **line, grad_norm=norm.item(), **measure(total), seconds=seconds)
+            tell(step, loss)
+            done = step + 1
+            last = done == settings.steps
+            if last or (settings.evaluate_every and done % settings.evaluate_every == 0):
+                watch(done)
+            if last or (settings.save_every and done % settings.save_every == 0):
+                run.save(done, parameters, optimizer.state_dict(), seconds)
+    return run.finish()
+
+
+def _portable(settings: Settings) -> dict:
+    """Settings as a run keeps them: folders inside the repository relative to it."""
+    values = asdict(settings)
+    for name in ("projector", "images"):
+        values[name] = values[name].removeprefix(f"{ROOT}/")
+    return values
+
+
+def align(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None = None) -> Run:
+    """Stage 1: train the projector by L_rec, encoder and denoiser frozen; B evaluations a step.
+
+    Args:
+        settings: `objective` and LoRA are not used here. `projector="new"` starts from random weights.
+        root: the run's folder is made under it; a finished run of the same settings is returned at once.
+        evaluate: called as `evaluate(conditioner, encoder, denoiser)`, returns what is to be recorded.
+    """
+    settings = replace(settings, objective="diva", lora_rank=0)
+    run = Run.open({**_portable(settings), "stage": "align"}, root)
+    if run.done:
+        return run
+    device = default_device()
+    encoder, denoiser = load_encoder(settings.encoder, device), load_denoiser(settings.denoiser, device)
+    conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(True)
+    watch = evaluate and (lambda: evaluate(conditioner, encoder, denoiser))
+    return _train(run, settings, encoder, conditioner, denoiser, diva, watch)
+
+
+def tune(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None = None) -> Run:
+    """Stage 2: tune the encoder under `settings.objective`, denoiser frozen, projector too unless asked.
+
+    Args:
+        settings: the objective `none` leaves the encoder as it is and only evaluates: the first control.
+        root: the run's folder is made under it; a finished run of the same settings is returned at once.
+        evaluate: called as `evaluate(encoder)`, returns what is to be recorded.
+
+    Raises:
+        ValueError, FileNotFoundError: for settings that name what does not exist.
+        FloatingPointError: where the loss stops being a number.
+    """
+    if settings.objective not in (*OBJECTIVES, "none"):
+        raise ValueError(f"objective {settings.objective!r} is no training; see perturb()")
+    run = Run.open({**_portable(settings), "stage": "tune"}, root)
+    if run.done:
+        return run
+    device = default_device()
+    if settings.objective == "none":
+        if evaluate is not None:
+            run.log("evaluations", step=0, **evaluate(load_encoder(settings.encoder, device)))
+        return run.finish()
+    encoder, denoiser = build_encoder(settings, device), load_denoiser(settings.denoiser, device)
+    conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(settings.train_projector)
+    watch = evaluate and (lambda: evaluate(encoder))
+    return _train(run, settings, encoder, conditioner, denoiser, OBJECTIVES[settings.objective], watch)
+
+
+@torch.no_grad()
+def perturb(
+    like: Run, images: Tensor, match: str = "norm", root: str | Path = RUNS, evaluate: Evaluate | None = None
+) -> Run:
+    """The control that no signal went into: move the weights at random, as far as the run `like` moved them.
+
+    Args:
+        like: a finished run of `tune`.
+        images: held-out pictures, uint8 [n, 3, h, w], on which drift is measured.
+        match: `norm` gives each tensor a Gaussian change of the norm that `like` gave it; `drift` scales that change,
+            by bisection, until the mean of 1 - cos between old and new embeddings of `images` equals that of `like`.
+        evaluate: called as `evaluate(encoder)`.
+
+    Returns:
+        A run of objective `perturb-norm` or `perturb-drift` that holds the moved weights; its evaluation is at step
+        `like.settings["steps"]`, and its metrics hold the scale, the drift, and the drift of `like`.
+    """
+    if match not in ("norm", "drift"):
+        raise ValueError(f"unknown match {match!r}; expected norm or drift")
+    settings = replace(Settings.of(like), objective=f"perturb-{match}")
+    run = Run.open({**_portable(settings), "stage": "perturb", "like": like.id}, root)
+    if run.done:
+        return run
+    device = default_device()
+    run.resume()
+    encoder, tuned = load_encoder(settings.encoder, device), tuned_encoder(like, device)
+    before, goal = embed(encoder, images), embed(tuned, images)
+    original = {name: w.clone() for name, w in visual_weights(encoder).items()}
+    random = generator("perturb", settings.seed)
+    direction = {}
+    for name, new in visual_weights(tuned).items():
+        noise = torch.randn(new.shape, generator=random).to(new)
+        direction[name] = noise * (torch.linalg.vector_norm(new - original[name]) / torch.linalg.vector_norm(noise))
+
+    def drift(scale: float) -> float:
+        for name, weight in visual_weights(encoder).items():
+            weight.copy_(original[name] + scale * direction[name])
+        return (1 - (embed(encoder, images) * before).sum(1)).mean().item()
+
+    wanted = (1 - (goal * before).sum(1)).mean().item()
+    low, high = 0.0, 1.0
+    if match == "drift":
+        while drift(high) < wanted and high < 1e4:
+            low, high = high, 2 * high
+        for _ in range(20):
+            middle = (low + high) / 2
+            low, high = (middle, high) if drift(middle) < wanted else (low, middle)
+    run.log("metrics", step=0, loss=0.0, scale=high, drift=drift(high), drift_like=wanted, seconds=0.0)
+    if evaluate is not None:
+        run.log("evaluations", step=settings.steps, **evaluate(encoder))
+    run.save(settings.steps, visual_weights(encoder), {}, 0.0)
+    return run.finish()

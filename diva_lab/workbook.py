@@ -1,0 +1,222 @@
+"""Run the notebooks in their order and gather what came out: `python -m diva_lab.workbook`.
+
+    runs/ID/NN_name.ipynb   the notebooks as they ran
+    runs/ID/RUN/            every run of training that they made, in diva_lab.runs' format
+    runs/ID/summary.csv     one row per objective and seed
+    runs/ID/report.html     all of it on one page
+
+A notebook gets those of the parameters `runs_root`, `images`, `seeds` and `steps` that its `parameters` cell declares;
+what the command line leaves out keeps the notebook's default. The first failure ends the run with exit code 1: what
+was written stays, and the report covers it. `--out` with the folder of a run that was stopped goes on with its runs.
+"""
+
+import argparse
+import json
+import os
+import re
+import resource
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+
+from diva_lab.parameters import assignments
+from diva_lab.report import write_report
+from diva_lab.runs import ROOT, RUNS, Run, environment
+from diva_lab.world import DETAILS
+
+NOTEBOOKS = ROOT / "notebooks"
+MEASURES = [f"{kind}/{name}" for kind in ("pairs", "probe") for name in (*DETAILS, "mean")]
+MEASURES += ["zeroshot", "nmi", "acc", "ari"]
+COLUMNS = ["objective", "seed", *MEASURES, "conflict_rate", "seconds_per_step", "steps", "run"]
+ORDER = ("none", "diva", "contrastive", "naive", "dcr", "perturb-norm", "perturb-drift")
+
+
+# --- the summary ------------------------------------------------------------------------------------------------
+
+
+def _row(run: Run) -> dict:
+    settings, metrics, evaluations = run.settings, run.metrics(), run.evaluations()
+    last = evaluations.iloc[-1].to_dict() if len(evaluations) else {}
+    cos = metrics["cos"].dropna() if "cos" in metrics else pd.Series(dtype=float)
+    seconds = metrics["seconds"].diff() if "seconds" in metrics else pd.Series(dtype=float)
+    return {
+        "objective": settings.get("objective"),
+        "seed": settings.get("seed"),
+        **{name: last.get(name, np.nan) for name in MEASURES},
+        "conflict_rate": (cos < 0).mean() if len(cos) else np.nan,
+        "seconds_per_step": seconds.median(),
+        "steps": int(last.get("step", len(metrics))),
+        "run": run.id,
+    }
+
+
+def summary(root: Path) -> pd.DataFrame:
+    """One row per objective and seed from the finished stage-2 runs and controls under `root`; columns `COLUMNS`.
+
+    Measures are those of a run's last evaluation; `conflict_rate` is the share of steps whose gradients have a negative
+    cosine, and `seconds_per_step` the median over the steps; what a run has not recorded is NaN. Of several runs of one
+    objective and seed the row shows the one that was evaluated, then that of most steps, then the earliest.
+    """
+    found = [Run(file.parent) for file in Path(root).glob("*/settings.json")]
+    found = [run for run in found if run.done and run.settings.get("stage") in ("tune", "perturb")]
+    found.sort(key=lambda run: ((run.folder / "settings.json").stat().st_mtime_ns, run.id))
+    frame = pd.DataFrame([_row(run) for run in found], columns=COLUMNS)
+    frame["_measured"] = frame["pairs/mean"].notna()
+    frame = frame.sort_values(["_measured", "steps"], ascending=False, kind="stable")
+    frame = frame.drop_duplicates(["objective", "seed"])
+    rank = frame["objective"].map(lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+    frame = frame.assign(_rank=rank).sort_values(["_rank", "objective", "seed"])
+    return frame[COLUMNS].reset_index(drop=True)
+
+
+# --- the notebooks ----------------------------------------------------------------------------------------------
+
+
+def declared(path: Path) -> set[str]:
+    """The parameters that a notebook declares in its cell tagged `parameters`."""
+    cells = nbformat.read(path, as_version=4).cells
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    return {name for source in tagged for name in assignments(source)}
+
+
+class _Progress:
+    """A stream for papermill that prints whole lines, indented; bars that redraw themselves leave only their end."""
+
+    def __init__(self) -> None:
+        self.rest = ""
+
+    def write(self, text: str) -> None:
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            if line := line.rstrip("\r").rpartition("\r")[2].rstrip():
+                print("   ", line, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def execute(path: Path, out: Path, parameters: dict) -> str:
+    """Run one notebook by papermill, in its own folder; returns what went wrong, or the empty string."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    try:
+        papermill.execute_notebook(
+            path,
+            out / path.name,
+            parameters=parameters,
+            kernel_name="python3",
+            language="python",
+            cwd=path.parent,
+            progress_bar=False,
+            stdout_file=_Progress(),
+            start_timeout=300,
+            extra_arguments=["--log-level=ERROR"],  # else each kernel warns that its local socket is not encrypted
+        )
+    except PapermillExecutionError as error:
+        return f"In [{error.exec_count}]: {error.ename}: {error.evalue}"
+    except Exception as error:  # the kernel died or never started
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def select(notebooks: Path, only: str | None) -> list[Path]:
+    """The numbered notebooks of a folder; `only` picks some by number (`02` or `01,02`).
+
+    Raises:
+        ValueError: if there is none, or none of a number asked for.
+    """
+    paths = sorted(notebooks.glob("[0-9][0-9]_*.ipynb"))
+    numbers = [path.name[:2] for path in paths]
+    if not paths:
+        raise ValueError(f"no notebook in {notebooks}; expected files like 00_tiny_world.ipynb")
+    wanted = only.split(",") if only else numbers
+    for number in wanted:
+        if number not in numbers:
+            raise ValueError(f"no notebook {number!r}; expected one of {', '.join(numbers)}")
+    return [path for path in paths if path.name[:2] in wanted]
+
+
+def locate(images: str) -> str:
+    """`images` as the notebooks can use it: `world[:SEED]` as it is, a folder or tars with an absolute path.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no picture that can be read; see `diva_lab.images.open_images`.
+    """
+    from diva_lab.images import open_images
+
+    source = images if images.partition(":")[0] == "world" else str(Path(images).expanduser().absolute())
+    next(open_images(source, px=32, n=1, seed=0))
+    return source
+
+
+def _seeds(text: str) -> list[int]:
+    if not re.fullmatch(r"\s*\d+([,\s]+\d+)*\s*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers like 0,1,2")
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive whole number")
+    return int(text)
+
+
+def main(argv: list[str] | None = None, notebooks: Path = NOTEBOOKS) -> int:
+    parser = argparse.ArgumentParser(prog="python -m diva_lab.workbook", description=__doc__.split("\n")[0])
+    parser.add_argument("--images", help="folder of pictures, or webdataset tars, to tune on (default: the tiny world)")
+    parser.add_argument("--seeds", type=_seeds, help="seeds to train with, like 0,1,2")
+    parser.add_argument("--steps", type=_positive, help="steps of training in each run")
+    parser.add_argument("--out", type=Path, help="folder to write (default: runs/ and the time)")
+    parser.add_argument("--only", help="numbers of the notebooks to run, like 02 or 00,02")
+    args = parser.parse_args(argv)
+    given = {name: value for name in ("images", "seeds", "steps") if (value := getattr(args, name)) is not None}
+    try:
+        paths = select(notebooks, args.only)
+        names = {path: declared(path) for path in paths}
+        for name in given:
+            if not any(name in known for known in names.values()):
+                raise ValueError(f"--{name}: none of these notebooks has the parameter {name!r}")
+        if args.images is not None:
+            given["images"] = locate(args.images)
+    except (FileNotFoundError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+    out = (args.out or RUNS / time.strftime("%Y%m%d-%H%M%S")).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel before one in the user's home
+    os.environ.pop("MPLBACKEND", None)  # figures go into the notebook
+    facts = {"run": out.name, **environment(), **given}
+    facts |= {name: version for name, version in facts.pop("versions").items() if name == "torch"}
+    failure, ran = "", []
+    for path in paths:
+        print(f"{path.name} ...", flush=True)
+        start = time.time()
+        values = {k: v for k, v in {"runs_root": str(out), **given}.items() if k in names[path]}
+        failure = execute(path, out, values)
+        ran.append(out / path.name)
+        facts[path.stem] = f"{time.time() - start:.0f} s"
+        if failure:
+            print(f"FAILED: {path.name}\n" + "\n".join(failure.strip().splitlines()[-20:]), file=sys.stderr, flush=True)
+            break
+        print(f"{path.name} done in {facts[path.stem]}", flush=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    facts["peak memory"] = f"{peak:.1f} GB"
+
+    table = summary(out)
+    table.to_csv(out / "summary.csv", index=False, float_format="%.6g")
+    (out / "workbook.json").write_text(json.dumps(facts | {"failure": failure}, indent=1) + "\n")
+    ran = [path for path in ran if path.exists()]
+    failed = ran[-1].name if failure and ran else ""
+    write_report(out / "report.html", ran, table, facts, failed)
+    print(out / "summary.csv")
+    print(out / "report.html")
+    return 1 if failure else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

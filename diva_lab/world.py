@@ -1,0 +1,318 @@
+"""The tiny world: procedural images in which every attribute is known.
+
+Each scene shows one body (12 classes in 4 families) and carries nine details, one for each visual pattern of
+MMVP-VLM. Everything else (place, size, tilt, background, light, clutter, grain, where the sign and the dots stand)
+is nuisance that no caption names. A world is fixed by its seed: another seed bends the silhouettes, turns the
+palette and shuffles the alphabet, under the same names. All arithmetic is float64, so that the bytes of an image do
+not depend on the machine's vector units.
+"""
+
+import csv
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+FAMILIES = {
+    "round": ("disc", "oval", "drop"),
+    "angular": ("square", "triangle", "diamond"),
+    "pointed": ("star", "cross", "gear"),
+    "curly": ("heart", "flower", "leaf"),
+}
+CLASSES = tuple(name for members in FAMILIES.values() for name in members)
+
+# detail -> its values; the order of the keys is the order of MMVP's nine patterns
+DETAILS = {
+    "orientation": ("west", "east", "north", "south"),
+    "presence": ("with", "without"),
+    "state": ("lit", "unlit"),
+    "quantity": ("one", "two", "three", "four"),
+    "position": ("left", "right", "over", "under"),
+    "colour": ("red", "yellow", "green", "cyan", "blue", "purple"),
+    "structure": ("plain", "striped", "checked"),
+    "text": ("a", "e", "k", "s", "t", "x"),
+    "viewpoint": ("high", "low"),
+}
+# MMVP's own names of the nine patterns, in the order of DETAILS (METHOD: MMVP-VLM)
+PATTERNS = dict(
+    zip(
+        DETAILS,
+        (
+            "Orientation and Direction",
+            "Presence of Specific Features",
+            "State and Condition",
+            "Quantity and Count",
+            "Positional and Relational Context",
+            "Color and Appearance",
+            "Structural Characteristics",
+            "Texts",
+            "Viewpoint and Perspective",
+        ),
+        strict=True,
+    )
+)
+ADJECTIVES = ("colour", "structure", "state")  # said before the noun; the others after it
+NUISANCES = 32  # uniform numbers a scene carries beside its attributes
+
+SCENE = np.dtype([("class", "i1"), *((name, "i1") for name in DETAILS), ("nuisance", "f8", (NUISANCES,))])
+
+
+# --- scenes -----------------------------------------------------------------------------------------------------
+
+
+def draw_scenes(n: int, seed: int | tuple[int, ...]) -> np.ndarray:
+    """`n` independent scenes, all attributes uniform. Returns a structured array [n] of dtype `SCENE`."""
+    rng = np.random.default_rng(seed)
+    scenes = np.zeros(n, SCENE)
+    scenes["class"] = rng.integers(len(CLASSES), size=n)
+    for name, values in DETAILS.items():
+        scenes[name] = rng.integers(len(values), size=n)
+    scenes["nuisance"] = rng.random((n, NUISANCES))
+    return scenes
+
+
+def draw_pairs(detail: str, n: int, seed: int | tuple[int, ...]) -> np.ndarray:
+    """`n` minimal pairs [n, 2]: twice the same scene, nuisance included, but for the one named detail."""
+    if detail not in DETAILS:
+        raise ValueError(f"unknown detail {detail!r}; expected one of {', '.join(DETAILS)}")
+    first = draw_scenes(n, seed)
+    second = first.copy()
+    count = len(DETAILS[detail])
+    shift = 1 + np.random.default_rng((*np.atleast_1d(seed), 1)).integers(count - 1, size=n)
+    second[detail] = (first[detail] + shift) % count
+    return np.stack([first, second], axis=1)
+
+
+# --- captions ---------------------------------------------------------------------------------------------------
+
+
+def _phrase(detail: str, value: str) -> str:
+    return {
+        "orientation": f"facing {value}",
+        "presence": f"{value} a tail",
+        "quantity": f"{value} dots" if value != "one" else "one dot",
+        "position": f"ball {value}",
+        "text": f"labelled {value}",
+        "viewpoint": f"seen from {value}",
+    }.get(detail, value)
+
+
+def caption(scene: np.void, details: tuple[str, ...] = (), rng: np.random.Generator | None = None) -> str:
+    """The scene's class and the named `details` in words; `rng` shuffles what follows the noun.
+
+    >>> caption(draw_scenes(1, 0)[0], ("colour", "quantity"))
+    'a photo of a red flower two dots'
+    """
+    words = {name: _phrase(name, DETAILS[name][scene[name]]) for name in details}
+    before = [words[name] for name in ADJECTIVES if name in words]
+    after = [words[name] for name in DETAILS if name in words and name not in ADJECTIVES]
+    if rng is not None:
+        rng.shuffle(after)
+    return " ".join(["a photo of a", *before, CLASSES[scene["class"]], *after])
+
+
+def captions(scenes: np.ndarray, p: float, rng: np.random.Generator) -> list[str]:
+    """One caption a scene: the class always, each detail with probability `p` (1 gives full captions)."""
+    names = np.array(list(DETAILS))
+    said = rng.random((len(scenes), len(names))) < p
+    return [caption(scene, tuple(names[row]), rng) for scene, row in zip(scenes, said, strict=True)]
+
+
+def vocabulary() -> list[str]:
+    """Every word that a caption can hold, sorted."""
+    phrases = [_phrase(name, value) for name, values in DETAILS.items() for value in values]
+    return sorted({word for text in ["a photo of a", *CLASSES, *phrases] for word in text.split()})
+
+
+# --- pixels -----------------------------------------------------------------------------------------------------
+
+_GLYPHS = {
+    "a": "01110 10001 10001 11111 10001 10001 10001",
+    "e": "11111 10000 10000 11110 10000 10000 11111",
+    "k": "10001 10010 10100 11000 10100 10010 10001",
+    "s": "01111 10000 10000 01110 00001 00001 11110",
+    "t": "11111 00100 00100 00100 00100 00100 00100",
+    "x": "10001 10001 01010 00100 01010 10001 10001",
+}
+_ANGLES = 720  # resolution of a silhouette's table
+_CHUNK = 16  # images rendered at a time, so that the working set stays in the cache
+_DIRECTIONS = {"west": (-1, 0), "east": (1, 0), "north": (0, -1), "south": (0, 1)}
+_DIRECTIONS |= {"left": (-1, 0), "right": (1, 0), "over": (0, -1), "under": (0, 1)}
+
+
+def _silhouettes() -> np.ndarray:
+    """Radius by angle (y down) of each class, [12, _ANGLES], in units of the body's radius."""
+    a = np.arange(_ANGLES) * (2 * np.pi / _ANGLES)
+    c, s = np.cos(a), np.sin(a)
+
+    def polygon(corners: int, turn: float) -> np.ndarray:
+        half = np.pi / corners
+        return np.cos(half) / np.cos((a - turn + half) % (2 * half) - half)
+
+    low, high = np.zeros_like(a), np.full_like(a, 2.0)  # heart: (r^2 - 1)^3 = r^5 cos^2 sin^3, y up, by bisection
+    for _ in range(50):
+        r = (low + high) / 2
+        outside = (r * r - 1) ** 3 > r**5 * c**2 * (-s) ** 3
+        low, high = np.where(outside, low, r), np.where(outside, r, high)
+    star = 1.12 / (1 + 1.35 * np.abs((a + np.pi / 2) / (2 * np.pi / 5) % 1 - 0.5).clip(0, 0.5) * -2 + 1.35)
+    cross = np.minimum(1.1 / np.maximum(np.abs(c), np.abs(s)), 0.36 / np.minimum(np.abs(c), np.abs(s)).clip(1e-9))
+    table = {
+        "disc": np.full_like(a, 0.92),
+        "oval": 1 / np.sqrt((c / 0.62) ** 2 + (s / 1.1) ** 2),
+        "drop": 0.8 + 0.35 * (-s).clip(0) ** 6 - 0.12 * (-s).clip(0) * (1 - (-s).clip(0)) * 4,
+        "square": 0.84 / np.maximum(np.abs(c), np.abs(s)),
+        "triangle": 1.15 * polygon(3, -np.pi / 2),
+        "diamond": 1.12 / (np.abs(c) * 1.25 + np.abs(s)),
+        "star": star,
+        "cross": cross,
+        "gear": np.where(np.sin(8 * a) > 0, 1.06, 0.74),
+        "heart": 0.9 * high,
+        "flower": 0.86 + 0.24 * np.cos(5 * (a + np.pi / 2)),
+        "leaf": 1 / np.sqrt((c / 1.14) ** 2 + (s / 0.56) ** 2) * (1 + 0.2 * np.abs(c) ** 8),
+    }
+    return np.stack([table[name] for name in CLASSES])
+
+
+@dataclass(frozen=True)
+class World:
+    """A world of images, fixed by its seed. Seed 0 is the shipped one.
+
+    Args:
+        seed: bends silhouettes, palette and alphabet where it is not 0.
+        px: side of an image in pixels; the scene is laid out on a 32 x 32 canvas whatever `px`.
+    """
+
+    seed: int = 0
+    px: int = 32
+
+    @functools.cached_property
+    def _tables(self) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng((2407, 20171, self.seed))
+        silhouettes = _silhouettes()
+        glyphs = np.stack([np.array([list(row) for row in g.split()], dtype=float) for g in _GLYPHS.values()])
+        hues = np.arange(6) / 6
+        if self.seed:
+            waves, bend, phase = rng.integers(2, 6, (12, 1)), rng.uniform(-0.12, 0.12, (12, 1)), rng.random((12, 1))
+            angle = np.arange(_ANGLES) / _ANGLES
+            silhouettes = silhouettes * (1 + bend * np.cos(2 * np.pi * (waves * angle + phase)))
+            hues = (rng.permutation(hues) + rng.random()) % 1
+            glyphs = rng.permutation(glyphs)
+        rgb = (np.abs((hues[:, None] + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3) - 1).clip(0, 1)
+        return {
+            "silhouettes": silhouettes,
+            "palette": 0.12 + 0.83 * rgb,  # [6, 3]
+            "glyphs": np.pad(glyphs, ((0, 0), (1, 1), (1, 1))),  # [6, 9, 7], a margin of one all round
+            "grain": rng.uniform(-0.035, 0.035, (32, self.px, self.px, 3)),
+        }
+
+    def render(self, scenes: np.ndarray) -> np.ndarray:
+        """Pictures of `scenes` [n] as uint8 [n, px, px, 3], the same bytes on every machine."""
+        parts = [self._render(scenes[i : i + _CHUNK]) for i in range(0, len(scenes), _CHUNK)]
+        return np.concatenate(parts) if parts else np.zeros((0, self.px, self.px, 3), np.uint8)
+
+    def _render(self, scenes: np.ndarray) -> np.ndarray:
+        t = self._tables
+        u = scenes["nuisance"].T[:, :, None, None]  # [NUISANCES, n, 1, 1]
+        grid = (np.arange(self.px) + 0.5) * (32 / self.px)
+        x, y = grid[None, None, :], grid[None, :, None]
+        soft = self.px / 32  # edges are one pixel wide at any resolution
+
+        def cover(distance):  # signed distance inside (canvas units) -> opacity
+            return (distance * soft + 0.5).clip(0, 1)
+
+        def paint(image, alpha, colour):
+            return image + alpha[..., None] * (colour - image)
+
+        def per(values, dtype=float):  # one number a scene, to broadcast over pixels
+            return np.asarray(values, dtype)[:, None, None]
+
+        # background: sky and ground meet at the horizon, high in the picture when seen from high
+        low = per(scenes["viewpoint"])
+        horizon = 6.5 + 17 * low + 3 * (u[0] - 0.5)
+        tone = 0.3 + 0.4 * u[1]
+        step = (0.13 + 0.1 * u[2]) * np.where(u[3] > 0.5, 1, -1)
+        tint = 0.16 * (u[4:7] - 0.5).transpose(1, 2, 3, 0)  # [n, 1, 1, 3]
+        ground = cover(y - horizon)
+        image = (tone - step + 2 * step * ground * np.ones_like(x))[..., None] + tint
+        for i in range(4):  # clutter
+            a, b, c = u[7 + 3 * i], u[8 + 3 * i], u[9 + 3 * i]
+            speck = cover(0.7 + 0.7 * c - np.hypot(x - 32 * a, y - 32 * b))
+            image = image + (speck * np.where(c > 0.5, 0.2, -0.2))[..., None]
+
+        # the body, in polar form around its centre
+        cx, cy = 16 + 2.4 * (u[19] - 0.5), 16 + 2.4 * (u[20] - 0.5)
+        radius, tilt = 6.9 + 1.6 * u[21], 0.3 * (u[22] - 0.5)
+        dx, dy = x - cx, y - cy
+        index = ((np.arctan2(dy, dx) + tilt) * (_ANGLES / (2 * np.pi))).astype(int) % _ANGLES
+        inside = radius * t["silhouettes"][per(scenes["class"], int), index] - np.hypot(dx, dy)
+        lit = per(scenes["state"]) == DETAILS["state"].index("lit")
+        glow = np.where(lit, 0.75, 0.0) * np.exp(-(-inside).clip(0) / 2.5)
+        image = paint(image, glow, np.array([1.0, 0.95, 0.75]))
+        colour = t["palette"][scenes["colour"]][:, None, None, :]
+
+        # tail: towards the bottom corner on `side`; the dots take the other one
+        side = np.where(u[23] > 0.5, 1.0, -1.0)
+        along = ((dx * side + dy) * 0.7071).clip(0, radius + 4.5)
+        off = np.hypot(dx - along * side * 0.7071, dy - along * 0.7071)
+        has_tail = per(scenes["presence"]) == DETAILS["presence"].index("with")
+        image = paint(image, cover(1.1 - off) * has_tail, 0.45 * colour)
+
+        wave = np.sin((dx * 0.8 + dy * 0.6) * 1.1 + 6.28 * u[24])
+        cross_wave = np.sin((dx * -0.6 + dy * 0.8) * 1.1 + 6.28 * u[25])
+        kind = per(scenes["structure"], int)
+        dark = np.select([kind == 1, kind == 2], [wave > 0, wave * cross_wave > 0], False)
+        image = paint(image, cover(inside), colour * np.where(dark, 0.45, 1.0)[..., None])
+
+        # the arrowhead on the body: which way it faces
+        way = np.array([_DIRECTIONS[v] for v in DETAILS["orientation"]], float)[scenes["orientation"]]
+        ahead, across = dx * per(way[:, 0]) + dy * per(way[:, 1]), dx * per(way[:, 1]) - dy * per(way[:, 0])
+        arrow = np.minimum(ahead + 1.9, (3.1 - ahead) * 0.5 - np.abs(across) * 0.87)
+        image = paint(image, cover(arrow + 0.9), 0.97)
+        image = paint(image, cover(arrow), 0.03)
+
+        # the ball beside the body, of any colour
+        way = np.array([_DIRECTIONS[v] for v in DETAILS["position"]], float)[scenes["position"]]
+        ball = 2.3 - np.hypot(dx - per(way[:, 0]) * (radius + 3.7), dy - per(way[:, 1]) * (radius + 3.7))
+        image = paint(image, cover(ball), 0.1)
+        image = paint(image, cover(ball - 0.8), t["palette"][(u[26, :, 0, 0] * 6).astype(int)][:, None, None, :])
+
+        # the sign with its letter, in a top corner
+        left, top = np.where(u[27] > 0.5, 24.0, 1.0) + 0.9 * (u[28] - 0.5), 1 + 0.9 * (u[29] - 0.5)
+        column, row = np.floor(x - left).astype(int), np.floor(y - top).astype(int)
+        on = (column >= 0) & (column < 7) & (row >= 0) & (row < 9)
+        ink = t["glyphs"][per(scenes["text"], int), row.clip(0, 8), column.clip(0, 6)]
+        image = np.where(on[..., None], (0.95 - 0.9 * ink)[..., None], image)
+
+        # one to four dots in the bottom corner away from the tail
+        first, bright = np.where(side > 0, 1.9, 20.6), np.where(tone + step > 0.5, 0.02, 0.98)
+        for i in range(4):
+            dot = 1.25 - np.hypot(x - first - 3.1 * i, y - 29.6)
+            image = paint(image, cover(dot) * (per(scenes["quantity"]) >= i), bright[..., None])
+
+        # light and grain
+        turn = 6.28 * u[30]
+        light = 1 + (0.2 * u[31] / 16) * ((x - 16) * np.cos(turn) + (y - 16) * np.sin(turn))
+        grain = t["grain"][(scenes["nuisance"][:, 31] * 32).astype(int)]
+        return ((image * light[..., None] + grain).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def write_pairs(folder: str | Path, world: World, per_pattern: int, seed: int) -> Path:
+    """Write minimal pairs in MMVP-VLM's layout: `Questions.csv` beside `MLLM_VLM Images/<type>/<id>.jpg`.
+
+    Ids run from 1; rows 2k-1 and 2k are one pair, the odd one being image 1. Returns `folder`.
+    """
+    folder = Path(folder)
+    rows = []
+    for number, (detail, pattern) in enumerate(PATTERNS.items()):
+        images = folder / "MLLM_VLM Images" / pattern
+        images.mkdir(parents=True, exist_ok=True)
+        scenes = draw_pairs(detail, per_pattern, (seed, number)).reshape(-1)
+        for scene, pixels in zip(scenes, world.render(scenes), strict=True):
+            statement = caption(scene, (detail,)).removeprefix("a photo of ")
+            rows.append((len(rows) + 1, pattern, statement))
+            Image.fromarray(pixels).save(images / f"{len(rows)}.jpg", quality=95, subsampling=0)
+    with open(folder / "Questions.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("Question ID", "Type", "Statement"), *rows])
+    return folder

@@ -1,0 +1,142 @@
+"""What the tiny models can do, measured once and shipped: how well the denoiser draws, how high P could rise.
+
+`python -m diva_lab.yardsticks quality` reads samples with a classifier of attributes that was trained on the world.
+`python -m diva_lab.yardsticks ceiling` tunes the visual tower alone, supervised, against the frozen text tower: the
+pair score per pattern after it is the ceiling of every unsupervised objective.
+"""
+
+import argparse
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diva_lab.denoisers import load_denoiser
+from diva_lab.encoders import Encoder, load_encoder, make_trainable
+from diva_lab.evaluation.intervals import wilson
+from diva_lab.evaluation.pairs import score_pairs
+from diva_lab.evaluation.world import world_pairs
+from diva_lab.machine import autocast
+from diva_lab.pretrain import Pool, Twins, clip_loss, fit
+from diva_lab.runs import DATA, environment
+from diva_lab.world import CLASSES, DETAILS, PATTERNS, World, captions, draw_scenes
+
+ATTRIBUTES = {"class": CLASSES, **DETAILS}
+
+
+class Classifier(nn.Module):
+    """Pictures [n, 3, 32, 32] in [0, 1] -> logits of every attribute, by name."""
+
+    def __init__(self):
+        super().__init__()
+        widths = (3, 32, 64, 128)
+        layers = [
+            layer
+            for a, b in pairwise(widths)
+            for layer in (nn.Conv2d(a, b, 3, 2 if a > 3 else 1, 1), nn.BatchNorm2d(b), nn.ReLU())
+        ]
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 64, 256), nn.ReLU())
+        self.heads = nn.ModuleDict({name: nn.Linear(256, len(values)) for name, values in ATTRIBUTES.items()})
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        hidden = self.trunk(images * 2 - 1)
+        return {name: head(hidden) for name, head in self.heads.items()}
+
+
+def train_classifier(world: World, seed: int = 0, steps: int = 1200) -> Classifier:
+    """A classifier of all attributes, trained on the world's own pictures."""
+    torch.manual_seed(seed)
+    model, pool = Classifier(), Pool(world, draw_scenes(60_000, (world.seed, 1)))
+
+    def loss_of(_: int, rng: np.random.Generator) -> Tensor:
+        index = rng.integers(len(pool.scenes), size=128)
+        with autocast():
+            logits = model(pool.at(index))
+        labels = {name: torch.from_numpy(pool.scenes[name][index].astype(int)) for name in ATTRIBUTES}
+        return sum(F.cross_entropy(logits[name].float(), labels[name]) for name in ATTRIBUTES)
+
+    fit(f"classifier-{world.seed}-{seed}", {"model": model}, loss_of, steps, 2e-3, seed, decay=0.99)
+    model.train()  # the running statistics belong to the raw weights: take them anew for the averaged ones
+    with torch.no_grad():
+        for part in np.arange(4096).reshape(-1, 256):
+            model(pool.at(part))
+    return model.eval()
+
+
+@torch.no_grad()
+def read_attributes(model: Classifier, images: Tensor) -> dict[str, np.ndarray]:
+    """The value that the classifier reads of every attribute, [n] each."""
+    return {name: logits.argmax(1).numpy() for name, logits in model(images).items()}
+
+
+def sample_quality(
+    world: World, n: int = 512, guidance: float = 2.0, seed: int = 0
+) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
+    """Share of samples in which the classifier reads what the full caption asked for.
+
+    Returns a row per attribute (share, its Wilson interval, n, and the classifier's own accuracy on pictures of the
+    world), the samples as uint8 [n, px, px, 3], and their captions.
+    """
+    model, denoiser = train_classifier(world), load_denoiser("tiny")
+    scenes = draw_scenes(n, (world.seed, 6, seed))
+    texts = captions(scenes, 1.0, np.random.default_rng(seed))
+    with autocast():
+        parts = [denoiser.sample(texts[i : i + 128], guidance, seed=seed + i) for i in range(0, n, 128)]
+    images = torch.cat(parts).float()
+    test = draw_scenes(2000, (world.seed, 2))
+    own = read_attributes(model, Pool(world, test).at(np.arange(len(test))))
+    rows = []
+    for name, read in read_attributes(model, images).items():
+        hits = int((read == scenes[name]).sum())
+        low, high = wilson(hits, n)
+        accuracy = float((own[name] == test[name]).mean())
+        rows.append({"attribute": name, "share": hits / n, "low": low, "high": high, "n": n, "classifier": accuracy})
+    return pd.DataFrame(rows), (images * 255).round().byte().permute(0, 2, 3, 1).numpy(), texts
+
+
+def supervised_ceiling(world: World, seed: int = 0, steps: int = 600, lr: float = 3e-4) -> tuple[Encoder, pd.DataFrame]:
+    """Tune all visual weights on minimal pairs with their captions; a row per detail: score before and after."""
+    encoder, twins = load_encoder("tiny"), Twins(world)
+    scores = {"before": score_pairs(encoder, world_pairs(world))}
+    make_trainable(encoder, rank=0)
+
+    def loss_of(_: int, rng: np.random.Generator) -> Tensor:
+        images, texts = twins.draw(128, 0.15, rng)
+        with autocast():
+            image = encoder.encode_image(images)
+        return clip_loss(image, encoder.encode_text(texts), encoder.model.logit_scale)
+
+    fit(
+        f"ceiling-{world.seed}-{seed}", {"visual": encoder.model.visual, "proj": encoder.proj}, loss_of, steps, lr, seed
+    )
+    scores["after"] = score_pairs(encoder, world_pairs(world))
+    table = pd.DataFrame({name: score.groupby("pattern")["correct"].mean() for name, score in scores.items()})
+    return encoder, table.loc[list(PATTERNS.values())].set_index(pd.Index(DETAILS, name="detail")).reset_index()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("quality", "ceiling"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    facts = {"seed": args.seed, "git": environment()["git"]}
+    if args.what == "quality":
+        table, *_ = sample_quality(World(), guidance=args.guidance, seed=args.seed)
+        table = table.assign(guidance=args.guidance, **facts)
+        path = DATA / "tiny" / "diffusion" / "quality.csv"
+    else:
+        table = supervised_ceiling(World(), args.seed)[1].assign(**facts)
+        path = DATA / "results" / "ceiling.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.round(5).to_csv(path, index=False)
+    print(table.round(3).to_string(index=False), f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What is skipped is printed, and must be what tests/skips.txt says.
+
+Each line of that file is `test id | reason`. A line that begins with `cuda: ` holds only where there is no CUDA device.
+"""
+
+from pathlib import Path
+
+import pytest
+
+SKIPS = Path(__file__).with_name("skips.txt")
+NO_CUDA = "no CUDA device"
+ran: set[str] = set()
+skipped: dict[str, str] = {}
+
+
+def has_cuda() -> bool:
+    import torch  # not above: jaxtyping's hook has to come first
+
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("cuda")]
+    if marked and not has_cuda():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=NO_CUDA))
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    pytest_runtest_logreport(report)  # a module that skips itself
+
+
+def pytest_runtest_logreport(report: pytest.TestReport | pytest.CollectReport) -> None:
+    ran.add(report.nodeid)
+    if report.skipped and not hasattr(report, "wasxfail"):
+        skipped[report.nodeid] = str(report.longrepr[2]).removeprefix("Skipped: ")
+
+
+def expected_skips() -> dict[str, str]:
+    """Test id -> reason, for this machine and the tests of this session."""
+    expected = {}
+    for line in SKIPS.read_text().splitlines() if SKIPS.exists() else []:
+        if line.strip() and not line.startswith("#"):
+            test, _, reason = line.removeprefix("cuda: ").partition(" | ")
+            if test in ran and not (line.startswith("cuda: ") and has_cuda()):
+                expected[test] = reason
+    return expected
+
+
+def complaints() -> list[str]:
+    expected = expected_skips()
+    lines = [f"skipped, but not in tests/skips.txt: {t} | {r}" for t, r in skipped.items() if t not in expected]
+    lines += [f"in tests/skips.txt, but not skipped: {t} | {r}" for t, r in expected.items() if t not in skipped]
+    lines += [
+        f"skipped for another reason than in tests/skips.txt: {t} | {skipped[t]} (expected: {r})"
+        for t, r in expected.items()
+        if t in skipped and skipped[t] != r
+    ]
+    return lines
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if exitstatus == 0 and complaints():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.section("skipped tests")
+    for test, reason in sorted(skipped.items()):
+        terminalreporter.line(f"{test} | {reason}")
+    wrong = complaints()
+    for line in wrong:
+        terminalreporter.line(f"ERROR: {line}", red=True)
+    if not wrong:
+        terminalreporter.line(f"{len(skipped)} skipped, as tests/skips.txt says")

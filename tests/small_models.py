@@ -1,0 +1,53 @@
+"""Small random models in the real on-disk formats, for tests: an open_clip folder and a Stable Diffusion folder."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diva_lab.pretrain import CONTEXT, clip_config, save_tokenizer
+from diva_lab.world import World
+
+
+def write_clip(folder: Path, seed: int = 0) -> Path:
+    """A two-layer open_clip model of width 64 with its tokenizer, as `local-dir:` reads it."""
+    folder.mkdir(parents=True)
+    save_tokenizer(folder)
+    config = clip_config(World(), len(CLIPTokenizer.from_pretrained(folder)))
+    config["model_cfg"]["embed_dim"] = 48
+    config["model_cfg"]["vision_cfg"] |= {"layers": 2, "width": 64}
+    config["model_cfg"]["text_cfg"] |= {"layers": 1, "width": 32, "heads": 2}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(seed)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def write_diffusion(folder: Path, seed: int = 0, prediction_type: str = "epsilon") -> Path:
+    """A Stable Diffusion folder of a few thousand weights: 32 px, latents 4 x 8 x 8."""
+    torch.manual_seed(seed)
+    save_tokenizer(folder / "tokenizer")
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8), latent_channels=4, norm_num_groups=4, sample_size=32, scaling_factor=0.5,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24, attention_head_dim=2, norm_num_groups=8,
+    ).save_pretrained(folder / "unet")  # fmt: skip
+    CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(CLIPTokenizer.from_pretrained(folder / "tokenizer")), hidden_size=24, intermediate_size=48,
+            num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=CONTEXT,
+        )
+    ).save_pretrained(folder / "text_encoder")  # fmt: skip
+    DDPMScheduler(
+        1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
+    ).save_pretrained(folder / "scheduler")
+    return folder

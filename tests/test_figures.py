@@ -1,0 +1,266 @@
+import io
+import subprocess
+import sys
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from PIL import Image
+
+from diva_lab import figures
+from diva_lab.world import DETAILS, PATTERNS
+
+matplotlib.use("agg")
+RNG = np.random.default_rng(0)
+N = 60
+
+
+def report(score: float) -> dict[str, float]:
+    rows = {f"pairs/{name}": (score, score - 0.05, score + 0.04) for name in (*DETAILS, "mean")}
+    flat = {f"{key}{end}": value[i] for key, value in rows.items() for i, end in enumerate(("", "/low", "/high"))}
+    return flat | {"probe/mean": score, "zeroshot": 0.9, "nmi": 0.7, "acc": 0.6, "ari": 0.5}
+
+
+REPORTS = pd.DataFrame([report(0.3), report(0.5)], index=["none", "dcr"])
+CEILING = pd.DataFrame({"detail": list(DETAILS), "before": 0.25, "after": np.linspace(0.5, 0.9, 9)})
+METRICS = pd.DataFrame({"step": np.arange(N), "loss": 2.0, "rec": 0.03, "con": 1.97, "cos": RNG.normal(0, 0.1, N)})
+METRICS = METRICS.assign(norm_con=30.0, norm_rec=0.01, **{"cos/stem": 0.2, "cos/block0": -0.1, "cos/head": 0.0})
+RECOVERED = pd.DataFrame({"condition": ["global"] * 3, "t": [50, 150, 250], "recovered": [0.2, 0.5, 0.4]})
+RECOVERED = RECOVERED.assign(low=RECOVERED["recovered"] - 0.1, high=RECOVERED["recovered"] + 0.1)
+PATHS = pd.DataFrame(
+    [
+        {"objective": name, "seed": seed, "step": step, "zeroshot": 0.9 - step / 1e3, "pairs/mean": 0.3 + gain * step}
+        for name, gain in (("diva", 1e-3), ("dcr", 2e-3))
+        for seed in (0, 1)
+        for step in (0, 10, 20)
+    ]
+).assign(**{"probe/mean": 0.5})
+DIFFERENCES = pd.DataFrame(
+    [("dcr", "pairs/mean", 0.04, 0.01, 0.07), ("diva", "pairs/mean", 0.02, -0.01, 0.05),
+     ("dcr", "nmi", 0.01, np.nan, np.nan)],
+    columns=["objective", "measure", "difference", "low", "high"],
+)  # fmt: skip
+PAIRS = pd.DataFrame(
+    {"pattern": list(PATTERNS.values())[:2], "statement_1": "a red disc", "statement_2": "a blue disc"}
+)
+PICTURES = RNG.integers(0, 256, (2, 2, 8, 8, 3), dtype=np.uint8)
+SCORES = {
+    "none": pd.DataFrame({"t1i1": [0.3, 0.3], "t1i2": [0.2, 0.3], "t2i1": [0.2, 0.1], "t2i2": [0.1, 0.2]}),
+    "dcr": pd.DataFrame({"t1i1": [0.3, 0.1], "t1i2": [0.2, 0.3], "t2i1": [0.1, 0.1], "t2i2": [0.2, 0.2]}),
+}
+QUALITY = pd.DataFrame({"attribute": ["class", *DETAILS], "share": 0.8, "low": 0.75, "high": 0.84, "n": 200})
+
+DRAWN = {
+    "image_grid": lambda source="": figures.image_grid(PICTURES[0], ["one", "two"], source=source),
+    "minimal_pairs": lambda source="": figures.minimal_pairs(PAIRS, PICTURES, SCORES, source),
+    "drawn_attributes": lambda source="": figures.drawn_attributes(QUALITY, {"class": 0.8}, source),
+    "pair_scores": lambda source="": figures.pair_scores(REPORTS, CEILING, source),
+    "radar": lambda source="": figures.radar(REPORTS, CEILING, source),
+    "recovered_fraction": lambda source="": figures.recovered_fraction(
+        RECOVERED, RECOVERED.rename(columns={"t": "step"}), source
+    ),
+    "loss_curves": lambda source="": figures.loss_curves({"naive": METRICS}, source=source),
+    "trade_off": lambda source="": figures.trade_off(PATHS, source=source),
+    "objective_differences": lambda source="": figures.objective_differences(DIFFERENCES, source),
+    "conflict_histogram": lambda source="": figures.conflict_histogram(
+        METRICS["cos"].to_numpy(), (0.5, 0.4, 0.6), METRICS["cos"].to_numpy(), source=source
+    ),
+    "conflict_over_steps": lambda source="": figures.conflict_over_steps(METRICS, source=source),
+    "conflict_by_block": lambda source="": figures.conflict_by_block(METRICS, source=source),
+    "term_norms": lambda source="": figures.term_norms(METRICS, source=source),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_figure_left_open():
+    yield
+    plt.close("all")
+
+
+def texts(fig: Figure) -> str:
+    return "\n".join(text.get_text() for text in fig.findobj(matplotlib.text.Text))
+
+
+def lines(ax, colour: str) -> list[np.ndarray]:
+    return [line.get_xydata() for line in ax.lines if to_hex(line.get_color()) == colour.lower()]
+
+
+def test_figures_know_no_torch():
+    code = "import sys, diva_lab.figures; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_every_figure_is_a_figure_of_one_width_with_its_source_under_it(name):
+    fig = DRAWN[name]("run dcr-s0 · git abc")
+    assert isinstance(fig, Figure)
+    assert fig.get_figwidth() == figures.WIDTH
+    (source,) = (text for text in fig.texts if text.get_gid() == "source")
+    assert source.get_text() == "run dcr-s0 · git abc"
+    assert not any(text.get_gid() == "source" for text in DRAWN[name]().texts)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_every_figure_is_saved_small_and_to_the_same_bytes_each_time(name, tmp_path):
+    first, second = (figures.save(DRAWN[name](), tmp_path / "new" / f"{i}.png").read_bytes() for i in range(2))
+    assert first == second
+    assert len(first) < 60_000
+
+
+def test_the_style_stays_inside_the_figures():
+    before = dict(matplotlib.rcParams)
+    DRAWN["pair_scores"]()
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_each_objective_has_a_colour_and_a_marker_of_its_own():
+    assert set(figures.COLOURS) == {"none", "perturb-norm", "perturb-drift", "diva", "contrastive", "naive", "dcr"}
+    assert len(set(figures.COLOURS.values())) == len(set(figures.MARKERS.values())) == 7
+
+
+def test_a_palette_of_256_colours_keeps_the_worlds_hues():
+    hues = np.array([(242, 31, 31), (242, 242, 31), (31, 242, 31), (31, 242, 242), (31, 31, 242), (242, 31, 242)])
+    noise = RNG.integers(-8, 9, (6, 32, 32, 3))
+    fig = figures.image_grid((hues[:, None, None] + noise).clip(0, 255).astype(np.uint8), [""] * 6)
+    fig.savefig(buffer := io.BytesIO(), format="png")
+    pixels = np.asarray(Image.open(buffer).convert("RGB")).reshape(-1, 3).astype(int)
+    for hue in hues:
+        near = pixels[np.abs(pixels - hue).max(axis=1) <= 12]
+        assert len(near) > 1000
+        assert np.abs(near.mean(axis=0) - hue).max() < 4
+
+
+def test_a_missing_column_is_named():
+    with pytest.raises(KeyError, match="cos; it has step"):
+        figures.conflict_over_steps(METRICS[["step"]])
+    with pytest.raises(KeyError, match="norm_<term>"):
+        figures.term_norms(METRICS[["step", "loss"]])
+
+
+def test_the_image_grid_shows_every_image_over_its_caption():
+    fig = figures.image_grid(PICTURES.reshape(4, 8, 8, 3), list("abcd"), columns=3)
+    shown = [ax for ax in fig.axes if ax.images]
+    assert [ax.get_xlabel() for ax in shown] == list("abcd")
+    for ax, pixels in zip(shown, PICTURES.reshape(4, 8, 8, 3), strict=True):
+        assert np.array_equal(ax.images[0].get_array(), pixels)
+    with pytest.raises(ValueError, match="4 images, but 1 captions"):
+        figures.image_grid(PICTURES.reshape(4, 8, 8, 3), ["a"])
+
+
+def test_minimal_pairs_tick_what_the_rule_says_and_a_tie_chooses_image_2():
+    fig = figures.minimal_pairs(PAIRS, PICTURES, SCORES)
+    ticks = [[t.get_text() for t in ax.texts if t.get_text() in "✓✗"] for ax in fig.axes if len(ax.patches) == 4]
+    none_1, dcr_1, none_2, dcr_2 = ticks
+    assert (none_1, none_2) == (["✓", "✗"], ["✗", "✓"])  # the second pair: a tie for text 1
+    assert (dcr_1, dcr_2) == (["✓", "✓", "✓"], ["✗", "✓"])
+    assert "none (original): 0 of 2" in texts(fig)
+    assert "DCR: 1 of 2" in texts(fig)
+
+
+def test_minimal_pairs_refuses_scores_of_other_pairs():
+    with pytest.raises(ValueError, match="1 scored by dcr"):
+        figures.minimal_pairs(PAIRS, PICTURES, SCORES | {"dcr": SCORES["dcr"][:1]})
+
+
+def test_pair_scores_carry_values_intervals_and_ceiling():
+    ax = figures.pair_scores(REPORTS, CEILING).axes[0]
+    for container, score in zip(ax.containers, (0.3, 0.5), strict=True):
+        points, _, (bars,) = container.lines
+        assert points.get_xdata() == pytest.approx(np.full(10, score))
+        ends = np.array(bars.get_segments())[:, :, 0]
+        assert ends == pytest.approx(np.tile([score - 0.05, score + 0.04], (10, 1)))
+    (ceiling,) = (c for c in ax.collections if c.get_label() == "supervised ceiling")
+    drawn = np.array(ceiling.get_segments())[:, 0, 0]
+    assert drawn == pytest.approx([*CEILING["after"], CEILING["after"].mean()])
+
+
+def test_the_radar_closes_each_line_and_draws_the_ceiling():
+    ax = figures.radar(REPORTS, CEILING).axes[0]
+    drawn = {line.get_label(): line.get_ydata() for line in ax.lines}
+    assert drawn["DCR"] == pytest.approx(np.full(10, 0.5))
+    assert drawn["supervised ceiling"] == pytest.approx([*CEILING["after"], CEILING["after"][0]])
+
+
+def test_the_recovered_fraction_is_drawn_in_the_order_of_the_timesteps():
+    ax = figures.recovered_fraction(RECOVERED.sample(frac=1, random_state=0)).axes[0]
+    (curve,) = (line.get_xydata() for line in ax.lines if len(line.get_xdata()) == 3)
+    assert curve == pytest.approx(RECOVERED[["t", "recovered"]].to_numpy())
+
+
+def test_loss_curves_show_every_step_and_the_running_mean():
+    table = METRICS[["step", "loss"]].assign(dcr=np.arange(N, dtype=float), loss=np.arange(N, dtype=float))
+    every, mean = lines(figures.loss_curves({"dcr": table}, window=4).axes[0], figures.COLOURS["dcr"])
+    assert every == pytest.approx(table[["step", "dcr"]].to_numpy())
+    assert mean[3:, 1] == pytest.approx(np.arange(3, N) - 1.5)
+
+
+def test_the_running_mean_waits_for_half_of_its_window():
+    mean = figures.running_mean(np.arange(1.0, 7.0), 4)
+    assert mean == pytest.approx([np.nan, 1.5, 2, 2.5, 3.5, 4.5], nan_ok=True)
+
+
+def test_the_trade_off_goes_from_before_to_the_mean_of_the_last_step():
+    ax = figures.trade_off(PATHS, [("zeroshot", "pairs/mean")]).axes[0]
+    ends = {line.get_label(): line.get_xydata()[-1] for line in ax.lines if not line.get_label().startswith("_")}
+    assert ends["DIVA"] == pytest.approx([0.88, 0.32])
+    assert ends["DCR"] == pytest.approx([0.88, 0.34])
+    assert ends["before"] == pytest.approx([0.9, 0.3])
+
+
+def test_differences_are_in_points_hollow_where_undecided_and_without_an_interval_for_one_seed():
+    fig = figures.objective_differences(DIFFERENCES)
+    assert "+4.0 [+1.0, +7.0]" in texts(fig)
+    assert "+2.0 [\N{MINUS SIGN}1.0, +5.0]" in texts(fig)
+    assert "+1.0" in texts(fig).splitlines()
+    dots = {to_hex(line.get_color()): line for line in fig.axes[0].lines if len(line.get_xdata()) == 1}
+    assert to_hex(dots[figures.COLOURS["dcr"].lower()].get_markerfacecolor()) == figures.COLOURS["dcr"].lower()
+    assert dots[figures.COLOURS["diva"].lower()].get_markerfacecolor() == "white"
+
+
+def test_the_histograms_counts_sum_to_the_number_of_steps_and_no_bar_has_both_signs():
+    cosines = METRICS["cos"].to_numpy()
+    ax = figures.conflict_histogram(cosines, (0.5, 0.4, 0.6)).axes[0]
+    bars = [bar for bar in ax.patches if bar.get_height()]
+    assert sum(bar.get_height() for bar in bars) == N
+    negative = [bar for bar in bars if to_hex(bar.get_facecolor()) == figures.WRONG.lower()]
+    assert sum(bar.get_height() for bar in negative) == (cosines < 0).sum()
+    assert all(bar.get_x() + bar.get_width() <= 1e-9 for bar in negative)
+
+
+def test_the_histogram_states_the_rate_its_interval_and_the_effect_size():
+    cosines = METRICS["cos"].to_numpy()
+    said = texts(figures.conflict_histogram(cosines, (0.54, 0.45, 0.63)))
+    assert "negative in 54 % of 60 steps\n95 % interval 45 to 63 %" in said
+    assert f"{cosines.mean() / cosines.std(ddof=1):+.2f}".replace("-", "\N{MINUS SIGN}") in said
+
+
+def test_cosines_over_steps_are_all_there_with_their_running_mean():
+    ax = figures.conflict_over_steps(METRICS, window=10).axes[0]
+    assert np.asarray(ax.collections[0].get_offsets()) == pytest.approx(METRICS[["step", "cos"]].to_numpy())
+    mean = ax.lines[0].get_ydata()
+    assert mean[9:] == pytest.approx(METRICS["cos"].rolling(10).mean()[9:].to_numpy())
+
+
+def test_the_heat_map_has_a_row_a_block_and_stretches_of_steps_that_average_to_the_whole():
+    fig = figures.conflict_by_block(METRICS.assign(**{"cos/stem": METRICS["cos"]}), bins=12)
+    cells = fig.axes[0].images[0].get_array()
+    assert cells.shape == (3, 12)
+    assert cells[0].mean() == pytest.approx(METRICS["cos"].mean())
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["stem", "block0", "head"]
+
+
+def test_norms_are_drawn_on_a_logarithmic_axis():
+    ax = figures.term_norms(METRICS).axes[0]
+    assert ax.get_yscale() == "log"
+    assert sorted({float(line.get_ydata()[-1]) for line in ax.lines}) == pytest.approx([0.01, 30.0])
+
+
+def test_the_trace_names_the_runs_the_git_sha_and_the_versions():
+    environment = {"git": "0123456789ab", "versions": {"torch": "2.11.0", "numpy": "2.3"}}
+    assert (
+        figures.trace(environment, "tune-dcr-s0", "seed 0") == "tune-dcr-s0 · seed 0 · git 0123456789ab · torch 2.11.0"
+    )

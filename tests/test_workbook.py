@@ -1,0 +1,225 @@
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from diva_lab.runs import Run
+from diva_lab.workbook import COLUMNS, MEASURES, declared, main, select, summary
+from diva_lab.world import DETAILS
+
+
+def write_run(
+    root: Path,
+    objective: str,
+    seed: int,
+    zeroshot: float = 0.9,
+    cos: list[float] | None = None,
+    seconds: tuple[float, ...] = (1.0, 3.0, 4.0, 9.0),
+    tag: str = "",
+    done: bool = True,
+    **settings: object,
+) -> Run:
+    """A run's folder, written by hand; evaluated at step 0 and after as many steps as there are `seconds`."""
+    run = Run(root / f"tune-{objective}-s{seed}{tag}")
+    run.folder.mkdir(parents=True)
+    settings = {"stage": "tune", "objective": objective, "seed": seed} | settings
+    (run.folder / "settings.json").write_text(json.dumps(settings))
+    rows = [{"step": i, "loss": 1.0, "seconds": s} for i, s in enumerate(seconds)]
+    for row, value in zip(rows, cos or [], strict=False):
+        row["cos"] = value
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {name: 0.5 for name in MEASURES} | {"pairs/colour/low": 0.4}
+    records = [{"step": 0} | values, {"step": len(rows)} | values | {"zeroshot": zeroshot}]
+    (run.folder / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    if done:
+        (run.folder / "done").touch()
+    return run
+
+
+# --- summary ----------------------------------------------------------------------------------------------------
+
+
+def test_summary_has_one_row_per_objective_and_seed_in_a_fixed_order_with_fixed_columns(tmp_path):
+    for objective, seed in [("dcr", 1), ("dcr", 0), ("perturb-norm", 0), ("diva", 0), ("none", 0)]:
+        write_run(tmp_path, objective, seed)
+    table = summary(tmp_path)
+    assert list(table.columns) == COLUMNS
+    assert [*zip(table["objective"], table["seed"], strict=True)] == [
+        ("none", 0),
+        ("diva", 0),
+        ("dcr", 0),
+        ("dcr", 1),
+        ("perturb-norm", 0),
+    ]
+    assert len(DETAILS) == 9 and table[[f"pairs/{name}" for name in DETAILS]].eq(0.5).all(axis=None)
+
+
+def test_summary_reports_the_last_evaluation_and_the_steps_before_it(tmp_path):
+    run = write_run(tmp_path, "dcr", 0, zeroshot=0.7)
+    row = summary(tmp_path).iloc[0]
+    assert row["zeroshot"] == 0.7 and row["steps"] == 4 and row["run"] == run.id
+
+
+def test_the_conflict_rate_is_the_share_of_negative_cosines_and_unknown_where_there_is_one_gradient(tmp_path):
+    write_run(tmp_path, "naive", 0, cos=[-0.1, 0.2, -0.3, -0.4])
+    write_run(tmp_path, "dcr", 0)
+    rates = summary(tmp_path).set_index("objective")["conflict_rate"]
+    assert rates["naive"] == 0.75 and np.isnan(rates["dcr"])
+
+
+def test_steps_at_which_no_cosine_was_taken_do_not_count_in_the_conflict_rate(tmp_path):
+    write_run(tmp_path, "naive", 0, cos=[-0.1, 0.2])
+    assert summary(tmp_path)["conflict_rate"].item() == 0.5
+
+
+def test_seconds_per_step_is_the_median_difference(tmp_path):
+    write_run(tmp_path, "dcr", 0, seconds=(10.0, 12.0, 13.0, 19.0))
+    assert summary(tmp_path)["seconds_per_step"].item() == 2.0
+
+
+def test_a_run_of_no_steps_has_a_row(tmp_path):
+    write_run(tmp_path, "none", 0, seconds=())
+    row = summary(tmp_path).iloc[0]
+    assert row["steps"] == 0 and row["zeroshot"] == 0.9 and np.isnan(row["seconds_per_step"])
+
+
+def test_unfinished_runs_and_those_of_stage_one_have_no_row(tmp_path):
+    write_run(tmp_path, "dcr", 0, done=False)
+    write_run(tmp_path, "diva", 0, stage="align")
+    write_run(tmp_path, "perturb-drift", 0, stage="perturb")
+    assert summary(tmp_path)["objective"].tolist() == ["perturb-drift"]
+
+
+def test_of_several_runs_of_one_objective_and_seed_the_longest_that_was_evaluated_is_shown(tmp_path):
+    write_run(tmp_path, "dcr", 0, tag="-a", seconds=(1.0, 2.0))
+    long = write_run(tmp_path, "dcr", 0, tag="-b", seconds=(1.0, 2.0, 3.0))
+    write_run(tmp_path, "dcr", 0, tag="-c", seconds=(1.0, 2.0, 3.0))
+    blind = write_run(tmp_path, "dcr", 0, tag="-d", seconds=(1.0,) * 9)
+    (blind.folder / "evaluations.jsonl").unlink()
+    assert summary(tmp_path)["run"].tolist() == [long.id]
+
+
+def test_a_folder_without_runs_gives_an_empty_table_with_the_same_columns(tmp_path):
+    table = summary(tmp_path)
+    assert len(table) == 0 and list(table.columns) == COLUMNS
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def write_notebook(folder: Path, name: str, *sources: str, parameters: str = "") -> None:
+    cells = [nbformat.v4.new_markdown_cell(f"# The question of {name}\n\nProse with <b>stress</b>.")]
+    if parameters:
+        cells.append(nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}))
+    cells += [nbformat.v4.new_code_cell(source) for source in sources]
+    folder.mkdir(exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / name)
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    """Three notebooks: one without parameters that draws, one that makes a run, one that only prints."""
+    for name in ("MPLBACKEND", "JUPYTER_PREFER_ENV_PATH"):  # main() sets them: put them back afterwards
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    folder = tmp_path / "notebooks"
+    write_notebook(folder, "00_draw.ipynb", "import matplotlib.pyplot as plt", "plt.plot([0, 1])\nplt.show()")
+    write_notebook(
+        folder,
+        "01_train.ipynb",
+        "import sys\nfrom pathlib import Path\nprint('here:', Path.cwd().name)",
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_workbook import write_run",
+        "for seed in seeds:\n    write_run(Path(runs_root), 'dcr', seed, seconds=(1.0,) * steps, images=images)",
+        parameters='runs_root = ""\nimages = "world"\nseeds = [0]\nsteps = 2',
+    )
+    write_notebook(folder, "02_print.ipynb", "print('seen', steps)", parameters="steps = 5")
+    return folder
+
+
+def test_the_notebooks_run_in_order_and_leave_notebooks_summary_and_report(notebooks, tmp_path, capsys):
+    out = tmp_path / "out"
+    code = main(["--out", str(out), "--seeds", "0,3", "--steps", "3"], notebooks)
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert printed.splitlines()[-2:] == [str(out / "summary.csv"), str(out / "report.html")]
+    assert "here: notebooks" in printed and "seen 3" in printed
+    assert [path.name for path in select(out, None)] == ["00_draw.ipynb", "01_train.ipynb", "02_print.ipynb"]
+    table = pd.read_csv(out / "summary.csv")
+    assert table["seed"].tolist() == [0, 3] and table["steps"].tolist() == [3, 3]
+    assert list(table.columns) == COLUMNS
+
+    page = (out / "report.html").read_text()
+    assert "data:image/png;base64," in page and "seen 3" in page and "The question of 01_train" in page
+    assert "write_run" not in page, "the report shows code"
+    assert not re.search(r"<script|<link|@import|url\(|(src|href)=.https?:", page), "the report needs the network"
+
+
+def test_a_failing_notebook_ends_the_run_and_what_was_written_stays(notebooks, tmp_path, capsys):
+    write_notebook(notebooks, "01_train.ipynb", "print('before')", "raise RuntimeError('no luck')")
+    out = tmp_path / "out"
+    assert main(["--out", str(out)], notebooks) == 1
+    printed = capsys.readouterr()
+    assert "FAILED: 01_train.ipynb" in printed.err and "RuntimeError: no luck" in printed.err
+    assert "02_print" not in printed.out
+    assert printed.out.splitlines()[-1] == str(out / "report.html")
+    page = (out / "report.html").read_text()
+    assert "data:image/png" in page and "before" in page and "no luck" in page
+    assert "failed</span>" in page and pd.read_csv(out / "summary.csv").empty
+
+
+def test_an_ill_typed_parameter_fails_with_the_notebooks_own_error(notebooks, tmp_path, capsys):
+    check = "from diva_lab.parameters import check_parameters\ncheck_parameters(globals(), seeds=int)"
+    write_notebook(notebooks, "03_check.ipynb", check, parameters="seeds = 1")
+    assert main(["--out", str(tmp_path / "out"), "--only", "03", "--seeds", "1,2"], notebooks) == 1
+    assert "seeds=[1, 2]: expected int, got list" in capsys.readouterr().err
+
+
+def test_only_the_notebooks_asked_for_run(notebooks, tmp_path):
+    assert main(["--out", str(tmp_path / "out"), "--only", "02"], notebooks) == 0
+    assert [path.name for path in select(tmp_path / "out", None)] == ["02_print.ipynb"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--images", "nowhere"], "nowhere"),
+        (["--images", "nowhere/*.tar"], "no such tar"),
+        (["--images", "world:x"], "world:SEED"),
+        (["--seeds", "one"], "whole numbers like 0,1,2"),
+        (["--steps", "ten"], "positive whole number"),
+        (["--steps", "0"], "positive whole number"),
+        (["--only", "07"], "expected one of 00, 01, 02"),
+        (["--only", "00", "--steps", "3"], "none of these notebooks has the parameter 'steps'"),
+    ],
+)
+def test_bad_arguments_are_refused_by_one_error_before_any_notebook_runs(notebooks, tmp_path, capsys, argv, message):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        main(["--out", str(out), *argv], notebooks)
+    assert stop.value.code == 2 and not out.exists()
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_folder_of_pictures_reaches_the_notebooks_by_its_absolute_path(notebooks, tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "photos" / "a.png")
+    monkeypatch.chdir(tmp_path)
+    assert main(["--out", "out", "--only", "01", "--images", "photos"], notebooks) == 0
+    (settings,) = (tmp_path / "out").glob("*/settings.json")
+    assert json.loads(settings.read_text())["images"] == str(tmp_path / "photos")
+
+
+def test_a_folder_without_pictures_is_refused(notebooks, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path / "out"), "--images", str(notebooks)], notebooks)
+    assert "no picture" in capsys.readouterr().err
+
+
+def test_declared_parameters_are_those_of_the_tagged_cell(notebooks):
+    names = [declared(path) for path in select(notebooks, None)]
+    assert names == [set(), {"runs_root", "images", "seeds", "steps"}, {"steps"}]
