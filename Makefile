@@ -8,6 +8,8 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export IMAGES SEEDS STEPS
 
 NBVAL := -p no:python --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+# a finished run is never repeated: a folder of its own makes the notebooks train anew
+FRESH = export DIVA_LAB_RUNS=$$(mktemp -d) && trap 'rm -rf "$$DIVA_LAB_RUNS" notebooks/live.ipynb' EXIT
 NBSTRIPOUT := --keep-output --keep-count --keep-id --extra-keys \
     "metadata.papermill cell.metadata.papermill metadata.widgets metadata.language_info.version"
 
@@ -17,7 +19,7 @@ NBSTRIPOUT := --keep-output --keep-count --keep-id --extra-keys \
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-run: $(INSTALLED) ## run the notebooks into runs/ID: report.html, summary.csv [IMAGES=folder_or_tars SEEDS=0,1,2 STEPS=n]
+run: $(INSTALLED) ## run the notebooks into runs/ID: report.html, summary.csv [IMAGES=folder_or_tars SEEDS=3 STEPS=n]
 	@$(BIN)/python -m diva_lab.workbook \
 	    $${IMAGES:+--images "$$IMAGES"} $${SEEDS:+--seeds "$$SEEDS"} $${STEPS:+--steps "$$STEPS"}
 
@@ -26,17 +28,21 @@ test: $(INSTALLED) ## lint, unit and property tests, then every notebook; lists 
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --jaxtyping-packages=diva_lab,beartype.beartype
-	$(BIN)/python -m pytest $(NBVAL) notebooks
+	$(FRESH) && $(BIN)/python -m pytest $(NBVAL) notebooks
 
 lab: $(INSTALLED) ## open the notebooks in JupyterLab [ARGS=...]
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks $(ARGS)
 
 figures: $(INSTALLED) ## run the notebooks in place: their committed outputs and figures/ are made anew
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/[0-9][0-9]_*.ipynb
-	$(BIN)/nbstripout $(NBSTRIPOUT) notebooks/[0-9][0-9]_*.ipynb
+	@$(FRESH); set -e; for notebook in notebooks/[0-9][0-9]_*.ipynb; do \
+	    sed 's/save_figures = False/save_figures = True/' $$notebook >notebooks/live.ipynb; \
+	    $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/live.ipynb; \
+	    $(BIN)/nbstripout $(NBSTRIPOUT) notebooks/live.ipynb; \
+	    sed 's/save_figures = True/save_figures = False/' notebooks/live.ipynb >$$notebook; \
+	done
 
 pretrain: $(INSTALLED) ## remake data/tiny from a seed: hours on two cores, goes on where it was stopped
-	$(BIN)/python -m diva_lab.pretrain all --threads $$(getconf _NPROCESSORS_ONLN)
+	$(BIN)/python -m diva_lab.pretrain all --threads $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
 study: $(INSTALLED) ## remake data/results: all objectives over several seeds
 	$(BIN)/python -m diva_lab.study

@@ -153,7 +153,7 @@ def load_denoiser(name: str | Path, device: str | torch.device = "cpu", px: int 
         )
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
         scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"denoiser {str(name)!r}: {error}. Expected {source} to hold vae, unet, text_encoder, tokenizer and "
             f"scheduler; with network, fetch it once: hf download {source}"

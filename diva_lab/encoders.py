@@ -232,6 +232,7 @@ def make_trainable(encoder: Encoder, rank: int = 16, alpha: float = 16, dropout:
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # LoRA's A is drawn from the global generator
         inject_adapter_in_model(config, encoder)
+    encoder.eval()  # new layers come in training mode
     for name, p in encoder.named_parameters():
         p.requires_grad_("lora_" in name)
 

@@ -36,7 +36,7 @@ COLOURS = {
     "naive": "#CC79A7",
     "dcr": "#009E73",
 }
-MARKERS = dict(zip(COLOURS, "oXDP^vs", strict=True))
+MARKERS = dict(zip(COLOURS, "oXDp^vs", strict=True))
 TERMS = {"loss": "none", "rec": "diva", "con": "contrastive", "dcr": "dcr"}  # a term has its objective's colour
 NAMES = {
     "none": "none (original)",
@@ -62,6 +62,7 @@ NAMES = {
 MEASURES = ("pairs/mean", "probe/mean", "zeroshot", "nmi", "acc", "ari")
 DIVERGING = LinearSegmentedColormap.from_list("conflict", [WRONG, "#F3C5A5", "#FAFAF8", "#A9CDE6", RIGHT])
 CHANCE = 0.25  # of a pair by MMVP's rule: two texts, each right half of the time
+SPAN = 0.02  # least range of an axis of scores
 WIDTH = 7.6  # inches, of every figure
 STYLE = {
     "figure.dpi": 110,
@@ -144,7 +145,7 @@ def _signed(fig: Figure, source: str) -> Figure:
         fig.canvas.print_png = _in_256_colours(fig.canvas)
     if source:
         lines = "\n".join(textwrap.wrap(source, int(fig.get_figwidth() * 21)))
-        fig.text(0.005, -0.06 / fig.get_figheight(), lines, fontsize=6, color=GREY, va="top", gid="source")
+        fig.text(0.005, -0.09 / fig.get_figheight(), lines, fontsize=6, color=GREY, va="top", gid="source")
     return fig
 
 
@@ -468,6 +469,9 @@ def trade_off(
                 markeredgecolor=INK, markeredgewidth=1.2, linestyle="none", label="before", zorder=5)  # fmt: skip
         ax.set(xlabel=f"{_name(x)}, %", ylabel=f"{_name(y)}, %")
         for axis in (ax.xaxis, ax.yaxis):
+            low, high = axis.get_view_interval()
+            if high - low < SPAN:  # else a few live steps would look like a result
+                axis.set_view_interval(*((low + high) / 2 + SPAN * np.array([-0.5, 0.5])), ignore=True)
             axis.set_major_formatter(_PERCENT)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper left", ncols=5)
@@ -507,7 +511,7 @@ def objective_differences(differences: pd.DataFrame, source: str = "") -> Figure
             ax.annotate(_minus(text), (1, y), (3, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
                         fontsize=6.5, va="center", color=GREY if hollow else INK)  # fmt: skip
         ax.set(ylim=(len(objectives) - 0.4, -0.6))
-        ax.set_title(textwrap.shorten(_name(measure), 32, placeholder=" …"), fontsize=8.5)
+        ax.set_title(textwrap.shorten(_name(measure), 36, placeholder=" …"), fontsize=8.5)
         ax.set_yticks(range(len(objectives)), [_name(name) for name in objectives])
         ax.grid(False, axis="y")
     for ax in axes.flat[max(len(measures) - columns, 0) : len(measures)]:
@@ -540,19 +544,21 @@ def conflict_histogram(
     counts, _, patches = ax.hist(cosines, edges, rwidth=0.92)
     for patch, left in zip(patches, edges, strict=False):
         patch.set_facecolor(WRONG if left + 1e-12 < 0 else RIGHT)
+    top = counts.max()
     if null is not None:
         heights = np.histogram(null, edges)[0] * (len(cosines) / max(len(null), 1))
+        top = max(top, heights.max())
         ax.stairs(heights, edges, color=INK, linewidth=1, linestyle=(0, (3, 2)), label="null: unrelated batches")
-        ax.legend(loc="upper left", bbox_to_anchor=(0, 0.72))
+        ax.legend(loc="best")
     mean, spread = float(np.mean(cosines)), float(np.std(cosines, ddof=1)) if len(cosines) > 1 else float("nan")
     ax.axvline(0, color=INK, linewidth=0.9)
     ax.axvline(mean, color=INK, linewidth=1.3, linestyle=(0, (1, 1.5)))
-    ax.set(xlabel="cos(g_con, g_rec)", ylabel="steps", xlim=(-reach, reach), ylim=(0, 1.28 * max(counts.max(), 1)))
+    ax.set(xlabel="cos(g_con, g_rec)", ylabel="steps", xlim=(-reach, reach), ylim=(0, 1.05 * max(top, 1)))
     value, low, high = (100 * number for number in rate)
     facts = f"negative in {value:.0f} % of {len(cosines)} steps\n95 % interval {low:.0f} to {high:.0f} %"
     size = _minus(f"mean cosine {mean:+.4f}\neffect size, mean / sd: {mean / spread if spread else np.nan:+.2f}")
-    ax.text(0.012, 0.97, facts, transform=ax.transAxes, va="top", color=WRONG, fontsize=8.5, gid="rate")
-    ax.text(0.988, 0.97, size, transform=ax.transAxes, va="top", ha="right", fontsize=8.5, gid="effect")
+    ax.set_title(facts, fontsize=8.5, color=WRONG)
+    ax.set_title(size, fontsize=8.5, loc="right", fontweight="normal")
     return _signed(fig, source)
 
 

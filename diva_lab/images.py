@@ -44,7 +44,7 @@ def _tensor(pictures: list[np.ndarray] | np.ndarray) -> UInt8[Tensor, "n 3 px px
 def _world_batches(world: World, n: int, seed: int, first: int) -> Iterator[Tensor]:
     step = first
     while True:
-        yield _tensor(world.render(draw_scenes(n, (world.seed, 4, seed, step))))
+        yield _tensor(world.render(draw_scenes(n, (world.seed, 40, seed, step))))
         step += 1
 
 
@@ -99,7 +99,7 @@ def open_images(source: str | Path, px: int, n: int, seed: int, first: int = 0) 
     """
     source = str(source)
     if source.partition(":")[0] == "world":
-        if not source.partition(":")[2].isdigit() and source != "world":
+        if not source.partition(":")[2].isdecimal() and source != "world":
             raise ValueError(f"images={source!r}: expected 'world' or 'world:SEED' with a whole number, as 'world:3'")
         return _world_batches(World(int(source.partition(":")[2] or 0)), n, seed, first)
     if source.endswith(".tar"):

@@ -27,7 +27,8 @@ def reconstruction(predicted: Float[Tensor, "b ..."], target: Float[Tensor, "b .
 
 def info_nce(a: Float[Tensor, "b d"], b: Float[Tensor, "b d"], tau: float = 0.1) -> Float[Tensor, " b"]:
     """InfoNCE between two views of a batch, both ways, cosine similarity over tau, log-sum-exp in float32."""
-    scores = F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T / tau  # [b, b]
+    a, b = F.normalize(a.float(), dim=1), F.normalize(b.float(), dim=1)
+    scores = (a[:, None] * b).sum(2) / tau  # [b, b]; a matrix product would be in bf16 under autocast
     own = scores.diagonal()
     return (scores.logsumexp(1) + scores.logsumexp(0)) / 2 - own
 
@@ -59,7 +60,7 @@ def dcr_loss(
     dtype = torch.promote_types(grid.dtype, torch.float32)
     grid, augmented, truth = (F.normalize(x.to(dtype), dim=-1) for x in (grid, augmented, truth))
     anchor = grid.diagonal().T  # [b, d]
-    negatives = torch.einsum("id,ijd->ij", anchor, grid) / tau  # [b, b]
+    negatives = (anchor[:, None] * grid).sum(2) / tau  # [b, b], in float32 as above
     negatives = negatives.masked_fill(torch.eye(b, dtype=torch.bool, device=grid.device), -math.inf)
     positives = torch.stack([(anchor * augmented).sum(1), (anchor * truth).sum(1)], dim=1) / tau  # [b, 2]
     if denominator == "shared":

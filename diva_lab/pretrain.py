@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diva_lab.encoders import fuse_attention, split_attention
 from diva_lab.machine import autocast
 from diva_lab.runs import DATA, RUNS, environment, sha256
-from diva_lab.world import DETAILS, World, caption, captions, draw_pairs, draw_scenes, vocabulary
+from diva_lab.world import DETAILS, World, caption, captions, draw_pairs, draw_scenes, vocabulary, write_pairs
 
 CONTEXT = 26  # tokens of a caption, ends included; a full caption takes 24
 WORDS, SIGHT = 0.15, 0.003  # how often a caption mentions each detail, in the two phases of CLIP's training
@@ -146,18 +147,16 @@ def write_record(folder: Path, **facts: object) -> None:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """A byte-pair vocabulary in CLIP's own format (vocab.json, merges.txt) in which every word is one token."""
-    symbols, merges = {f"{c}{end}": None for c in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")}, {}
-    for word in vocabulary():
-        left = word[0]
-        for i, letter in enumerate(word[1:], start=1):
-            right = letter + ("</w>" if i == len(word) - 1 else "")
-            merges[left, right] = None
-            left += right
-            symbols[left] = None
-    tokens = [*symbols, "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=list(merges), model_max_length=CONTEXT)
-    tokenizer.save_pretrained(folder)
+    """A byte-pair vocabulary in CLIP's own format, learned from the world's words: every one of them is one token."""
+    learned = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learned.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
+    learned.train_from_iterator(vocabulary(), trainer)
+    merges = [tuple(pair) for pair in json.loads(learned.to_str())["model"]["merges"]]
+    letters = [f"{letter}{end}" for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
+    tokens = [*letters, *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    CLIPTokenizer(vocab=ids, merges=merges, model_max_length=CONTEXT).save_pretrained(folder)
 
 
 # --- CLIP -------------------------------------------------------------------------------------------------------
@@ -187,18 +186,29 @@ def clip_config(world: World, vocabulary_size: int) -> dict:
     }
 
 
+def new_clip(folder: Path, seed: int) -> nn.Module:
+    """An open_clip model with the folder's configuration and weights drawn from `seed`, its attention split.
+
+    The visual positional embedding is drawn five times wider than open_clip does: at its width the tiny tower took
+    thousands of steps to notice anything outside the middle of the picture.
+    """
+    torch.manual_seed(seed)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    model.visual.positional_embedding.data *= 5
+    split_attention(model.visual), split_attention(model.transformer)
+    return model
+
+
 def pretrain_clip(out: Path, world: World, seed: int, steps: tuple[int, int] = (1500, 800), p: float = SIGHT) -> None:
     """Train the tiny CLIP (see the module's text) and write it as an open_clip folder."""
     out.mkdir(parents=True, exist_ok=True)
     save_tokenizer(out)
     config = clip_config(world, len(CLIPTokenizer.from_pretrained(out)))
     (out / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    model = open_clip.create_model(f"local-dir:{out}", load_weights=False)
+    model = new_clip(out, seed)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
     twins, pool = Twins(world), Pool(world, draw_scenes(60_000, (world.seed, 1)))
     mean, std = (config["preprocess_cfg"][name][0] for name in ("mean", "std"))
-    _init_clip(model, seed)
-    split_attention(model.visual), split_attention(model.transformer)
 
     def loss(images: Tensor, texts: list[str]) -> Tensor:
         with autocast():
@@ -215,27 +225,13 @@ def pretrain_clip(out: Path, world: World, seed: int, steps: tuple[int, int] = (
 
     tag = f"clip-{world.seed}-{seed}"
     fit(f"{tag}-words", {"model": model}, words, steps[0], 1e-3, seed)
-    _init_clip(model, seed + 1, only="visual.")
-    visual = model.visual.train().requires_grad_(True)
+    visual = model.visual = new_clip(out, seed + 1).visual
     fit(f"{tag}-sight-{p}", {"visual": visual}, sight, steps[1], 1e-3, seed)
 
     fuse_attention(model.visual), fuse_attention(model.transformer)
     state = {k: v.half().contiguous() for k, v in model.state_dict().items()}
     save_file(state, out / "open_clip_model.safetensors", metadata={"format": "pt"})
     write_record(out, seed=seed, world=world.seed, steps=steps, p=[WORDS, p])
-
-
-def _init_clip(model: nn.Module, seed: int, only: str = "") -> None:
-    """Initial weights from `seed`: normal of std fan_in^-1/2 for matrices, 0.02 for embeddings, 0 for biases."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if not name.startswith(only) or p.ndim == 0:
-            continue
-        if p.ndim == 1 and "class_embedding" not in name:
-            p.data.fill_(1.0 if name.endswith("weight") else 0.0)
-        else:
-            fan_in = p[0].numel() if p.ndim > 1 and "embedding" not in name else 2500
-            p.data.normal_(0, fan_in**-0.5, generator=generator)
 
 
 # --- the diffusion model ----------------------------------------------------------------------------------------
@@ -309,7 +305,7 @@ def pretrain_diffusion(out: Path, world: World, seed: int, steps: int = 4000, ba
     ).to(memory_format=torch.channels_last)
     scheduler = DDPMScheduler(
         1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="epsilon",
-        clip_sample=False,
+        clip_sample=False, steps_offset=1,
     )  # fmt: skip
     pool = Pool(world, draw_scenes(60_000, (world.seed, 1)))
     with torch.inference_mode():
@@ -350,7 +346,9 @@ def pretrain_diffusion(out: Path, world: World, seed: int, steps: int = 4000, ba
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m diva_lab.pretrain", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("clip", "vae", "diffusion", "all"), help="diffusion needs the vae first")
+    parser.add_argument(
+        "what", choices=("clip", "vae", "diffusion", "pairs", "all"), help="diffusion needs the vae first"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", type=int, default=0, help="seed of the world to learn from")
     parser.add_argument("--out", type=Path, default=DATA / "tiny")
@@ -361,6 +359,9 @@ def main(argv: list[str] | None = None) -> None:
     for name, train in parts.items():
         if args.what in (name, "all"):
             train(args.out / ("clip" if name == "clip" else "diffusion"), World(args.world), args.seed)
+    if args.what in ("pairs", "all"):
+        write_pairs(DATA / "world" / "pairs", World(args.world), 15, args.seed)
+        write_record(DATA / "world", seed=args.seed, world=args.world)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class Run:
         (self.folder / "done").touch()
         return self
 
-    def log(self, kind: str, **values: float) -> None:
+    def log(self, kind: str, **values: float | int) -> None:
         """Append one line to `metrics` or `evaluations`."""
         with open(self.folder / f"{kind}.jsonl", "a") as file:
             file.write(json.dumps(values) + "\n")

@@ -3,8 +3,9 @@
     python -m diva_lab.study projectors   stage 1 to its plateau, for each condition -> data/tiny/projectors
     python -m diva_lab.study rates        a learning rate for each objective, on pairs that are not reported
     python -m diva_lab.study objectives   objectives and controls, paired over seeds -> data/results/objectives.csv
+    python -m diva_lab.study table        the README's table of results, from that file
 
-Each part goes on where it was stopped: its runs are kept under runs/study.
+Without a part, all of them. Each goes on where it was stopped: its runs are kept under runs/study.
 """
 
 import argparse
@@ -19,20 +20,22 @@ import torch
 
 from diva_lab.conditions import CONDITIONS
 from diva_lab.evaluation.alignment import alignment_report
+from diva_lab.evaluation.comparison import paired_differences
 from diva_lab.evaluation.world import world_report
+from diva_lab.figures import MEASURES, NAMES
 from diva_lab.objectives import OBJECTIVES
-from diva_lab.runs import DATA, RUNS, Run, environment, sha256
+from diva_lab.runs import DATA, ROOT, RUNS, Run, environment, sha256
 from diva_lab.training import SHIPPED, Settings, align, perturb, tune
 from diva_lab.workbook import summary
 from diva_lab.world import World, draw_scenes
 
 STUDY = RUNS / "study"
 RESULTS = DATA / "results"
-RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+RATES = (1e-4, 3e-4, 1e-3)
 PLATEAU = 0.01  # the recovered fraction gained in 1000 steps below which stage 1 has converged
 
 
-def projectors(condition: str, rounds: int = 8, steps: int = 1000) -> Path:
+def projectors(condition: str, rounds: int = 6, steps: int = 1000) -> Path:
     """Align in rounds of `steps` until one gains less than `PLATEAU`; ship the last projector with its record."""
     settings = Settings(condition=condition, projector="new", batch=64, lr=1e-3, steps=steps, save_every=250)
     history = []
@@ -101,6 +104,40 @@ def objectives(seeds: int, steps: int) -> Path:
     return path
 
 
+def readme_table(results: pd.DataFrame) -> str:
+    """Markdown: the mean of each measure, in points, and under it the paired difference to `none` with its interval."""
+    rows = paired_differences(results, MEASURES).set_index(["objective", "measure"])
+    lines = ["| | " + " | ".join(NAMES[name] for name in MEASURES) + " |", "|---" * (len(MEASURES) + 1) + "|"]
+    for name, group in results.groupby("objective", sort=False):
+        cells = [NAMES[name]]
+        for measure in MEASURES:
+            cell = f"{100 * group[measure].mean():.1f}"
+            if name != "none":
+                row = 100 * rows.loc[(name, measure)]
+                cell += f"<br>{row['difference']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
+            cells.append(cell)
+        lines.append("| " + " | ".join(cells) + " |")
+    seeds, steps, git = results["seed"].nunique(), results["steps"].max(), results["git"].iloc[0]
+    lines += [
+        "",
+        f"Percent; mean of {seeds} seeds after {steps} steps of batch {Settings.batch}, LoRA {Settings.lora_rank}, on "
+        "the shipped world; below it the difference to the original, paired by seed, with its 95 % interval over seeds "
+        f"of training. `data/results/objectives.csv`, git {git}, torch {results['torch'].iloc[0]}.",
+    ]
+    return "\n".join(lines)
+
+
+def write_readme(path: Path = ROOT / "README.md") -> Path:
+    """Put the table between the README's marks."""
+    text = path.read_text()
+    head, rest = text.split("<!-- results:", 1)
+    mark, rest = rest.split("-->", 1)
+    tail = rest.split("<!-- /results -->", 1)[1]
+    table = readme_table(pd.read_csv(RESULTS / "objectives.csv"))
+    path.write_text(f"{head}<!-- results:{mark}-->\n{table}\n<!-- /results -->{tail}")
+    return path
+
+
 def _write(table: pd.DataFrame, name: str) -> Path:
     RESULTS.mkdir(parents=True, exist_ok=True)
     table.to_csv(RESULTS / name, index=False, float_format="%.6g")
@@ -109,14 +146,14 @@ def _write(table: pd.DataFrame, name: str) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m diva_lab.study", description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", help="projectors, rates, objectives; all of them if none is named")
+    parser.add_argument("parts", nargs="*", help="projectors, rates, objectives, table; all of them if none is named")
     parser.add_argument("--condition", choices=tuple(CONDITIONS), help="only this condition's projector")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    known = ("projectors", "rates", "objectives")
+    known = ("projectors", "rates", "objectives", "table")
     for part in args.parts:
         if part not in known:
             parser.error(f"unknown part {part!r}; expected {', '.join(known)}")
@@ -128,6 +165,8 @@ def main(argv: list[str] | None = None) -> None:
         print("chosen:", rates(max(1, args.steps // 2)))
     if "objectives" in parts:
         print("written:", objectives(args.seeds, args.steps))
+    if "table" in parts:
+        print("written:", write_readme())
 
 
 if __name__ == "__main__":

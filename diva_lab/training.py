@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from diva_lab.conditions import CONDITIONS, Conditioner
 from diva_lab.denoisers import TARGETS, Denoiser, load_denoiser
@@ -183,10 +183,16 @@ def tuned_encoder(run: Run, device: torch.device | str = "cpu") -> Encoder:
 # --- the loop ---------------------------------------------------------------------------------------------------
 
 
+def _live() -> bool:
+    """Whether somebody watches: a terminal, or a notebook's front end (which, unlike a batch run, can be asked)."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return sys.stderr.isatty() or bool(getattr(getattr(shell, "kernel", None), "_allow_stdin", False))
+
+
 @contextmanager
 def _progress(total: int, first: int, label: str) -> Iterator[Callable[[int, float], None]]:
-    """A bar in a terminal; elsewhere one line every tenth of the way."""
-    if sys.stderr.isatty():
+    """A bar where somebody watches; elsewhere one line every tenth of the way."""
+    if _live():
         with tqdm(total=total, initial=first, desc=label) as bar:
             yield lambda step, loss: (bar.update(), bar.set_postfix(loss=f"{loss:.4f}"))
         return

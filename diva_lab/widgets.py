@@ -10,19 +10,30 @@ import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from IPython.display import display
+from IPython.display import Markdown, display
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
 from diva_lab.figures import minimal_pairs
+from diva_lab.images import decode
 
 PairImages = Callable[[pd.Series], UInt8[np.ndarray, "2 h w 3"]]
 
 
+def say(text: str) -> None:
+    """Show `text`, Markdown, as the output of a notebook's cell."""
+    display(Markdown(text))
+
+
+def open_pair(pair: pd.Series, px: int = 32) -> UInt8[np.ndarray, "2 px px 3"]:
+    """The two pictures of a row of `read_pairs`, brought to `px` by `px`."""
+    return np.stack([decode(pair[name], str(pair[name]), px) for name in ("image_1", "image_2")])
+
+
 def pair_explorer(
     pairs: pd.DataFrame,
-    images: PairImages,
     scores: Mapping[str, pd.DataFrame],
+    images: PairImages = open_pair,
     interactive: bool = False,
     still: int = 6,
     source: str = "",
@@ -31,8 +42,8 @@ def pair_explorer(
 
     Args:
         pairs: as `read_pairs` gives them.
-        images: a row of `pairs` -> its two pictures.
         scores: encoder -> the scores of all `pairs`, in their order, as `score_pairs` gives them.
+        images: a row of `pairs` -> its two pictures.
         interactive: controls where True; a still figure of `still` pairs where False.
         still: how many pairs the figure shows, spread evenly over `pairs` so that they are nobody's choice.
         source: printed under the figure.

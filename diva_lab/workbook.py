@@ -59,18 +59,15 @@ def summary(root: Path) -> pd.DataFrame:
 
     Measures are those of a run's last evaluation; `conflict_rate` is the share of steps whose gradients have a negative
     cosine, and `seconds_per_step` the median over the steps; what a run has not recorded is NaN. Of several runs of one
-    objective and seed the row shows the one that was evaluated, then that of most steps, then the earliest.
+    objective and seed the row shows the earliest that was evaluated: that of the comparison, in the notebooks' order.
     """
     found = [Run(file.parent) for file in Path(root).glob("*/settings.json")]
     found = [run for run in found if run.done and run.settings.get("stage") in ("tune", "perturb")]
     found.sort(key=lambda run: ((run.folder / "settings.json").stat().st_mtime_ns, run.id))
     frame = pd.DataFrame([_row(run) for run in found], columns=COLUMNS)
-    frame["_measured"] = frame["pairs/mean"].notna()
-    frame = frame.sort_values(["_measured", "steps"], ascending=False, kind="stable")
-    frame = frame.drop_duplicates(["objective", "seed"])
+    frame = frame.sort_values("pairs/mean", key=pd.isna, kind="stable").drop_duplicates(["objective", "seed"])
     rank = frame["objective"].map(lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
-    frame = frame.assign(_rank=rank).sort_values(["_rank", "objective", "seed"])
-    return frame[COLUMNS].reset_index(drop=True)
+    return frame.assign(rank=rank).sort_values(["rank", "objective", "seed"], ignore_index=True)[COLUMNS]
 
 
 # --- the notebooks ----------------------------------------------------------------------------------------------
@@ -154,9 +151,11 @@ def locate(images: str) -> str:
     return source
 
 
-def _seeds(text: str) -> list[int]:
-    if not re.fullmatch(r"\s*\d+([,\s]+\d+)*\s*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers like 0,1,2")
+def _seeds(text: str) -> int | list[int]:
+    if re.fullmatch(r"\d+", text) and int(text) > 0:
+        return int(text)
+    if not re.fullmatch(r"\d+(,\d*)+", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected how many (3) or which ones (0,1,2)")
     return [int(number) for number in re.findall(r"\d+", text)]
 
 
@@ -169,7 +168,7 @@ def _positive(text: str) -> int:
 def main(argv: list[str] | None = None, notebooks: Path = NOTEBOOKS) -> int:
     parser = argparse.ArgumentParser(prog="python -m diva_lab.workbook", description=__doc__.split("\n")[0])
     parser.add_argument("--images", help="folder of pictures, or webdataset tars, to tune on (default: the tiny world)")
-    parser.add_argument("--seeds", type=_seeds, help="seeds to train with, like 0,1,2")
+    parser.add_argument("--seeds", type=_seeds, help="how many seeds to train with, like 3, or which ones, like 0,1,2")
     parser.add_argument("--steps", type=_positive, help="steps of training in each run")
     parser.add_argument("--out", type=Path, help="folder to write (default: runs/ and the time)")
     parser.add_argument("--only", help="numbers of the notebooks to run, like 02 or 00,02")

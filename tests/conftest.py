@@ -73,3 +73,32 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(f"ERROR: {line}", red=True)
     if not wrong:
         terminalreporter.line(f"{len(skipped)} skipped, as tests/skips.txt says")
+
+
+# --- small random models, made once (imports inside: jaxtyping's hook has to come first) ------------------------
+
+
+@pytest.fixture(scope="session")
+def small_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small random CLIP."""
+    from small_models import write_clip
+
+    return write_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture(scope="session")
+def small_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small random latent diffusion model."""
+    from small_models import write_diffusion
+
+    return write_diffusion(tmp_path_factory.mktemp("models") / "diffusion")
+
+
+@pytest.fixture(scope="session")
+def small_settings(small_clip: Path, small_diffusion: Path):
+    """Settings of the small models: four steps of three pictures, a new projector, full precision."""
+    from diva_lab.training import Settings
+
+    return Settings(
+        str(small_clip), str(small_diffusion), projector="new", steps=4, batch=3, lora_rank=4, precision="no"
+    )

@@ -8,7 +8,9 @@ from ipywidgets import Widget
 from matplotlib.figure import Figure
 
 from diva_lab import widgets
-from diva_lab.widgets import pair_explorer
+from diva_lab.evaluation.pairs import read_pairs
+from diva_lab.widgets import open_pair, pair_explorer
+from diva_lab.world import World, draw_pairs, write_pairs
 
 matplotlib.use("agg")
 PAIRS = pd.DataFrame(
@@ -33,9 +35,16 @@ def statements(fig: Figure) -> list[str]:
     return [text.removeprefix("① ") for text in said if text.startswith("① ")]
 
 
+def test_the_pictures_of_a_pair_are_read_from_disk_at_the_size_asked_for(tmp_path):
+    pairs = read_pairs(write_pairs(tmp_path, World(), 1, 0))
+    pictures = World().render(draw_pairs("orientation", 1, (0, 0))[0])
+    assert np.abs(open_pair(pairs.iloc[0]).astype(int) - pictures).mean() < 8  # JPEG
+    assert open_pair(pairs.iloc[0], 20).shape == (2, 20, 20, 3)
+
+
 def test_the_explorer_without_a_front_end_is_a_figure_and_makes_no_widget(monkeypatch):
     monkeypatch.setattr(Widget, "open", lambda _: pytest.fail("a widget was made"))
-    fig = pair_explorer(PAIRS, images, SCORES, still=3)
+    fig = pair_explorer(PAIRS, SCORES, images, still=3)
     assert isinstance(fig, Figure)
     assert statements(fig) == ["a", "e", "h"]
 
@@ -43,7 +52,7 @@ def test_the_explorer_without_a_front_end_is_a_figure_and_makes_no_widget(monkey
 def test_the_explorer_shows_the_pair_that_is_chosen(monkeypatch):
     drawn = []
     monkeypatch.setattr(widgets, "display", drawn.append)
-    box = pair_explorer(PAIRS, images, SCORES, interactive=True)
+    box = pair_explorer(PAIRS, SCORES, images, interactive=True)
     pattern, number, encoders = box.children[0].children
     assert isinstance(box, ipywidgets.VBox)
     assert (statements(drawn[-1]), encoders.value) == (["a"], ("diva", "dcr"))
@@ -57,12 +66,12 @@ def test_the_explorer_shows_the_pair_that_is_chosen(monkeypatch):
 
 def test_the_explorer_closes_what_it_draws(monkeypatch):
     monkeypatch.setattr(widgets, "display", lambda fig: None)
-    pair_explorer(PAIRS, images, SCORES, interactive=True)
+    pair_explorer(PAIRS, SCORES, images, interactive=True)
     assert not plt.get_fignums()
 
 
 def test_the_explorer_refuses_scores_of_other_pairs_and_nothing_at_all():
     with pytest.raises(ValueError, match="8 pairs, but dcr has scores for 2"):
-        pair_explorer(PAIRS, images, {"dcr": COSINES[:2]})
+        pair_explorer(PAIRS, {"dcr": COSINES[:2]}, images)
     with pytest.raises(ValueError, match="nothing to explore"):
-        pair_explorer(PAIRS[:0], images, SCORES)
+        pair_explorer(PAIRS[:0], SCORES, images)

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diva_lab.runs import Run
-from diva_lab.workbook import COLUMNS, MEASURES, declared, main, select, summary
+from diva_lab.workbook import COLUMNS, MEASURES, _seeds, declared, main, select, summary
 from diva_lab.world import DETAILS
 
 
@@ -95,13 +96,14 @@ def test_unfinished_runs_and_those_of_stage_one_have_no_row(tmp_path):
     assert summary(tmp_path)["objective"].tolist() == ["perturb-drift"]
 
 
-def test_of_several_runs_of_one_objective_and_seed_the_longest_that_was_evaluated_is_shown(tmp_path):
-    write_run(tmp_path, "dcr", 0, tag="-a", seconds=(1.0, 2.0))
-    long = write_run(tmp_path, "dcr", 0, tag="-b", seconds=(1.0, 2.0, 3.0))
-    write_run(tmp_path, "dcr", 0, tag="-c", seconds=(1.0, 2.0, 3.0))
-    blind = write_run(tmp_path, "dcr", 0, tag="-d", seconds=(1.0,) * 9)
+def test_of_several_runs_of_one_objective_and_seed_the_earliest_that_was_evaluated_is_shown(tmp_path):
+    blind = write_run(tmp_path, "dcr", 0, tag="-d")
     (blind.folder / "evaluations.jsonl").unlink()
-    assert summary(tmp_path)["run"].tolist() == [long.id]
+    first = write_run(tmp_path, "dcr", 0, tag="-c")
+    write_run(tmp_path, "dcr", 0, tag="-a", seconds=(1.0,) * 9)
+    for age, run in enumerate((blind, first)):
+        os.utime(run.folder / "settings.json", (age, age))
+    assert summary(tmp_path)["run"].tolist() == [first.id]
 
 
 def test_a_folder_without_runs_gives_an_empty_table_with_the_same_columns(tmp_path):
@@ -190,7 +192,8 @@ def test_only_the_notebooks_asked_for_run(notebooks, tmp_path):
         (["--images", "nowhere"], "nowhere"),
         (["--images", "nowhere/*.tar"], "no such tar"),
         (["--images", "world:x"], "world:SEED"),
-        (["--seeds", "one"], "whole numbers like 0,1,2"),
+        (["--seeds", "one"], "which ones (0,1,2)"),
+        (["--seeds", "0"], "which ones (0,1,2)"),
         (["--steps", "ten"], "positive whole number"),
         (["--steps", "0"], "positive whole number"),
         (["--only", "07"], "expected one of 00, 01, 02"),
@@ -218,6 +221,11 @@ def test_a_folder_without_pictures_is_refused(notebooks, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path / "out"), "--images", str(notebooks)], notebooks)
     assert "no picture" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("3", 3), ("0,1,2", [0, 1, 2]), ("4,", [4])])
+def test_seeds_are_a_number_of_them_or_a_list(text, seeds):
+    assert _seeds(text) == seeds
 
 
 def test_declared_parameters_are_those_of_the_tagged_cell(notebooks):

@@ -1,4 +1,4 @@
-"""What each objective changed: differences to the untouched encoder, paired by seed."""
+"""What each objective changed: differences paired by seed, and how to say them in a sentence."""
 
 from collections.abc import Sequence
 
@@ -31,9 +31,21 @@ def paired_differences(
         differences = (table.loc[name] - table.loc[baseline]).dropna(how="all")  # [seeds, measures]
         for measure in measures:
             values = differences[measure].to_numpy(float)
-            mean, low, high = paired_t(values) if len(values) > 1 else (float(values.mean()), np.nan, np.nan)
+            mean, low, high = paired_t(values, level) if len(values) > 1 else (float(values.mean()), np.nan, np.nan)
             rows.append((name, measure, mean, low, high, len(values)))
     return pd.DataFrame(rows, columns=["objective", "measure", "difference", "low", "high", "seeds"])
+
+
+def percent(value: float, low: float, high: float, digits: int = 1) -> str:
+    """A fraction with its interval, in words: "54.2 % (95 % interval 45.1 to 63.0)"."""
+    return f"{100 * value:.{digits}f} % (95 % interval {100 * low:.{digits}f} to {100 * high:.{digits}f})"
+
+
+def points(value: float, low: float, high: float, digits: int = 1) -> str:
+    """A difference of fractions with its interval: "+3.1 points (95 % interval +1.0 to +5.2)"; NaN: no interval."""
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return f"{100 * value:+.{digits}f} points (one seed, no interval)"
+    return f"{100 * value:+.{digits}f} points (95 % interval {100 * low:+.{digits}f} to {100 * high:+.{digits}f})"
 
 
 def verdict(low: float, high: float, expected: int = 1) -> str:

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diva_lab.evaluation.comparison import paired_differences, verdict
+from diva_lab.evaluation.comparison import paired_differences, percent, points, verdict
 from diva_lab.evaluation.intervals import paired_t
 
 RESULTS = pd.DataFrame(
@@ -45,3 +45,9 @@ def test_the_baseline_must_be_there():
 )  # fmt: skip
 def test_a_verdict_needs_an_interval_on_one_side_of_zero(low, high, expected, said):
     assert said in verdict(low, high, expected)
+
+
+def test_numbers_are_said_in_percent_and_points_with_their_interval():
+    assert percent(0.5417, 0.451, 0.63) == "54.2 % (95 % interval 45.1 to 63.0)"
+    assert points(0.031, 0.01, 0.052, digits=0) == "+3 points (95 % interval +1 to +5)"
+    assert points(-0.031, np.nan, np.nan) == "-3.1 points (one seed, no interval)"
