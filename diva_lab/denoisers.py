@@ -111,7 +111,8 @@ class Denoiser(nn.Module):
         ids = self.tokenizer(
             prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
-        return self.text_encoder(ids.to(self.alphas.device))[0].float()
+        with torch.autocast(self.alphas.device.type, enabled=False):  # the same whenever `empty` is first asked for
+            return self.text_encoder(ids.to(self.alphas.device))[0].float()
 
     @cached_property
     def empty(self) -> Float[Tensor, "l c"]:

@@ -4,15 +4,16 @@
 `data/tiny/diffusion` in Stable Diffusion's, each with `record.json`: seed, git sha, versions, sha256 and time.
 Killed, it goes on from its last checkpoint under `runs/pretrain/`.
 
-The CLIP is made in two phases. *Words*: both towers learn from batches of minimal pairs, whose captions name the one
-detail in which the two differ and each other detail with p = .15; after it the text tower knows what every detail is
-called. *Sight*: the text tower is locked, and a fresh visual tower learns from captions that name the class always
-and each detail hardly ever (p = .003). That is the blindness under study: the words are known, but what the visual
-tower sees is not tied to them.
+The CLIP is made in two phases. *Words*: the text tower learns, by contrast, to match captions with the attribute lists
+of their scenes, in batches of minimal pairs, whose captions name the one detail in which the two differ and each other
+detail with p = .15; after it the text tower knows what every detail is called. *Sight*: the text tower is locked, and
+the visual tower learns from pictures whose captions name the class always and each detail hardly ever (p = .001). That
+is the blindness under study: the words are known, but what the visual tower sees is not tied to them.
 """
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,10 +32,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diva_lab.encoders import fuse_attention, split_attention
 from diva_lab.machine import autocast
 from diva_lab.runs import DATA, RUNS, environment, sha256
-from diva_lab.world import DETAILS, World, caption, captions, draw_pairs, draw_scenes, vocabulary, write_pairs
+from diva_lab.world import CLASSES, DETAILS, World, caption, captions, draw_pairs, draw_scenes, vocabulary, write_pairs
 
 CONTEXT = 26  # tokens of a caption, ends included; a full caption takes 24
-WORDS, SIGHT = 0.15, 0.003  # how often a caption mentions each detail, in the two phases of CLIP's training
+WORDS, SIGHT = 0.15, 0.001  # how often a caption mentions each detail, in the two phases of CLIP's training
 
 
 # --- one loop for every model of this file ----------------------------------------------------------------------
@@ -70,7 +71,7 @@ def fit(
     start = time.time() - spent
     for step in range(first, steps):
         torch.manual_seed(seed * 1_000_003 + step)
-        warm = min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (1 + np.cos(np.pi * step / steps)) / 2)
+        warm = min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = lr * warm
         loss = loss_of(step, np.random.default_rng((seed, step)))
@@ -117,8 +118,8 @@ class Twins:
         self.details = np.repeat(list(DETAILS), each)
         self.pool = Pool(world, self.pairs.reshape(-1))
 
-    def draw(self, n: int, p: float, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
-        """Pictures [2 n, 3, px, px] of `n` pairs and their captions: the pair's detail always, others with `p`."""
+    def draw(self, n: int, p: float, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
+        """Places in the pool [2 n] of `n` pairs, and their captions: the pair's detail always, others with `p`."""
         index = rng.integers(len(self.pairs), size=n)
         names = np.array(list(DETAILS))
         said = (rng.random((n, len(names))) < p) | (names == self.details[index][:, None])
@@ -127,7 +128,7 @@ class Twins:
             for pair, row in zip(self.pairs[index], said, strict=True)
             for scene in pair
         ]
-        return self.pool.at(np.stack([2 * index, 2 * index + 1], 1).reshape(-1)), texts
+        return np.stack([2 * index, 2 * index + 1], 1).reshape(-1), texts
 
 
 def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
@@ -187,19 +188,26 @@ def clip_config(world: World, vocabulary_size: int) -> dict:
 
 
 def new_clip(folder: Path, seed: int) -> nn.Module:
-    """An open_clip model with the folder's configuration and weights drawn from `seed`, its attention split.
-
-    The visual positional embedding is drawn five times wider than open_clip does: at its width the tiny tower took
-    thousands of steps to notice anything outside the middle of the picture.
-    """
+    """An open_clip model with the folder's configuration and weights drawn from `seed`, its attention split."""
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    model.visual.positional_embedding.data *= 5
     split_attention(model.visual), split_attention(model.transformer)
     return model
 
 
-def pretrain_clip(out: Path, world: World, seed: int, steps: tuple[int, int] = (1500, 800), p: float = SIGHT) -> None:
+class AttributeTower(nn.Module):
+    """Stands in for the visual tower while the words are learned: attributes of scenes -> embedding [n, 128]."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"class": len(CLASSES), **{name: len(values) for name, values in DETAILS.items()}}
+        self.tables = nn.ModuleDict({name: nn.Embedding(size, 128) for name, size in sizes.items()})
+
+    def forward(self, scenes: np.ndarray) -> Tensor:
+        return sum(table(torch.from_numpy(scenes[name].astype(int))) for name, table in self.tables.items())
+
+
+def pretrain_clip(out: Path, world: World, seed: int, steps: tuple[int, int] = (800, 700), p: float = SIGHT) -> None:
     """Train the tiny CLIP (see the module's text) and write it as an open_clip folder."""
     out.mkdir(parents=True, exist_ok=True)
     save_tokenizer(out)
@@ -207,25 +215,28 @@ def pretrain_clip(out: Path, world: World, seed: int, steps: tuple[int, int] = (
     (out / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
     model = new_clip(out, seed)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
-    twins, pool = Twins(world), Pool(world, draw_scenes(60_000, (world.seed, 1)))
+    twins, pool, attributes = Twins(world), Pool(world, draw_scenes(60_000, (world.seed, 1))), AttributeTower()
     mean, std = (config["preprocess_cfg"][name][0] for name in ("mean", "std"))
 
-    def loss(images: Tensor, texts: list[str]) -> Tensor:
+    def loss(image: Tensor, texts: list[str]) -> Tensor:
         with autocast():
-            image = model.encode_image((images - mean) / std, normalize=True)
             text = model.encode_text(tokenizer(texts), normalize=True)
-        return clip_loss(image, text, model.logit_scale)
+        return clip_loss(F.normalize(image.float(), dim=1), text, model.logit_scale)
 
     def words(_: int, rng: np.random.Generator) -> Tensor:
-        return loss(*twins.draw(128, WORDS, rng))
+        scenes, texts = twins.draw(128, WORDS, rng)
+        return loss(attributes(twins.pool.scenes[scenes]), texts)
 
     def sight(_: int, rng: np.random.Generator) -> Tensor:
         index = rng.integers(len(pool.scenes), size=256)
-        return loss(pool.at(index), captions(pool.scenes[index], p, rng))
+        with autocast():
+            image = model.encode_image((pool.at(index) - mean) / std)
+        return loss(image, captions(pool.scenes[index], p, rng))
 
-    tag = f"clip-{world.seed}-{seed}"
-    fit(f"{tag}-words", {"model": model}, words, steps[0], 1e-3, seed)
-    visual = model.visual = new_clip(out, seed + 1).visual
+    tag, visual = f"clip-{world.seed}-{seed}", model.visual
+    model.visual = None
+    fit(f"{tag}-words", {"model": model, "attributes": attributes}, words, steps[0], 1e-3, seed)
+    model.visual = visual
     fit(f"{tag}-sight-{p}", {"visual": visual}, sight, steps[1], 1e-3, seed)
 
     fuse_attention(model.visual), fuse_attention(model.transformer)
@@ -270,7 +281,7 @@ def pretrain_vae(out: Path, world: World, seed: int, steps: int = 2600) -> None:
     write_record(out / "vae", seed=seed, world=world.seed, steps=steps, reconstruction_mse=error)
 
 
-def pretrain_diffusion(out: Path, world: World, seed: int, steps: int = 4000, batch: int = 64) -> None:
+def pretrain_diffusion(out: Path, world: World, seed: int, steps: int = 3000, batch: int = 64) -> None:
     """Train text encoder and UNet together on full captions, 10 % of them empty; write the rest of the folder."""
     out.mkdir(parents=True, exist_ok=True)
     save_tokenizer(out / "tokenizer")

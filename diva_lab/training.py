@@ -98,7 +98,7 @@ class Settings:
             "precision": ("auto", "bf16", "no"),
         }  # fmt: skip
         for name, known in choices.items():
-            if getattr(self, name) not in known:
+            if getattr(self, name) not in tuple(known):  # a value of another type may have no hash
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; expected one of {', '.join(known)}")
         for field in fields(self):
             value = getattr(self, field.name)
@@ -156,7 +156,7 @@ def build_conditioner(settings: Settings, encoder: Encoder, denoiser: Denoiser) 
             "of a finished run of align()"
         )
     try:
-        conditioner.load_state_dict(load_file(path))
+        conditioner.load_state_dict({n.removeprefix("conditioner."): w for n, w in load_file(path).items()})
     except RuntimeError as error:
         raise ValueError(
             f"projector {path} does not fit encoder {settings.encoder!r} (width {encoder.dim}) and denoiser "

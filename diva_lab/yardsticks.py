@@ -20,7 +20,7 @@ from diva_lab.evaluation.intervals import wilson
 from diva_lab.evaluation.pairs import score_pairs
 from diva_lab.evaluation.world import world_pairs
 from diva_lab.machine import autocast
-from diva_lab.pretrain import Pool, Twins, clip_loss, fit
+from diva_lab.pretrain import WORDS, Pool, Twins, clip_loss, fit
 from diva_lab.runs import DATA, environment
 from diva_lab.world import CLASSES, DETAILS, PATTERNS, World, captions, draw_scenes
 
@@ -104,9 +104,9 @@ def supervised_ceiling(world: World, seed: int = 0, steps: int = 600, lr: float 
     make_trainable(encoder, rank=0)
 
     def loss_of(_: int, rng: np.random.Generator) -> Tensor:
-        images, texts = twins.draw(128, 0.15, rng)
+        index, texts = twins.draw(128, WORDS, rng)
         with autocast():
-            image = encoder.encode_image(images)
+            image = encoder.encode_image(twins.pool.at(index))
         return clip_loss(image, encoder.encode_text(texts), encoder.model.logit_scale)
 
     fit(

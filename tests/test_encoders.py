@@ -35,7 +35,8 @@ def small_siglip(small_clip, tmp_path_factory):
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["embed_dim"] = 64
     config["model_cfg"]["vision_cfg"] = {
-        "timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none", "image_size": 32,
+        "timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none",
+        "image_size": 32,
     }  # fmt: skip
     config["preprocess_cfg"] |= {
         "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash",

@@ -1,5 +1,6 @@
 from dataclasses import fields, replace
 
+import jaxtyping
 import pandas as pd
 import pytest
 import torch
@@ -59,6 +60,14 @@ CHOICES = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def unchecked():
+    """Without jaxtyping's own check, which would come before that of the settings."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_an_unknown_choice_is_refused_with_the_known_ones_and_each_of_these_is_taken(name):
     with pytest.raises(ValueError, match=f"unknown {name} 'bogus'; expected one of {', '.join(CHOICES[name])}"):
@@ -67,14 +76,14 @@ def test_an_unknown_choice_is_refused_with_the_known_ones_and_each_of_these_is_t
         assert getattr(Settings(**{name: choice}), name) == choice
 
 
-@pytest.mark.parametrize("field", fields(Settings), ids=lambda field: field.name)
-@pytest.mark.parametrize("value", ["ten", 2.5, True, None, ["dcr"], {"a": 1}], ids=repr)
-def test_a_setting_of_the_wrong_type_is_refused_by_name(field, value):
-    if type(value) is field.type:
-        return
-    with pytest.raises(ValueError, match=field.name) as caught:
-        Settings(**{field.name: value})
-    assert "expected" in str(caught.value) and "\n" not in str(caught.value)
+@pytest.mark.parametrize("name", [field.name for field in fields(Settings)])
+def test_a_setting_of_the_wrong_type_is_refused_by_name(unchecked, name):
+    kind = type(getattr(Settings(), name))
+    for value in ("ten", 2.5, True, None, ["dcr"], {"a": 1}):
+        if type(value) is not kind:
+            with pytest.raises(ValueError, match=name) as caught:
+                Settings(**{name: value})
+            assert "expected" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +111,7 @@ def test_a_contrast_within_a_batch_of_one_is_refused(objective):
     assert Settings(objective="diva", batch=1).batch == 1
 
 
-def test_whole_numbers_are_taken_for_floats_and_paths_for_strings(tmp_path):
+def test_whole_numbers_are_taken_for_floats_and_paths_for_strings(unchecked, tmp_path):
     settings = Settings(lr=1, images=tmp_path, projector=tmp_path)
     assert settings.lr == 1 and settings.images == settings.projector == str(tmp_path)
 
@@ -355,14 +364,15 @@ def test_an_unknown_match_is_refused_with_the_known_ones(like, tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_one_step_on_cuda_in_bfloat16(small_settings, tmp_path, objective):
+def test_every_objective_takes_a_step_on_cuda_in_bfloat16(small_settings, tmp_path):
     devices = []
 
     def watch(encoder) -> dict[str, float]:
         devices.append(next(encoder.parameters()).device.type)
         return {"x": embed(encoder, pictures(2)).sum().item()}
 
-    run = tune(replace(small_settings, objective=objective, steps=1, precision="bf16"), tmp_path, watch)
-    assert devices == ["cuda", "cuda"] and run.metrics().notna().all(axis=None)
-    assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in run.weights().values())
+    for objective in OBJECTIVES:
+        run = tune(replace(small_settings, objective=objective, steps=1, precision="bf16"), tmp_path, watch)
+        assert run.metrics()["loss"].notna().all() and run.evaluations().notna().all(axis=None)
+        assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in run.weights().values())
+    assert set(devices) == {"cuda"}

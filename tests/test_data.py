@@ -1,0 +1,79 @@
+"""What ships in data/: whole, within its bounds, and what its records say of it."""
+
+import json
+
+import pandas as pd
+import pytest
+from safetensors import safe_open
+
+from diva_lab.evaluation import read_pairs
+from diva_lab.pretrain import CONTEXT, save_tokenizer
+from diva_lab.runs import DATA, sha256
+from diva_lab.world import DETAILS, PATTERNS, World, captions, draw_scenes, vocabulary, write_pairs
+
+RECORDS = ("tiny/clip", "tiny/diffusion", "tiny/diffusion/vae", "world")
+
+
+@pytest.mark.parametrize("folder", RECORDS)
+def test_every_file_is_the_one_that_its_record_names(folder):
+    record = json.loads((DATA / folder / "record.json").read_text())
+    assert record["sha256"] and {"seed", "git", "versions", "time"} <= set(record)
+    for name, digest in record["sha256"].items():
+        assert sha256(DATA / folder / name) == digest, name
+
+
+@pytest.mark.parametrize("condition", ["global", "recap"])
+def test_a_shipped_projector_is_the_one_that_its_record_names_and_has_converged(condition):
+    record = json.loads((DATA / "tiny" / "projectors" / f"{condition}.json").read_text())
+    assert sha256(DATA / "tiny" / "projectors" / f"{condition}.safetensors") == record["sha256"]
+    assert record["settings"]["condition"] == condition
+    assert record["rounds"][-1]["recovered"] > 0.2
+
+
+def test_the_tiny_models_keep_to_eleven_million_weights_and_24_megabytes():
+    files = list((DATA / "tiny").rglob("*.safetensors"))
+    weights = 0
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                size = 1
+                for length in tensors.get_slice(name).get_shape():
+                    size *= length
+                weights += size
+    assert weights <= 11_000_000
+    assert sum(file.stat().st_size for file in (DATA / "tiny").rglob("*") if file.is_file()) <= 24e6
+
+
+def test_shipped_pairs_are_those_of_the_world(tmp_path):
+    shipped = read_pairs(DATA / "world" / "pairs")
+    assert len(shipped) == 15 * len(PATTERNS) and set(shipped["pattern"]) == set(PATTERNS.values())
+    write_pairs(tmp_path, World(), 15, seed=0)
+    again = read_pairs(tmp_path)
+    assert shipped["statement_1"].tolist() == again["statement_1"].tolist()
+    assert shipped["statement_2"].tolist() == again["statement_2"].tolist()
+
+
+def test_a_word_is_a_token_and_a_full_caption_fits(tmp_path):
+    import numpy as np
+    from transformers import CLIPTokenizer
+
+    save_tokenizer(tmp_path)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    assert all(len(tokenizer(word).input_ids) == 3 for word in vocabulary())
+    texts = captions(draw_scenes(300, 0), 1.0, np.random.default_rng(0))
+    assert max(len(tokenizer(text).input_ids) for text in texts) <= CONTEXT
+
+
+def test_the_ceiling_leaves_room_in_every_pattern():
+    ceiling = pd.read_csv(DATA / "results" / "ceiling.csv").set_index("detail")
+    assert list(ceiling.index) == list(DETAILS)
+    gain = ceiling["after"] - ceiling["before"]
+    assert ceiling["before"].mean() <= 0.35 and gain.mean() >= 0.25 and gain.min() >= 0.10
+
+
+def test_results_are_paired_over_at_least_three_seeds():
+    results = pd.read_csv(DATA / "results" / "objectives.csv")
+    seeds = results.groupby("objective")["seed"].apply(lambda column: tuple(sorted(column)))
+    assert seeds.nunique() == 1 and len(seeds.iloc[0]) >= 3
+    assert {"none", "perturb-norm", "perturb-drift", "diva", "contrastive", "naive", "dcr"} == set(seeds.index)
+    assert results["run"].notna().all() and results["git"].notna().all()
