@@ -11,6 +11,7 @@ Without a part, all of them. Each goes on where it was stopped: its runs are kep
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ PLATEAU = 0.01  # the recovered fraction gained in 1000 steps below which stage 
 
 def projectors(condition: str, rounds: int = 6, steps: int = 1000) -> Path:
     """Align in rounds of `steps` until one gains less than `PLATEAU`; ship the last projector with its record."""
-    settings = Settings(condition=condition, projector="new", batch=64, lr=1e-3, steps=steps, save_every=250)
+    settings = Settings(condition=condition, projector="new", batch=32, lr=1e-3, steps=steps, save_every=250)
     history = []
     for number in range(rounds):
         if history:
@@ -59,11 +60,11 @@ def projectors(condition: str, rounds: int = 6, steps: int = 1000) -> Path:
     return path
 
 
-def rates(steps: int, seed: int = 100) -> dict[str, float]:
+def rates(steps: int, names: Sequence[str] = tuple(OBJECTIVES), seed: int = 100) -> dict[str, float]:
     """For each objective the learning rate of the best mean of pair score and zero-shot, on the split `choose`."""
     rows, chosen = [], {}
     report = partial(world_report, split="choose")
-    for objective in OBJECTIVES:
+    for objective in names:
         for lr in RATES:
             run = tune(Settings(objective=objective, lr=lr, steps=steps, seed=seed), STUDY, report)
             last = run.evaluations().iloc[-1]
@@ -75,17 +76,17 @@ def rates(steps: int, seed: int = 100) -> dict[str, float]:
     return chosen
 
 
-def objectives(seeds: int, steps: int) -> Path:
-    """Every objective at its chosen rate, and the controls, for `seeds` seeds; one row per objective and seed."""
+def objectives(seeds: Sequence[int], steps: int) -> Path:
+    """Every objective at its chosen rate, and the controls, for each seed; one row per objective and seed."""
     table = pd.read_csv(RESULTS / "rates.csv")
     lr = table[table["chosen"]].set_index("objective")["lr"].to_dict()
     world, root = World(), STUDY / "objectives"
     held_out = torch.from_numpy(world.render(draw_scenes(1000, (world.seed, 8)))).permute(0, 3, 1, 2)
     runs: list[Run] = []
-    for seed in range(seeds):
+    for seed in seeds:
         for objective in ("none", *OBJECTIVES):
             settings = Settings(objective=objective, lr=lr.get(objective, 1e-4), steps=steps, seed=seed)
-            runs.append(tune(replace(settings, evaluate_every=max(1, steps // 4)), root, world_report))
+            runs.append(tune(replace(settings, evaluate_every=max(1, steps // 3)), root, world_report))
         runs += [perturb(runs[-1], held_out, match, root, world_report) for match in ("norm", "drift")]
         result = summary(root)
         rate = result["objective"].map(lr)
@@ -148,8 +149,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m diva_lab.study", description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", help="projectors, rates, objectives, table; all of them if none is named")
     parser.add_argument("--condition", choices=tuple(CONDITIONS), help="only this condition's projector")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(OBJECTIVES), default=tuple(OBJECTIVES), help="rates: of these"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -162,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         for condition in (args.condition,) if args.condition else CONDITIONS:
             print("written:", projectors(condition))
     if "rates" in parts:
-        print("chosen:", rates(max(1, args.steps // 2)))
+        print("chosen:", rates(max(1, args.steps // 2), args.only))
     if "objectives" in parts:
         print("written:", objectives(args.seeds, args.steps))
     if "table" in parts:

@@ -371,5 +371,4 @@ def test_the_loss_falls_on_a_fixed_batch_with_fixed_timesteps_and_noise(small_se
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 1e-5
-    print("FELL", objective, seed, losses[0], losses[-1])
+    assert losses[-1] < losses[0] - 1e-3
