@@ -141,7 +141,7 @@ def load_denoiser(name: str | Path, device: str | torch.device = "cpu", px: int 
         ValueError: for a name that is neither known, nor a folder, nor a hub id.
     """
     source = DENOISERS.get(str(name), str(name))
-    if not Path(source).exists() and source.count("/") != 1:
+    if str(name) not in DENOISERS and not Path(source).exists() and source.count("/") != 1:
         raise ValueError(
             f"unknown denoiser {str(name)!r}; expected one of {', '.join(DENOISERS)}, a folder in Stable Diffusion's "
             "layout (vae, unet, text_encoder, tokenizer, scheduler), or a hub id as 'owner/name'"

@@ -193,11 +193,13 @@ def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encode
         model = open_clip.create_model(model_name, tag, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(model_name)
     except (RuntimeError, OSError) as error:
-        raise FileNotFoundError(
-            f"encoder {name!r}: no weights for open_clip model {model_name!r}, tag {tag!r}: {error}. "
-            "Fetch them once with network: "
-            f"python -c \"import open_clip; open_clip.create_model('{model_name}', '{tag}')\""
-        ) from error
+        schema, _, folder = model_name.partition(":")
+        remedy = (
+            f"Expected {folder} to hold open_clip_config.json, open_clip_model.safetensors and the tokenizer's files"
+            if schema == "local-dir"
+            else f'Fetch them once with network: python -c "import open_clip; open_clip.create_model{model_name, tag}"'
+        )
+        raise FileNotFoundError(f"encoder {name!r}: no weights for open_clip model {model_name!r}. {remedy}") from error
     finally:
         logging.disable(logging.NOTSET)
     return Encoder(model, tokenizer).to(device)
@@ -254,7 +256,9 @@ def visual_weights(encoder: Encoder) -> dict[str, Tensor]:
 
 
 def block_of(name: str) -> str:
-    """The part of the tower that a parameter belongs to: stem, block0, block1, ..., or head."""
+    """The part that a parameter belongs to: stem, block0, block1, ..., head, or the conditioner's projector."""
+    if name.startswith("conditioner."):
+        return "projector"
     if found := re.search(r"blocks\.(\d+)\.", name):
         return f"block{found.group(1)}"
     return "head" if re.search(r"ln_post|proj\b|head|attn_pool", name) else "stem"

@@ -97,7 +97,9 @@ def sample_quality(
     return pd.DataFrame(rows), (images * 255).round().byte().permute(0, 2, 3, 1).numpy(), texts
 
 
-def supervised_ceiling(world: World, seed: int = 0, steps: int = 1500, lr: float = 5e-4) -> tuple[Encoder, pd.DataFrame]:
+def supervised_ceiling(
+    world: World, seed: int = 0, steps: int = 1500, lr: float = 5e-4
+) -> tuple[Encoder, pd.DataFrame]:
     """Tune all visual weights on minimal pairs with their captions; a row per detail: score before and after."""
     encoder, twins = load_encoder("tiny"), Twins(world)
     scores = {"before": score_pairs(encoder, world_pairs(world))}
