@@ -46,7 +46,7 @@ class Classifier(nn.Module):
         return {name: head(hidden) for name, head in self.heads.items()}
 
 
-def train_classifier(world: World, seed: int = 0, steps: int = 1200) -> Classifier:
+def train_classifier(world: World, seed: int = 0, steps: int = 1000) -> Classifier:
     """A classifier of all attributes, trained on the world's own pictures."""
     torch.manual_seed(seed)
     model, pool = Classifier(), Pool(world, draw_scenes(60_000, (world.seed, 1)))
@@ -73,7 +73,7 @@ def read_attributes(model: Classifier, images: Tensor) -> dict[str, np.ndarray]:
 
 
 def sample_quality(
-    world: World, n: int = 512, guidance: float = 2.0, seed: int = 0
+    world: World, n: int = 256, guidance: float = 2.0, seed: int = 0
 ) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
     """Share of samples in which the classifier reads what the full caption asked for.
 
