@@ -155,9 +155,11 @@ def load_denoiser(name: str | Path, device: str | torch.device = "cpu", px: int 
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
         scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler")
     except (OSError, ValueError) as error:
+        known = f"hf download {source}" if source.count("/") == 1 else "hf download OWNER/NAME --local-dir FOLDER"
+        remedy = "it ships with the repository" if str(name) == "tiny" else f"fetch it whole, with network: {known}"
         raise FileNotFoundError(
             f"denoiser {str(name)!r}: {error}. Expected {source} to hold vae, unet, text_encoder, tokenizer and "
-            f"scheduler; with network, fetch it once: hf download {source}"
+            f"scheduler: {remedy}"
         ) from error
     if torch.device(device).type == "cpu" and unet.config.sample_size**2 <= SHORT:
         unet.set_attn_processor(AttnProcessor())  # fused attention's backward is slow on a CPU for few tokens

@@ -4,6 +4,7 @@ Every encoder comes through open_clip; another backbone is one more line in `ENC
 mode are the model's own and applied here, on the device, to pictures in [0, 1].
 """
 
+import copy
 import logging
 import re
 from dataclasses import dataclass
@@ -160,12 +161,11 @@ class Encoder(nn.Module):
 
     def open_clip_state(self) -> dict[str, Tensor]:
         """The weights under open_clip's own names, LoRA merged, ready for `open_clip.create_model`."""
-        merge_lora(self)
-        fuse_attention(self.model.visual)
-        state = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
-        split_attention(self.model.visual)
-        if isinstance(self.proj, nn.Linear):
-            state["visual.proj"] = self.proj.weight.detach().T.contiguous().cpu()
+        whole = merge_lora(copy.deepcopy(self))
+        fuse_attention(whole.model.visual)
+        state = {name: value.detach().cpu() for name, value in whole.model.state_dict().items()}
+        if isinstance(whole.proj, nn.Linear):
+            state["visual.proj"] = whole.proj.weight.detach().T.contiguous().cpu()
         return state
 
 
@@ -261,4 +261,4 @@ def block_of(name: str) -> str:
         return "projector"
     if found := re.search(r"blocks\.(\d+)\.", name):
         return f"block{found.group(1)}"
-    return "head" if re.search(r"ln_post|proj\b|head|attn_pool", name) else "stem"
+    return "head" if re.search(r"ln_post|trunk\.norm|proj\b|head|attn_pool", name) else "stem"

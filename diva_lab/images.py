@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
@@ -22,15 +22,17 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def decode(data: bytes | str | Path, name: str, px: int) -> UInt8[np.ndarray, "px px 3"]:
-    """One picture as RGB, its shorter side resized to `px`, cut at the centre.
+    """One picture as RGB, upright, its shorter side resized to `px`, cut at the centre.
 
     Raises:
         ValueError: if the bytes are no picture that can be read; names `name`.
     """
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
-            return np.asarray(ImageOps.fit(image.convert("RGB"), (px, px), Image.Resampling.BICUBIC))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            return np.asarray(
+                ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (px, px), Image.Resampling.BICUBIC)
+            )
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{name}: not a picture that can be read ({error}); expected a whole {', '.join(SUFFIXES)} file. "
             "Remove or replace it and start again: nothing done so far is lost"

@@ -36,9 +36,9 @@ RATES = (1e-4, 3e-4, 1e-3)
 PLATEAU = 0.01  # the recovered fraction gained in 1000 steps below which stage 1 has converged
 
 
-def projectors(condition: str, rounds: int = 6, steps: int = 1000) -> Path:
+def projectors(condition: str, rounds: int = 6, steps: int = 500) -> Path:
     """Align in rounds of `steps` until one gains less than `PLATEAU`; ship the last projector with its record."""
-    settings = Settings(condition=condition, projector="new", batch=32, lr=1e-3, steps=steps, save_every=250)
+    settings = Settings(condition=condition, projector="new", batch=16, lr=1e-3, steps=steps, save_every=250)
     history = []
     for number in range(rounds):
         if history:
@@ -50,7 +50,7 @@ def projectors(condition: str, rounds: int = 6, steps: int = 1000) -> Path:
             {"run": run.id, "steps": steps, **last.drop("step").to_dict(), "gained": last["recovered"] - first}
         )
         print(condition, f"round {number + 1}: recovered {first:.4f} -> {last['recovered']:.4f}", flush=True)
-        if number and history[-1]["gained"] < PLATEAU:
+        if number and history[-1]["gained"] < PLATEAU * steps / 1000:
             break
     SHIPPED.mkdir(parents=True, exist_ok=True)
     path = SHIPPED / f"{condition}.safetensors"
@@ -86,7 +86,7 @@ def objectives(seeds: Sequence[int], steps: int) -> Path:
     for seed in seeds:
         for objective in ("none", *OBJECTIVES):
             settings = Settings(objective=objective, lr=lr.get(objective, 1e-4), steps=steps, seed=seed)
-            runs.append(tune(replace(settings, evaluate_every=max(1, steps // 3)), root, world_report))
+            runs.append(tune(replace(settings, evaluate_every=max(1, steps // 2)), root, world_report))
         runs += [perturb(runs[-1], held_out, match, root, world_report) for match in ("norm", "drift")]
         result = summary(root)
         rate = result["objective"].map(lr)
@@ -152,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--only", nargs="+", choices=tuple(OBJECTIVES), default=tuple(OBJECTIVES), help="rates: of these"
     )
+    parser.add_argument("--rounds", type=int, default=6, help="projectors: at most so many")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -164,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     parts = args.parts or known
     if "projectors" in parts:
         for condition in (args.condition,) if args.condition else CONDITIONS:
-            print("written:", projectors(condition))
+            print("written:", projectors(condition, args.rounds))
     if "rates" in parts:
         print("chosen:", rates(max(1, args.steps // 2), args.only))
     if "objectives" in parts:

@@ -6,6 +6,7 @@
 Every draw of a step depends on (seed, step) alone, so a killed run goes on to the same bits on one machine.
 """
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -290,6 +291,8 @@ def _train(
                 watch(done)
             if last or (settings.save_every and done % settings.save_every == 0):
                 run.save(done, parameters, optimizer.state_dict(), seconds)
+    if settings.steps == 0:
+        run.save(0, parameters, optimizer.state_dict(), seconds)
     return run.finish()
 
 
@@ -367,8 +370,11 @@ def perturb(
     """
     if match not in ("norm", "drift"):
         raise ValueError(f"unknown match {match!r}; expected norm or drift")
+    if not like.done:
+        raise ValueError(f"run {like.id} is not finished; tune() it to its end first")
     settings = replace(Settings.of(like), objective=f"perturb-{match}")
-    run = Run.open({**_portable(settings), "stage": "perturb", "like": like.id}, root)
+    shown = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:8]
+    run = Run.open({**_portable(settings), "stage": "perturb", "like": like.id, "held_out": shown}, root)
     if run.done:
         return run
     device = default_device()

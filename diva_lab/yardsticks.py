@@ -46,7 +46,7 @@ class Classifier(nn.Module):
         return {name: head(hidden) for name, head in self.heads.items()}
 
 
-def train_classifier(world: World, seed: int = 0, steps: int = 1000) -> Classifier:
+def train_classifier(world: World, seed: int = 0, steps: int = 300) -> Classifier:
     """A classifier of all attributes, trained on the world's own pictures."""
     torch.manual_seed(seed)
     model, pool = Classifier(), Pool(world, draw_scenes(60_000, (world.seed, 1)))
