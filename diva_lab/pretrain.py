@@ -16,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diva_lab.encoders import fuse_attention, split_attention
 from diva_lab.machine import autocast
 from diva_lab.runs import DATA, RUNS, environment, sha256
-from diva_lab.world import CLASSES, DETAILS, World, caption, captions, draw_pairs, draw_scenes, vocabulary, write_pairs
+from diva_lab.world import (
+    ATTRIBUTES,
+    DETAILS,
+    World,
+    caption,
+    captions,
+    draw_pairs,
+    draw_scenes,
+    vocabulary,
+    write_pairs,
+)
 
 CONTEXT = 26  # tokens of a caption, ends included; a full caption takes 24
 WORDS, SIGHT = 0.15, 0.001  # how often a caption mentions each detail, in the two phases of CLIP's training
@@ -99,11 +110,14 @@ def fit(
 
 
 class Pool:
-    """Rendered scenes to draw batches from, kept in memory as uint8."""
+    """Scenes to draw batches from; their pictures are rendered when first asked for and kept in memory as uint8."""
 
     def __init__(self, world: World, scenes: np.ndarray):
-        self.scenes = scenes
-        self.images = torch.from_numpy(world.render(scenes)).permute(0, 3, 1, 2)
+        self.world, self.scenes = world, scenes
+
+    @cached_property
+    def images(self) -> Tensor:
+        return torch.from_numpy(self.world.render(self.scenes)).permute(0, 3, 1, 2)
 
     def at(self, index: np.ndarray) -> Tensor:
         """The pictures [n, 3, px, px] of those scenes, in [0, 1]."""
@@ -200,8 +214,7 @@ class AttributeTower(nn.Module):
 
     def __init__(self):
         super().__init__()
-        sizes = {"class": len(CLASSES), **{name: len(values) for name, values in DETAILS.items()}}
-        self.tables = nn.ModuleDict({name: nn.Embedding(size, 128) for name, size in sizes.items()})
+        self.tables = nn.ModuleDict({name: nn.Embedding(len(values), 128) for name, values in ATTRIBUTES.items()})
 
     def forward(self, scenes: np.ndarray) -> Tensor:
         return sum(table(torch.from_numpy(scenes[name].astype(int))) for name, table in self.tables.items())

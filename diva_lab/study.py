@@ -72,7 +72,8 @@ def rates(steps: int, names: Sequence[str] = tuple(OBJECTIVES), seed: int = 100)
             print(objective, lr, f"pairs {last['pairs/mean']:.4f}, zero-shot {last['zeroshot']:.4f}", flush=True)
         table = pd.DataFrame([row for row in rows if row["objective"] == objective])
         chosen[objective] = float(table.loc[(table["pairs/mean"] + table["zeroshot"]).idxmax(), "lr"])
-    _write(pd.DataFrame(rows).assign(chosen=lambda d: d["lr"] == d["objective"].map(chosen)), "rates.csv")
+    if set(names) == set(OBJECTIVES):  # a slice keeps its runs; the whole call, which finds them, writes the table
+        _write(pd.DataFrame(rows).assign(chosen=lambda d: d["lr"] == d["objective"].map(chosen)), "rates.csv")
     return chosen
 
 

@@ -35,6 +35,7 @@ DETAILS = {
     "text": ("a", "e", "k", "s", "t", "x"),
     "viewpoint": ("high", "low"),
 }
+ATTRIBUTES = {"class": CLASSES, **DETAILS}  # all that a scene can be asked for
 # MMVP's own names of the nine patterns, in the order of DETAILS (METHOD: MMVP-VLM)
 PATTERNS = dict(
     zip(

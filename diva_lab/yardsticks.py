@@ -15,16 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diva_lab.denoisers import load_denoiser
-from diva_lab.encoders import Encoder, load_encoder, make_trainable
+from diva_lab.encoders import load_encoder, make_trainable
 from diva_lab.evaluation.intervals import wilson
 from diva_lab.evaluation.pairs import score_pairs
 from diva_lab.evaluation.world import world_pairs
 from diva_lab.machine import autocast
 from diva_lab.pretrain import WORDS, Pool, Twins, clip_loss, fit
 from diva_lab.runs import DATA, environment
-from diva_lab.world import CLASSES, DETAILS, PATTERNS, World, captions, draw_scenes
-
-ATTRIBUTES = {"class": CLASSES, **DETAILS}
+from diva_lab.world import ATTRIBUTES, DETAILS, PATTERNS, World, captions, draw_scenes
 
 
 class Classifier(nn.Module):
@@ -72,13 +70,11 @@ def read_attributes(model: Classifier, images: Tensor) -> dict[str, np.ndarray]:
     return {name: logits.argmax(1).numpy() for name, logits in model(images).items()}
 
 
-def sample_quality(
-    world: World, n: int = 256, guidance: float = 2.0, seed: int = 0
-) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
+def sample_quality(world: World, n: int = 256, guidance: float = 2.0, seed: int = 0) -> pd.DataFrame:
     """Share of samples in which the classifier reads what the full caption asked for.
 
-    Returns a row per attribute (share, its Wilson interval, n, and the classifier's own accuracy on pictures of the
-    world), the samples as uint8 [n, px, px, 3], and their captions.
+    Returns a row per attribute: share, its Wilson interval, n, and the classifier's own accuracy on pictures of the
+    world.
     """
     model, denoiser = train_classifier(world), load_denoiser("tiny")
     scenes = draw_scenes(n, (world.seed, 6, seed))
@@ -94,12 +90,10 @@ def sample_quality(
         low, high = wilson(hits, n)
         accuracy = float((own[name] == test[name]).mean())
         rows.append({"attribute": name, "share": hits / n, "low": low, "high": high, "n": n, "classifier": accuracy})
-    return pd.DataFrame(rows), (images * 255).round().byte().permute(0, 2, 3, 1).numpy(), texts
+    return pd.DataFrame(rows)
 
 
-def supervised_ceiling(
-    world: World, seed: int = 0, steps: int = 1500, lr: float = 5e-4
-) -> tuple[Encoder, pd.DataFrame]:
+def supervised_ceiling(world: World, seed: int = 0, steps: int = 1500, lr: float = 5e-4) -> pd.DataFrame:
     """Tune all visual weights on minimal pairs with their captions; a row per detail: score before and after."""
     encoder, twins = load_encoder("tiny"), Twins(world)
     scores = {"before": score_pairs(encoder, world_pairs(world))}
@@ -116,7 +110,7 @@ def supervised_ceiling(
     )
     scores["after"] = score_pairs(encoder, world_pairs(world))
     table = pd.DataFrame({name: score.groupby("pattern")["correct"].mean() for name, score in scores.items()})
-    return encoder, table.loc[list(PATTERNS.values())].set_index(pd.Index(DETAILS, name="detail")).reset_index()
+    return table.loc[list(PATTERNS.values())].set_index(pd.Index(DETAILS, name="detail")).reset_index()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -129,11 +123,11 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     facts = {"seed": args.seed, "git": environment()["git"]}
     if args.what == "quality":
-        table, *_ = sample_quality(World(), guidance=args.guidance, seed=args.seed)
+        table = sample_quality(World(), guidance=args.guidance, seed=args.seed)
         table = table.assign(guidance=args.guidance, **facts)
         path = DATA / "tiny" / "diffusion" / "quality.csv"
     else:
-        table = supervised_ceiling(World(), args.seed)[1].assign(**facts)
+        table = supervised_ceiling(World(), args.seed).assign(**facts)
         path = DATA / "results" / "ceiling.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     table.round(5).to_csv(path, index=False)

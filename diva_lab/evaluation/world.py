@@ -20,7 +20,7 @@ from diva_lab.world import CLASSES, DETAILS, PATTERNS, World, draw_scenes, write
 WORLD = World()
 SCENES = 3000  # of a test set, and of the probes' training set
 # split -> (pairs a pattern, seed of the pairs, seed of the test scenes). Training draws from (world.seed, 1) and
-# (world.seed, 4, ...); numpy takes (a, b) and (a, b, 0, 0) for the same seed, so the second number has to differ.
+# (world.seed, 40, ...); numpy takes (a, b) and (a, b, 0, 0) for the same seed, so the second number has to differ.
 SPLITS = {"measure": (300, 1000, 2), "choose": (100, 2000, 9)}
 PROBE_TRAIN = 3
 
