@@ -67,7 +67,7 @@ def fit(
     `loss_of(step, rng)` gives the loss of one batch; its rng depends on (seed, step) alone. Leaves the exponential
     moving average of the weights in `modules` and returns them.
     """
-    folder = RUNS / "pretrain" / name
+    folder = RUNS / "pretrain" / f"{name}-{steps}"
     folder.mkdir(parents=True, exist_ok=True)
     params = {f"{k}.{n}": p for k, m in modules.items() for n, p in m.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
@@ -220,7 +220,7 @@ class AttributeTower(nn.Module):
         return sum(table(torch.from_numpy(scenes[name].astype(int))) for name, table in self.tables.items())
 
 
-def pretrain_clip(out: Path, world: World, seed: int, steps: tuple[int, int] = (800, 700), p: float = SIGHT) -> None:
+def pretrain_clip(out: Path, world: World, seed: int, steps: tuple[int, int] = (800, 250), p: float = SIGHT) -> None:
     """Train the tiny CLIP (see the module's text) and write it as an open_clip folder."""
     out.mkdir(parents=True, exist_ok=True)
     save_tokenizer(out)
@@ -294,27 +294,58 @@ def pretrain_vae(out: Path, world: World, seed: int, steps: int = 2600) -> None:
     write_record(out / "vae", seed=seed, world=world.seed, steps=steps, reconstruction_mse=error)
 
 
-def pretrain_diffusion(out: Path, world: World, seed: int, steps: int = 3000, batch: int = 64) -> None:
-    """Train text encoder and UNet together on full captions, 10 % of them empty; write the rest of the folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(out / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
-    vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).eval()
-    torch.manual_seed(seed)
+def clip_text_encoder(folder: Path, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """The text tower of the open_clip model in `folder`, as transformers' CLIPTextModel: the same hidden states."""
+    tower = open_clip.create_model(f"local-dir:{folder}")
+    blocks = tower.transformer.resblocks
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=3,
-            num_attention_heads=4,
+            hidden_size=tower.token_embedding.embedding_dim,
+            intermediate_size=blocks[0].mlp.c_fc.out_features,
+            num_hidden_layers=len(blocks),
+            num_attention_heads=blocks[0].attn.num_heads,
             max_position_embeddings=CONTEXT,
+            hidden_act="gelu",
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             attn_implementation="eager",
         )
     )
+    state = {
+        "embeddings.token_embedding.weight": tower.token_embedding.weight,
+        "embeddings.position_embedding.weight": tower.positional_embedding,
+    }
+    parts = {"final_layer_norm": tower.ln_final}
+    for i, block in enumerate(blocks):
+        layer = f"encoder.layers.{i}"
+        parts |= {f"{layer}.layer_norm1": block.ln_1, f"{layer}.layer_norm2": block.ln_2}
+        parts |= {f"{layer}.mlp.fc1": block.mlp.c_fc, f"{layer}.mlp.fc2": block.mlp.c_proj}
+        parts[f"{layer}.self_attn.out_proj"] = block.attn.out_proj
+        for kind in ("weight", "bias"):
+            rows = getattr(block.attn, f"in_proj_{kind}").chunk(3)
+            state |= {f"{layer}.self_attn.{n}_proj.{kind}": part for n, part in zip("qkv", rows, strict=True)}
+    state |= {f"{name}.{n}": p for name, part in parts.items() for n, p in part.named_parameters()}
+    inner = getattr(text_encoder, "text_model", text_encoder)
+    inner.load_state_dict({name: p.detach() for name, p in state.items()})
+    return text_encoder.eval().requires_grad_(False)
+
+
+def pretrain_diffusion(
+    out: Path, world: World, seed: int, steps: int = 4500, batch: int = 64, emphasis: float = 6.0
+) -> None:
+    """Train the UNet on full captions, 10 % of them empty, under CLIP's own frozen text tower, as Stable Diffusion is.
+
+    An error at timestep t weighs min(1 / abar_t, `emphasis`): the loss on the velocity, but for the highest noise.
+    Plain errors of the noise hardly count where the caption decides most.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(out / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).eval()
+    text_encoder = clip_text_encoder(out.parent / "clip", tokenizer)
+    torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=world.px // 4,
         in_channels=16,
@@ -335,6 +366,8 @@ def pretrain_diffusion(out: Path, world: World, seed: int, steps: int = 3000, ba
     with torch.inference_mode():
         latents = torch.cat([vae.encode(i.float() / 127.5 - 1).latent_dist.mean for i in pool.images.split(500)])
         latents = (latents * vae.config.scaling_factor).clone()
+    weight = (1 / scheduler.alphas_cumprod).clamp(max=emphasis)
+    weight = weight / weight.mean()
 
     def loss_of(step: int, rng: np.random.Generator) -> Tensor:
         index = rng.integers(len(latents), size=batch)
@@ -347,11 +380,10 @@ def pretrain_diffusion(out: Path, world: World, seed: int, steps: int = 3000, ba
             context = text_encoder(ids)[0]
             noisy = scheduler.add_noise(x0, noise, t).contiguous(memory_format=torch.channels_last)
             predicted = unet(noisy, t, context).sample
-        return F.mse_loss(predicted.float(), noise)
+        return (weight[t] * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
 
     unet.set_attn_processor(AttnProcessor())  # twice as fast here: fused attention backward is slow for few tokens
-    tag = f"diffusion-{world.seed}-{seed}"
-    fit(tag, {"unet": unet, "text": text_encoder}, loss_of, steps, 1e-3, seed, decay=0.9995)
+    fit(f"diffusion-{world.seed}-{seed}-{emphasis}", {"unet": unet}, loss_of, steps, 1e-3, seed, decay=0.9995)
     unet.half().save_pretrained(out / "unet")
     text_encoder.half().save_pretrained(out / "text_encoder")
     scheduler.save_pretrained(out / "scheduler")
@@ -365,13 +397,13 @@ def pretrain_diffusion(out: Path, world: World, seed: int, steps: int = 3000, ba
         **{part: [None, None] for part in ("feature_extractor", "safety_checker", "image_encoder")},
     }
     (out / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
-    write_record(out, seed=seed, world=world.seed, steps=steps, batch=batch)
+    write_record(out, seed=seed, world=world.seed, steps=steps, batch=batch, emphasis=emphasis)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m diva_lab.pretrain", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "what", choices=("clip", "vae", "diffusion", "pairs", "all"), help="diffusion needs the vae first"
+        "what", choices=("clip", "vae", "diffusion", "pairs", "all"), help="diffusion needs clip and vae first"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", type=int, default=0, help="seed of the world to learn from")

@@ -2,14 +2,20 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
+import torch.nn.functional as F
 from safetensors import safe_open
+from transformers import CLIPTokenizer
 
+from diva_lab.denoisers import load_denoiser
+from diva_lab.encoders import load_encoder
 from diva_lab.evaluation import read_pairs
 from diva_lab.pretrain import CONTEXT, save_tokenizer
 from diva_lab.runs import DATA, sha256
-from diva_lab.world import DETAILS, PATTERNS, World, captions, draw_scenes, vocabulary, write_pairs
+from diva_lab.world import ATTRIBUTES, DETAILS, PATTERNS, World, captions, draw_scenes, vocabulary, write_pairs
 
 RECORDS = ("tiny/clip", "tiny/diffusion", "tiny/diffusion/vae", "world")
 
@@ -44,6 +50,22 @@ def test_the_tiny_models_keep_to_eleven_million_weights_and_24_megabytes():
     assert sum(file.stat().st_size for file in (DATA / "tiny").rglob("*") if file.is_file()) <= 24e6
 
 
+def test_the_denoiser_reads_captions_with_clips_own_text_tower():
+    encoder, denoiser = load_encoder("tiny"), load_denoiser("tiny")
+    texts = captions(draw_scenes(16, 1), 1.0, np.random.default_rng(1))
+    length = [len(denoiser.tokenizer(text).input_ids) for text in texts]
+    last = torch.stack([hidden[n - 1] for hidden, n in zip(denoiser.encode_text(texts), length, strict=True)])
+    expected = encoder.encode_text(texts)
+    assert torch.allclose(F.normalize(last @ encoder.model.text_projection, dim=1), expected, atol=2e-3)
+
+
+def test_the_denoiser_draws_what_it_is_asked_for():
+    quality = pd.read_csv(DATA / "tiny" / "diffusion" / "quality.csv").set_index("attribute")
+    assert list(quality.index) == list(ATTRIBUTES) and (quality["n"] >= 256).all()
+    assert quality["classifier"].min() >= 0.95
+    assert quality["share"]["class"] >= 0.8 and quality["share"][list(DETAILS)].min() >= 0.6
+
+
 def test_shipped_pairs_are_those_of_the_world(tmp_path):
     shipped = read_pairs(DATA / "world" / "pairs")
     assert len(shipped) == 15 * len(PATTERNS) and set(shipped["pattern"]) == set(PATTERNS.values())
@@ -54,9 +76,6 @@ def test_shipped_pairs_are_those_of_the_world(tmp_path):
 
 
 def test_a_word_is_a_token_and_a_full_caption_fits(tmp_path):
-    import numpy as np
-    from transformers import CLIPTokenizer
-
     save_tokenizer(tmp_path)
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
     assert all(len(tokenizer(word).input_ids) == 3 for word in vocabulary())
