@@ -46,6 +46,7 @@ from diva_lab.world import (
 )
 
 CONTEXT = 26  # tokens of a caption, ends included; a full caption takes 24
+CLIP_WEIGHTS, WEIGHTS = "open_clip_model.safetensors", "diffusion_pytorch_model.safetensors"
 WORDS, SIGHT = 0.15, 0.001  # how often a caption mentions each detail, in the two phases of CLIP's training
 
 
@@ -64,6 +65,7 @@ def fit(
 ) -> dict[str, nn.Module]:
     """AdamW with warm-up and cosine decay over all parameters of `modules`; resumes from its own checkpoint.
 
+    `name` says all that the result depends on beside `steps`, so that no other training's checkpoint is taken up.
     `loss_of(step, rng)` gives the loss of one batch; its rng depends on (seed, step) alone. Leaves the exponential
     moving average of the weights in `modules` and returns them.
     """
@@ -163,12 +165,15 @@ def write_record(folder: Path, **facts: object) -> None:
 
 def save_tokenizer(folder: Path) -> None:
     """A byte-pair vocabulary in CLIP's own format, learned from the world's words: every one of them is one token."""
+    letters = [f"{letter}{end}" for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
     learned = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learned.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False,
+        special_tokens=letters,  # known beforehand: numbered as met, they would break ties in another order each time
+    )  # fmt: skip
     learned.train_from_iterator(vocabulary(), trainer)
     merges = [tuple(pair) for pair in json.loads(learned.to_str())["model"]["merges"]]
-    letters = [f"{letter}{end}" for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
     tokens = [*letters, *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
     ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     CLIPTokenizer(vocab=ids, merges=merges, model_max_length=CONTEXT).save_pretrained(folder)
@@ -254,7 +259,7 @@ def pretrain_clip(out: Path, world: World, seed: int, steps: tuple[int, int] = (
 
     fuse_attention(model.visual), fuse_attention(model.transformer)
     state = {k: v.half().contiguous() for k, v in model.state_dict().items()}
-    save_file(state, out / "open_clip_model.safetensors", metadata={"format": "pt"})
+    save_file(state, out / CLIP_WEIGHTS, metadata={"format": "pt"})
     write_record(out, seed=seed, world=world.seed, steps=steps, p=[WORDS, p])
 
 
@@ -383,7 +388,16 @@ def pretrain_diffusion(
         return (weight[t] * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
 
     unet.set_attn_processor(AttnProcessor())  # twice as fast here: fused attention backward is slow for few tokens
-    fit(f"diffusion-{world.seed}-{seed}-{emphasis}", {"unet": unet}, loss_of, steps, 1e-3, seed, decay=0.9995)
+    made_from = sha256(out / "vae" / WEIGHTS)[:6] + sha256(out.parent / "clip" / CLIP_WEIGHTS)[:6]
+    fit(
+        f"diffusion-{world.seed}-{seed}-{emphasis}-{made_from}",
+        {"unet": unet},
+        loss_of,
+        steps,
+        1e-3,
+        seed,
+        decay=0.9995,
+    )
     unet.half().save_pretrained(out / "unet")
     text_encoder.half().save_pretrained(out / "text_encoder")
     scheduler.save_pretrained(out / "scheduler")

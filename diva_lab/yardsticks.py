@@ -20,8 +20,8 @@ from diva_lab.evaluation.intervals import wilson
 from diva_lab.evaluation.pairs import score_pairs
 from diva_lab.evaluation.world import world_pairs
 from diva_lab.machine import autocast
-from diva_lab.pretrain import WORDS, Pool, Twins, clip_loss, fit
-from diva_lab.runs import DATA, environment
+from diva_lab.pretrain import CLIP_WEIGHTS, WORDS, Pool, Twins, clip_loss, fit
+from diva_lab.runs import DATA, environment, sha256
 from diva_lab.world import ATTRIBUTES, DETAILS, PATTERNS, World, captions, draw_scenes
 
 
@@ -105,9 +105,8 @@ def supervised_ceiling(world: World, seed: int = 0, steps: int = 1500, lr: float
             image = encoder.encode_image(twins.pool.at(index))
         return clip_loss(image, encoder.encode_text(texts), encoder.model.logit_scale)
 
-    fit(
-        f"ceiling-{world.seed}-{seed}", {"visual": encoder.model.visual, "proj": encoder.proj}, loss_of, steps, lr, seed
-    )
+    name = f"ceiling-{world.seed}-{seed}-{lr}-{sha256(DATA / 'tiny' / 'clip' / CLIP_WEIGHTS)[:6]}"
+    fit(name, {"visual": encoder.model.visual, "proj": encoder.proj}, loss_of, steps, lr, seed)
     scores["after"] = score_pairs(encoder, world_pairs(world))
     table = pd.DataFrame({name: score.groupby("pattern")["correct"].mean() for name, score in scores.items()})
     return table.loc[list(PATTERNS.values())].set_index(pd.Index(DETAILS, name="detail")).reset_index()
