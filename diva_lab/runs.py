@@ -37,14 +37,15 @@ def sha256(path: str | Path) -> str:
 
 
 def environment() -> dict:
-    """What a result depends on beside its settings: git sha (`+` if the tree is dirty), versions, machine, time."""
+    """What a result depends on beside its settings: git sha (`+` if the code differs), versions, machine, time."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
+    changed = git("status", "--porcelain", "--", "diva_lab", "notebooks", "pyproject.toml", "constraints.txt")
     return {
-        "git": (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if git("status", "--porcelain") else ""),
+        "git": (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else ""),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
