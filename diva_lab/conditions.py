@@ -22,9 +22,9 @@ class Projector(nn.Sequential):
 
 def global_(
     features: Features, project: nn.Module, empty: Float[Tensor, "l c"], generator: torch.Generator | None
-) -> Float[Tensor, "b l c"]:
-    """DCR: the projected global embedding, the same at all positions, added to the empty prompt."""
-    return empty + project(features.embedding)[:, None]  # [b, l, c]
+) -> Float[Tensor, "b 1 c"]:
+    """DCR: the projected global embedding, added to every token of the empty prompt: see `Denoiser.predict`."""
+    return project(features.embedding)[:, None]  # [b, 1, c]
 
 
 def recap(
@@ -71,5 +71,5 @@ class Conditioner(nn.Module):
 
     def forward(
         self, features: Features, empty: Float[Tensor, "l c"], generator: torch.Generator | None = None
-    ) -> Float[Tensor, "b l c"]:
+    ) -> Float[Tensor, "b _ c"]:
         return self._function(features, self.projector, empty, generator)

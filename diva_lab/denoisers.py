@@ -4,19 +4,19 @@ A denoiser comes from a folder (or hub id) in Stable Diffusion's layout: vae, un
 Whether its network predicts noise or velocity is read from its own scheduler; from here on every prediction is noise.
 """
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 from transformers import AutoTokenizer, CLIPTextModel
 from transformers.utils import logging
 
-from diva_lab.encoders import SHORT
+from diva_lab.frozen import LEVERS
 from diva_lab.runs import DATA
 
 DENOISERS = {  # name -> folder or hub id
@@ -35,9 +35,12 @@ class Denoiser(nn.Module):
     Args:
         vae, unet, text_encoder, tokenizer, scheduler: the parts of a Stable Diffusion folder.
         px: side of the pictures that `latents` encodes; the model's own size if None.
+        levers: names of `frozen.LEVERS` to use; none of them changes a prediction.
     """
 
-    def __init__(self, vae, unet, text_encoder, tokenizer, scheduler, px: int | None = None):
+    def __init__(
+        self, vae, unet, text_encoder, tokenizer, scheduler, px: int | None = None, levers: Iterable[str] = LEVERS
+    ):
         super().__init__()
         self.vae, self.unet, self.text_encoder = vae, unet, text_encoder
         self.tokenizer, self.scheduler = tokenizer, scheduler
@@ -48,6 +51,10 @@ class Denoiser(nn.Module):
         self.width: int = unet.config.cross_attention_dim
         self.register_buffer("alphas", scheduler.alphas_cumprod.clone(), persistent=False)  # [timesteps]
         self.requires_grad_(False).eval()
+        self.repeats = 1  # consecutive rows of the present prediction that share a noisy latent
+        self.levers = frozenset(levers)
+        for name in self.levers:
+            LEVERS[name](unet, lambda: self.empty, lambda: self.repeats)
 
     def train(self, mode: bool = True) -> "Denoiser":
         """A denoiser stays frozen, in evaluation mode."""
@@ -95,10 +102,23 @@ class Denoiser(nn.Module):
         return noise if kind == "noise" else signal * noise - sigma * x0
 
     def predict(
-        self, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], context: Float[Tensor, "b l c2"]
-    ) -> Float[Tensor, "b c h w"]:
-        """The noise that the network sees in x_t under `context`, in float32; differentiable in both."""
-        out = self.unet(x_t, t.to(x_t.device), context).sample.float()
+        self, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], context: Float[Tensor, "n l c2"]
+    ) -> Float[Tensor, "n c h w"]:
+        """The noise that the network sees in x_t under `context`, in float32; differentiable in both.
+
+        Args:
+            x_t, t: noisy latents and their timesteps.
+            context: of each prediction; n is b or a multiple of it: the first n / b contexts are those of the first
+                latent, and so on. A context of one token is a vector added to every token of the empty prompt.
+        """
+        if context.shape[1] == 1 and "bias" not in self.levers:
+            context = self.empty + context
+        self.repeats = len(context) // len(x_t)
+        x_t, t = (part.repeat_interleave(self.repeats, 0) for part in (x_t, t.to(x_t.device)))
+        dtype = self.unet.dtype
+        with torch.autocast(x_t.device.type, enabled=torch.is_autocast_enabled(x_t.device.type) and dtype.itemsize > 2):
+            out = self.unet(x_t.to(dtype), t, context.to(dtype)).sample.float()
+        self.repeats = 1
         if self.scheduler.config.prediction_type == "epsilon":
             return out
         signal, sigma = self._level(t)
@@ -133,7 +153,9 @@ class Denoiser(nn.Module):
         return out.images.cpu()
 
 
-def load_denoiser(name: str | Path, device: str | torch.device = "cpu", px: int | None = None) -> Denoiser:
+def load_denoiser(
+    name: str | Path, device: str | torch.device = "cpu", px: int | None = None, levers: Iterable[str] = LEVERS
+) -> Denoiser:
     """A frozen denoiser by its name in `DENOISERS`, from a folder in Stable Diffusion's layout, or by hub id.
 
     Raises:
@@ -161,6 +183,4 @@ def load_denoiser(name: str | Path, device: str | torch.device = "cpu", px: int 
             f"denoiser {str(name)!r}: {error}. Expected {source} to hold vae, unet, text_encoder, tokenizer and "
             f"scheduler: {remedy}"
         ) from error
-    if torch.device(device).type == "cpu" and unet.config.sample_size**2 <= SHORT:
-        unet.set_attn_processor(AttnProcessor())  # fused attention's backward is slow on a CPU for few tokens
-    return Denoiser(vae, unet, text_encoder, tokenizer, scheduler, px).to(device)
+    return Denoiser(vae, unet, text_encoder, tokenizer, scheduler, px, levers).to(device)

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
+from diva_lab.machine import SHORT
 from diva_lab.runs import DATA
 
 # name -> (open_clip model, pretrained tag); a `local-dir:` model brings its own weights and tokenizer
@@ -33,8 +34,6 @@ ENCODERS = {
     "dfn-h14": ("ViT-H-14-quickgelu", "dfn5b"),
     "dfn-h14-378": ("ViT-H-14-378-quickgelu", "dfn5b"),
 }
-
-SHORT = 128  # tokens up to which plain softmax attention beats the fused kernel's backward on a CPU
 
 
 @dataclass(frozen=True)

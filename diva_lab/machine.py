@@ -4,6 +4,8 @@ import hashlib
 
 import torch
 
+SHORT = 128  # tokens up to which plain softmax attention beats the fused kernel's backward on a CPU
+
 
 def default_device() -> torch.device:
     """The first CUDA device, else the CPU."""

@@ -34,7 +34,7 @@ def info_nce(a: Float[Tensor, "b d"], b: Float[Tensor, "b d"], tau: float = 0.1)
 
 
 def dcr_loss(
-    grid: Float[Tensor, "b b d"],
+    rows: Float[Tensor, "b m d"],
     augmented: Float[Tensor, "b d"],
     truth: Float[Tensor, "b d"],
     tau: float = 0.1,
@@ -42,8 +42,8 @@ def dcr_loss(
 ) -> Float[Tensor, " b"]:
     """DCR's contrast on reconstructions, one value an example (METHOD: L_i).
 
-    `grid[i, j]` is the prediction for the noisy latent of image i under the condition of image j: the diagonal holds
-    the anchors, the rest of row i the negatives of i. With s the cosine and P_i = {augmented_i, truth_i},
+    `rows[i]` holds the predictions for the noisy latent of image i: first under its own condition, the anchor a_i, then
+    under other images' conditions, its negatives. With s the cosine and P_i = {augmented_i, truth_i},
 
         L_i = -1/2 sum_{p in P_i} log( exp(s(a_i, p) / tau) / sum_{q in D_p} exp(s(a_i, q) / tau) )
 
@@ -56,16 +56,14 @@ def dcr_loss(
     """
     if denominator not in ("shared", "own"):
         raise ValueError(f"unknown denominator {denominator!r}; expected shared or own")
-    b = len(grid)
-    dtype = torch.promote_types(grid.dtype, torch.float32)
-    grid, augmented, truth = (F.normalize(x.to(dtype), dim=-1) for x in (grid, augmented, truth))
-    anchor = grid.diagonal().T  # [b, d]
-    negatives = (anchor[:, None] * grid).sum(2) / tau  # [b, b], in float32 as above
-    negatives = negatives.masked_fill(torch.eye(b, dtype=torch.bool, device=grid.device), -math.inf)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    rows, augmented, truth = (F.normalize(x.to(dtype), dim=-1) for x in (rows, augmented, truth))
+    anchor = rows[:, 0]  # [b, d]
+    negatives = (anchor[:, None] * rows[:, 1:]).sum(2) / tau  # [b, m - 1], in float32 as above
     positives = torch.stack([(anchor * augmented).sum(1), (anchor * truth).sum(1)], dim=1) / tau  # [b, 2]
     if denominator == "shared":
         return torch.cat([positives, negatives], dim=1).logsumexp(1) - positives.mean(1)
-    each = torch.cat([positives[:, :, None], negatives[:, None].expand(b, 2, b)], dim=2)  # [b, 2, 1 + b]
+    each = torch.cat([positives[:, :, None], negatives[:, None].expand(-1, 2, -1)], dim=2)  # [b, 2, m]
     return (each.logsumexp(2) - positives).mean(1)
 
 
@@ -73,6 +71,51 @@ def dcr_chance(b: int, truth_cosine: float, tau: float = 0.1) -> float:
     """DCR's loss where all conditions give the same prediction: ln(b + exp(-d / tau)) + d / 2 tau, d = 1 - cosine."""
     d = 1 - truth_cosine
     return math.log(b + math.exp(-d / tau)) + d / (2 * tau)
+
+
+def draw_others(b: int, k: int, generator: torch.Generator) -> Int[Tensor, "b k"]:
+    """For each of `b` pictures `k` of the other b - 1: all of them in order, or a draw without replacement."""
+    if k >= b - 1:
+        shift = torch.arange(1, b).expand(b, -1)
+    else:
+        shift = 1 + torch.rand(b, b - 1, generator=generator).argsort(1)[:, :k]
+    return (torch.arange(b)[:, None] + shift) % b
+
+
+class _ByRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss, size, *inputs):
+        losses, gradients, wanted = [], [], ctx.needs_input_grad[2:]
+        for start in range(0, len(inputs[0]), size):
+            rows = slice(start, start + size)
+            leaves = [x[rows].detach().requires_grad_(need) for x, need in zip(inputs, wanted, strict=True)]
+            with torch.enable_grad():
+                value = loss(rows, *leaves)
+                parts = iter(torch.autograd.grad(value.sum(), [leaf for leaf in leaves if leaf.requires_grad]))
+            gradients.append([next(parts) if need else None for need in wanted])
+            losses.append(value.detach())
+        ctx.gradients = [torch.cat(part) if need else None for need, *part in zip(wanted, *gradients, strict=True)]
+        return torch.cat(losses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        weighted = (
+            None if g is None else g * upstream.view(-1, *(1,) * (g.ndim - 1)).to(g.dtype) for g in ctx.gradients
+        )
+        return None, None, *weighted
+
+
+def by_rows(loss: Callable[..., Tensor], size: int, *inputs: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
+    """`loss(rows, *inputs[rows])` for `size` rows at a time (0: all), where no row's loss reads another row's inputs.
+
+    The gradient of each part is taken at once and its graph freed: the memory of one part, no second forward pass.
+    """
+    b = len(inputs[0])
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
+        parts = (slice(i, i + (size or b)) for i in range(0, b, size or b))
+        return torch.cat([loss(rows, *(x[rows] for x in inputs)) for rows in parts])
+    return _ByRows.apply(loss, size or b, *inputs)
 
 
 # --- timesteps --------------------------------------------------------------------------------------------------
@@ -156,20 +199,38 @@ def naive(step: Step) -> dict[str, Tensor]:
 
 
 def dcr(step: Step) -> dict[str, Tensor]:
-    """DCR: contrast the predictions for one noisy latent under all pictures' conditions; b^2 + b evaluations."""
+    """DCR: contrast the predictions for one noisy latent under all pictures' conditions; b^2 + b evaluations.
+
+    L_i reads the noisy latent of image i alone, so `settings.rows` of them are taken at a time, forward and backward as
+    far as the conditions. Approximations, off by default: `settings.negatives` of the other pictures, drawn anew for
+    each, in place of all; without `settings.negative_gradient` none flows through them.
+    """
     settings, b = step.settings, len(step.images)
     x0 = step.latents()
     x_t, t, noise = step.noised(x0)
     c = step.condition(step.encode(step.images))  # [b, l, c]
     c_augmented = step.condition(step.encode(step.augment(step.images)))
-    predicted = step.denoiser.predict(
-        torch.cat([x_t.repeat_interleave(b, 0), x_t]),  # rows: image i's latent under every condition j
-        torch.cat([t.repeat_interleave(b), t]),
-        torch.cat([c.repeat(b, 1, 1), c_augmented]),
-    ).flatten(1)  # [b * b + b, d]
     truth = step.denoiser.target(settings.target, x0, noise, t).flatten(1)
-    loss = dcr_loss(predicted[: b * b].view(b, b, -1), predicted[b * b :], truth, settings.tau, settings.denominator)
-    return {"dcr": loss}
+    others = draw_others(b, settings.negatives or b - 1, step.generator).to(c.device)
+
+    def predict(rows: slice, contexts: Tensor) -> Tensor:
+        return (
+            step.denoiser.predict(x_t[rows], t[rows], contexts.flatten(0, 1))
+            .flatten(1)
+            .unflatten(0, contexts.shape[:2])
+        )
+
+    def loss(rows: slice, own: Tensor, negatives: Tensor) -> Tensor:
+        if settings.negative_gradient:
+            predicted = predict(rows, torch.cat([own, negatives], dim=1))
+        else:
+            with torch.no_grad():
+                fixed = predict(rows, negatives)
+            predicted = torch.cat([predict(rows, own), fixed], dim=1)
+        kept = torch.cat([predicted[:, :1], predicted[:, 2:]], dim=1)
+        return dcr_loss(kept, predicted[:, 1], truth[rows], settings.tau, settings.denominator)
+
+    return {"dcr": by_rows(loss, settings.rows, torch.stack([c, c_augmented], dim=1), c[others])}
 
 
 OBJECTIVES: dict[str, Callable[[Step], dict[str, Tensor]]] = {

@@ -53,6 +53,9 @@ class Settings:
         tau: temperature of both contrasts.
         target: DCR's ground truth, `noise` (paper) or `velocity` (released code).
         denominator: of DCR's softmax, `shared` (published) or `own`.
+        rows: noisy latents that DCR takes at a time, 0 for all: memory against launches, the result is the same.
+        negatives: other pictures that DCR contrasts each with, drawn anew each step; 0 for all (published).
+        negative_gradient: whether it flows through DCR's negatives (published).
         flips: in the augmentation.
         timesteps: how t is drawn.
         latent: the posterior's `mean` (DIVA) or a `sample` (DCR's code).
@@ -85,6 +88,9 @@ class Settings:
     lambda_rec: float = 1.0
     target: str = "noise"
     denominator: str = "shared"
+    rows: int = 1
+    negatives: int = 0
+    negative_gradient: bool = True
     flips: bool = True
     timesteps: str = "uniform"
     latent: str = "mean"
@@ -110,7 +116,7 @@ class Settings:
         for name in ("batch", "accumulate", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"setting {name}={getattr(self, name)}: expected at least 1")
-        for name in ("steps", "warmup", "lora_rank", "evaluate_every", "save_every"):
+        for name in ("steps", "warmup", "lora_rank", "rows", "negatives", "evaluate_every", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"setting {name}={getattr(self, name)}: expected 0 or more")
         if self.objective in ("dcr", "contrastive", "naive") and self.batch < 2:
@@ -164,6 +170,26 @@ def build_conditioner(settings: Settings, encoder: Encoder, denoiser: Denoiser) 
             f"{settings.denoiser!r} (width {denoiser.width}); align() a new one: {error}"
         ) from error
     return conditioner.to(denoiser.alphas.device)
+
+
+def make_step(
+    images: Tensor,
+    encoder: Encoder,
+    conditioner: Conditioner,
+    denoiser: Denoiser,
+    random: torch.Generator,
+    settings: Settings,
+) -> Step:
+    """What an objective is given: pictures [b, 3, h, w] in [0, 1] and the models, all draws from `random`."""
+    return Step(
+        images=images,
+        encode=encoder.features,
+        condition=lambda features: conditioner(features, denoiser.empty, random),
+        augment=lambda pictures: augment(pictures, random, settings.flips),
+        denoiser=denoiser,
+        generator=random,
+        settings=settings,
+    )
 
 
 def tuned_encoder(run: Run, device: torch.device | str = "cpu") -> Encoder:
@@ -257,17 +283,8 @@ def _train(
                 random = generator("step", settings.seed, step, micro)
                 torch.manual_seed(random.initial_seed())  # LoRA's dropout draws from the global generator
                 with accelerator.autocast():
-                    terms = objective(
-                        Step(
-                            images=next(source).to(device).float() / 255,
-                            encode=encoder.features,
-                            condition=lambda f, g=random: conditioner(f, denoiser.empty, g),
-                            augment=lambda x, g=random: augment(x, g, settings.flips),
-                            denoiser=denoiser,
-                            generator=random,
-                            settings=settings,
-                        )
-                    )
+                    images = next(source).to(device).float() / 255
+                    terms = objective(make_step(images, encoder, conditioner, denoiser, random, settings))
                 for name, gradient in term_gradients(terms, parameters).items():
                     line[name] = line.get(name, 0) + terms[name].mean().item() / settings.accumulate
                     sums = total.setdefault(name, {n: torch.zeros_like(p) for n, p in parameters.items()})

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from diva_lab.conditions import Conditioner
 from diva_lab.denoisers import Denoiser, load_denoiser
 from diva_lab.encoders import Encoder
-from diva_lab.images import augment
 from diva_lab.machine import generator
-from diva_lab.objectives import OBJECTIVES, Step
-from diva_lab.training import Settings, build_conditioner, build_encoder
+from diva_lab.objectives import OBJECTIVES
+from diva_lab.training import Settings, build_conditioner, build_encoder, make_step
 from diva_lab.world import World, draw_scenes
 
 shared_denoiser = functools.cache(load_denoiser)  # frozen, so that tests may share it
@@ -44,15 +43,8 @@ class OneStep:
         """The terms of `objective` (that of the settings if None), with another generator or settings where given."""
         settings = replace(self.settings, **changes)
         random = random or generator("a test", settings.seed)
-        step = Step(
-            images=pictures(settings.batch, settings.seed).float() / 255,
-            encode=self.encoder.features,
-            condition=lambda features: self.conditioner(features, self.denoiser.empty, random),
-            augment=lambda images: augment(images, random, settings.flips),
-            denoiser=self.denoiser,
-            generator=random,
-            settings=settings,
-        )
+        images = pictures(settings.batch, settings.seed).float() / 255
+        step = make_step(images, self.encoder, self.conditioner, self.denoiser, random, settings)
         return OBJECTIVES[objective or settings.objective](step)
 
     def loss(self) -> Tensor:

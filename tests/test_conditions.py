@@ -25,8 +25,8 @@ def seeded(seed: int) -> torch.Generator:
 
 
 @EACH
-def test_a_context_has_the_shape_of_the_prompts(name, features, empty):
-    assert Conditioner(name, D, C)(features, empty, seeded(0)).shape == (B, L, C)
+def test_a_context_is_one_token_to_be_added_or_has_the_shape_of_the_prompts(name, features, empty):
+    assert Conditioner(name, D, C)(features, empty, seeded(0)).shape == (B, 1 if name == "global" else L, C)
 
 
 @EACH
@@ -34,7 +34,8 @@ def test_a_context_is_the_empty_prompt_where_the_projector_says_nothing(name, fe
     conditioner = Conditioner(name, D, C)
     torch.nn.init.zeros_(conditioner.projector[-1].weight)
     torch.nn.init.zeros_(conditioner.projector[-1].bias)
-    assert torch.equal(conditioner(features, empty, seeded(0)), empty.expand(B, -1, -1))
+    said = conditioner(features, empty, seeded(0))
+    assert torch.equal(said if len(said[0]) == L else empty + said, empty.expand(B, -1, -1))
 
 
 @EACH
@@ -71,10 +72,9 @@ def test_a_context_carries_the_gradient_to_embedding_and_projector(name, feature
     assert all(p.grad.abs().sum() > 0 for p in conditioner.parameters())
 
 
-def test_global_adds_the_same_offset_at_every_position(features, empty):
+def test_global_adds_the_projected_embedding(features, empty):
     conditioner = Conditioner("global", D, C)
-    offset = conditioner(features, empty) - empty
-    torch.testing.assert_close(offset, conditioner.projector(features.embedding)[:, None].expand(-1, L, -1))
+    assert torch.equal(conditioner(features, empty), conditioner.projector(features.embedding)[:, None])
 
 
 def test_recap_adds_the_class_token_and_then_patches(features, empty):

@@ -13,8 +13,10 @@ from diva_lab.machine import generator
 from diva_lab.objectives import (
     OBJECTIVES,
     TIMESTEPS,
+    by_rows,
     dcr_chance,
     dcr_loss,
+    draw_others,
     draw_timesteps,
     info_nce,
     reconstruction,
@@ -34,6 +36,14 @@ def predictions(b: int, d: int = 24, seed: int = 0, dtype: torch.dtype = torch.f
     return grid.to(dtype), augmented.to(dtype), truth.to(dtype)
 
 
+def of_grid(grid: torch.Tensor, *rest, **options) -> torch.Tensor:
+    """DCR's loss of a grid of predictions [b, b, d]: for latent i under condition j."""
+    i = torch.arange(len(grid))[:, None]
+    return dcr_loss(
+        grid[i, torch.cat([i, draw_others(len(grid), len(grid) - 1, generator())], dim=1)], *rest, **options
+    )
+
+
 # --- DCR --------------------------------------------------------------------------------------------------------
 
 
@@ -41,8 +51,8 @@ def predictions(b: int, d: int = 24, seed: int = 0, dtype: torch.dtype = torch.f
 def test_dcr_is_unchanged_by_permuting_the_batch(denominator):
     grid, augmented, truth = predictions(5)
     order = torch.tensor([3, 0, 4, 1, 2])
-    loss = dcr_loss(grid, augmented, truth, denominator=denominator)
-    permuted = dcr_loss(grid[order][:, order], augmented[order], truth[order], denominator=denominator)
+    loss = of_grid(grid, augmented, truth, denominator=denominator)
+    permuted = of_grid(grid[order][:, order], augmented[order], truth[order], denominator=denominator)
     torch.testing.assert_close(permuted, loss[order], atol=1e-12, rtol=0)
 
 
@@ -56,7 +66,7 @@ def test_dcr_of_two_pictures_agrees_with_a_sum_by_hand(denominator):
         dot = sum(x * y for x, y in zip(a, b, strict=True))
         return dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
 
-    loss = dcr_loss(grid, augmented, truth, tau, denominator)
+    loss = of_grid(grid, augmented, truth, tau, denominator)
     for i in range(2):
         anchor = grid[i, i]
         e_augmented = math.exp(cosine(anchor, augmented[i]) / tau)
@@ -81,7 +91,7 @@ def test_dcr_is_finite_at_half_precision(denominator, dtype, b):
     extreme[:, :1] *= -1  # opposite predictions
     for values in (grid, extreme, torch.ones_like(grid)):
         values = values.requires_grad_()
-        loss = dcr_loss(values, augmented, truth, 0.01, denominator)
+        loss = of_grid(values, augmented, truth, 0.01, denominator)
         loss.sum().backward()
         assert loss.dtype == torch.float32 and loss.isfinite().all() and values.grad.isfinite().all()
 
@@ -89,8 +99,8 @@ def test_dcr_is_finite_at_half_precision(denominator, dtype, b):
 @BOTH
 def test_dcr_of_half_precision_predictions_is_computed_in_float32(denominator):
     half = predictions(4, dtype=torch.bfloat16)
-    loss = dcr_loss(*half, 0.01, denominator)
-    expected = dcr_loss(*(x.double() for x in half), 0.01, denominator)
+    loss = of_grid(*half, 0.01, denominator)
+    expected = of_grid(*(x.double() for x in half), 0.01, denominator)
     torch.testing.assert_close(loss.double(), expected, atol=1e-3, rtol=1e-5)
 
 
@@ -100,7 +110,7 @@ def test_losses_are_computed_in_float32_under_autocast(loss):
 
     def value():
         if loss in DENOMINATORS:
-            return dcr_loss(grid, augmented, truth, 0.1, loss)
+            return of_grid(grid, augmented, truth, 0.1, loss)
         return {"info_nce": info_nce, "reconstruction": reconstruction}[loss](augmented, truth)
 
     with torch.autocast("cpu", torch.bfloat16):
@@ -114,7 +124,7 @@ def test_dcr_is_at_chance_when_all_predictions_are_identical(b, tau):
     _, augmented, truth = predictions(b)
     same = augmented[:1].expand(b, -1)
     cosines = F.cosine_similarity(same, truth)
-    loss = dcr_loss(same.expand(b, b, -1), same, truth, tau)
+    loss = of_grid(same.expand(b, b, -1), same, truth, tau)
     expected = torch.tensor([dcr_chance(b, c.item(), tau) for c in cosines], dtype=torch.float64)
     torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
 
@@ -124,15 +134,15 @@ def test_dcr_is_unchanged_by_the_scale_of_every_prediction(denominator):
     grid, augmented, truth = predictions(4)
     random = torch.Generator().manual_seed(1)
     a, b, c = (torch.rand(shape, generator=random).double() * 9 + 0.1 for shape in ((4, 4, 1), (4, 1), (4, 1)))
-    expected = dcr_loss(grid, augmented, truth, denominator=denominator)
-    scaled = dcr_loss(a * grid, b * augmented, c * truth, denominator=denominator)
+    expected = of_grid(grid, augmented, truth, denominator=denominator)
+    scaled = of_grid(a * grid, b * augmented, c * truth, denominator=denominator)
     torch.testing.assert_close(scaled, expected, atol=1e-12, rtol=0)
 
 
 @BOTH
 def test_dcrs_gradient_flows_through_anchor_augmented_positive_and_negatives(denominator):
     grid, augmented, truth = (x.requires_grad_() for x in predictions(3))
-    dcr_loss(grid, augmented, truth, denominator=denominator).sum().backward()
+    of_grid(grid, augmented, truth, denominator=denominator).sum().backward()
     assert (grid.grad.norm(dim=-1) > 1e-6).all()  # the diagonal: anchors; the rest: negatives
     assert (augmented.grad.norm(dim=-1) > 1e-6).all()
 
@@ -140,7 +150,7 @@ def test_dcrs_gradient_flows_through_anchor_augmented_positive_and_negatives(den
 @BOTH
 def test_dcr_of_a_picture_reads_its_own_row_only(denominator):
     grid, augmented, truth = (x.requires_grad_() for x in predictions(3))
-    dcr_loss(grid, augmented, truth, denominator=denominator)[1].backward()
+    of_grid(grid, augmented, truth, denominator=denominator)[1].backward()
     for x in (grid, augmented, truth):
         assert (x.grad[1] != 0).any() and (x.grad[[0, 2]] == 0).all()
 
@@ -149,14 +159,14 @@ def test_dcr_of_a_picture_reads_its_own_row_only(denominator):
 def test_dcr_falls_when_the_negatives_turn_away_and_rises_when_the_augmented_view_does(denominator):
     grid, augmented, truth = predictions(3)
     anchors = torch.eye(3, dtype=torch.bool)[..., None]
-    loss = dcr_loss(grid, augmented, truth, denominator=denominator)
-    away = dcr_loss(torch.where(anchors, grid, -grid), augmented, truth, denominator=denominator)
-    worse = dcr_loss(grid, -augmented, truth, denominator=denominator)
+    loss = of_grid(grid, augmented, truth, denominator=denominator)
+    away = of_grid(torch.where(anchors, grid, -grid), augmented, truth, denominator=denominator)
+    worse = of_grid(grid, -augmented, truth, denominator=denominator)
     assert (away < loss).all() and (worse > loss).all()
 
 
 def test_the_two_denominators_differ_and_the_shared_one_is_never_the_smaller():
-    losses = {name: dcr_loss(*predictions(4), denominator=name) for name in DENOMINATORS}
+    losses = {name: of_grid(*predictions(4), denominator=name) for name in DENOMINATORS}
     assert (losses["shared"] > losses["own"] + 1e-3).all()
 
 
@@ -172,13 +182,43 @@ def test_with_the_negatives_gone_shared_only_makes_the_positives_equal_and_own_h
     difference = F.cosine_similarity(anchor, augmented) - F.cosine_similarity(anchor, truth)
     expected = torch.log(2 * torch.cosh(difference / (2 * tau)))
     atol = 1e-10 if b == 1 else 1e-6
-    torch.testing.assert_close(dcr_loss(grid, augmented, truth, tau), expected, atol=atol, rtol=0)
-    assert dcr_loss(grid, augmented, truth, tau, "own").abs().max() < atol
+    torch.testing.assert_close(of_grid(grid, augmented, truth, tau), expected, atol=atol, rtol=0)
+    assert of_grid(grid, augmented, truth, tau, "own").abs().max() < atol
 
 
 def test_an_unknown_denominator_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown denominator 'all'; expected shared or own"):
-        dcr_loss(*predictions(2), denominator="all")
+        of_grid(*predictions(2), denominator="all")
+
+
+def test_others_are_other_pictures_each_at_most_once():
+    for k in (1, 2, 4, 9):
+        others = draw_others(5, k, generator(k))
+        assert others.shape == (5, min(k, 4))
+        for i, row in enumerate(others.tolist()):
+            assert len({i, *row}) == 1 + len(row) and set(row) <= set(range(5))
+
+
+# --- by rows ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 5])
+def test_by_rows_is_the_loss_and_the_gradient_of_all_at_once(size):
+    random = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(5, 3, dtype=torch.float64, generator=random).requires_grad_() for _ in range(2))
+    place, weight = torch.arange(5.0), torch.rand(5, generator=random, dtype=torch.float64)
+
+    def loss(rows, x, y):
+        return (x * y.exp()).sum(1).sin() * place[rows]
+
+    expected = torch.autograd.grad((weight * loss(slice(0, 5), a, b)).sum(), (a, b))
+    values = by_rows(loss, size, a, b)
+    torch.testing.assert_close(values, loss(slice(0, 5), a, b))
+    torch.testing.assert_close(torch.autograd.grad((weight * values).sum(), (a, b)), expected)
+    (only,) = torch.autograd.grad((weight * by_rows(loss, size, a, b.detach())).sum(), a)
+    torch.testing.assert_close(only, expected[0])
+    with torch.no_grad():
+        torch.testing.assert_close(by_rows(loss, size, a, b), values)
 
 
 # --- the other losses -------------------------------------------------------------------------------------------
@@ -349,7 +389,7 @@ def test_dcr_is_at_chance_where_the_condition_says_nothing(small_settings):
     random = generator("a test", 0)
     draw_timesteps("uniform", 3, 1000, random)
     noise = torch.randn(3, 4, 8, 8, generator=random)
-    cosines = F.cosine_similarity(seen[0][-3:].flatten(1), noise.flatten(1))
+    cosines = F.cosine_similarity(torch.stack([row[1] for row in seen]).flatten(1), noise.flatten(1))
     expected = torch.tensor([dcr_chance(3, c.item(), 0.1) for c in cosines])
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=0)
 

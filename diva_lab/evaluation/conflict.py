@@ -11,11 +11,11 @@ import pandas as pd
 from diva_lab.denoisers import load_denoiser
 from diva_lab.evaluation.intervals import wilson
 from diva_lab.gradients import conflict, term_gradients
-from diva_lab.images import augment, open_images
+from diva_lab.images import open_images
 from diva_lab.machine import autocast, default_device, generator
-from diva_lab.objectives import Step, naive
+from diva_lab.objectives import naive
 from diva_lab.runs import Run
-from diva_lab.training import Settings, build_conditioner, build_encoder
+from diva_lab.training import Settings, build_conditioner, build_encoder, make_step
 
 
 def conflict_rate(cosines: np.ndarray | pd.Series, level: float = 0.95) -> tuple[float, float, float]:
@@ -52,15 +52,8 @@ def gradient_cosines(run: Run, batches: int = 10) -> pd.DataFrame:
     gradients = []
     for number in range(batches):
         random = generator("cosines", settings.seed, number)
-        step = Step(
-            images=next(source).to(device).float() / 255,
-            encode=encoder.features,
-            condition=lambda features, g=random: conditioner(features, denoiser.empty, g),
-            augment=lambda images, g=random: augment(images, g, settings.flips),
-            denoiser=denoiser,
-            generator=random,
-            settings=settings,
-        )
+        images = next(source).to(device).float() / 255
+        step = make_step(images, encoder, conditioner, denoiser, random, settings)
         with autocast(device):
             terms = naive(step)
         gradients.append(term_gradients(terms, parameters))

@@ -1,0 +1,211 @@
+"""What a frozen UNet need not compute, and need not keep: levers that leave predictions and gradients as they are.
+
+Each lever changes a diffusers UNet in place and can be left out alone; `LEVERS` at the end names them.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diva_lab.machine import SHORT
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over [b, heads, n, d]; by plain products where a CPU is faster so."""
+    if q.device.type == "cpu" and q.shape[-2] <= SHORT:
+        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class BiasedAttention:
+    """A diffusers attention processor: self-attention as it is; cross-attention cheaper for a context of one token.
+
+    One token v stands for the empty prompt u with v added to each of its tokens. Then every key moves by the same
+    W_k v, which the softmax does not see, and every value by W_v v: softmax(q K_u^T) V_u + W_v v, exactly (METHOD).
+    K_u and V_u are constants, projected once.
+
+    Args:
+        empty: () -> the context u of the empty prompt, [l, c].
+        repeats: () -> how many consecutive rows have the same queries; only the first cross-attention has such.
+    """
+
+    def __init__(self, empty: Callable[[], Tensor], repeats: Callable[[], int] = lambda: 1):
+        self.empty, self.repeats, self._constants = empty, repeats, None
+
+    def constants(self, attn: Attention) -> tuple[Tensor, Tensor]:
+        """Keys and values of the empty prompt, [1, heads, l, d] each, in the dtype that the layer computes in."""
+        like = attn.to_k(attn.to_k.weight.new_zeros(1, 1, attn.to_k.in_features))  # autocast may choose it
+        if self._constants is None or self._constants[0].dtype != like.dtype:
+            with torch.no_grad():
+                u = self.empty().to(attn.to_k.weight)
+                self._constants = tuple(
+                    layer(u)[None].unflatten(-1, (attn.heads, -1)).transpose(1, 2) for layer in (attn.to_k, attn.to_v)
+                )
+        return self._constants
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *_: object,
+        **__: object,
+    ) -> Tensor:
+        one = encoder_hidden_states is not None and encoder_hidden_states.shape[1] == 1
+        n = self.repeats() if one else 1
+        x = hidden_states[::n]
+        q = attn.to_q(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [b, heads, n, d]
+        if one:
+            k, v = (part.expand(len(q), -1, -1, -1) for part in self.constants(attn))
+        else:
+            context = x if encoder_hidden_states is None else encoder_hidden_states
+            k, v = (layer(context).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for layer in (attn.to_k, attn.to_v))
+        x = attend(q, k, v).transpose(1, 2).flatten(2)  # [b, n, c]
+        if one:
+            x = x.repeat_interleave(n, 0) + attn.to_v(encoder_hidden_states)
+        return attn.to_out[0](x)
+
+
+def _bias(unet: UNet2DConditionModel, empty: Callable[[], Tensor], repeats: Callable[[], int]) -> None:
+    """Every attention becomes a `BiasedAttention`; the first cross-attention asks `repeats`."""
+    crosses = [
+        name for name, module in unet.named_modules() if isinstance(module, Attention) and module.is_cross_attention
+    ]
+    first = f"{crosses[0]}.processor"
+    unet.set_attn_processor(
+        {
+            name: BiasedAttention(empty, repeats) if name == first else BiasedAttention(empty)
+            for name in unet.attn_processors
+        }
+    )
+
+
+def prefix(unet: UNet2DConditionModel) -> list[nn.Module]:
+    """The modules that run before the first cross-attention, and so never see the context."""
+    block = unet.down_blocks[0]
+    if not getattr(block, "has_cross_attention", False):
+        return [unet.time_embedding, unet.conv_in, block]
+    transformer = block.attentions[0]
+    first = transformer.transformer_blocks[0]
+    modules = [unet.time_embedding, unet.conv_in, block.resnets[0], transformer.norm, transformer.proj_in]
+    return [*modules, first.norm1, first.attn1, first.norm2]
+
+
+def _share(unet: UNet2DConditionModel, empty: Callable[[], Tensor], repeats: Callable[[], int]) -> None:
+    """Where each `repeats()` consecutive rows are the same, let the prefix compute one of them and repeat it."""
+
+    def one_of_each(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        n = repeats()
+
+        def take(value: object) -> object:
+            return value[::n] if isinstance(value, Tensor) else value
+
+        return tuple(map(take, args)), {name: take(value) for name, value in kwargs.items()}
+
+    def back(module: nn.Module, args: tuple, out: object) -> object:
+        n = repeats()
+        if isinstance(out, Tensor):
+            return out.repeat_interleave(n, 0)
+        return tuple(back(module, args, part) for part in out)
+
+    for module in prefix(unet):
+        module.register_forward_pre_hook(one_of_each, with_kwargs=True)
+        module.register_forward_hook(back)
+
+
+class FrozenConv2d(nn.Conv2d):
+    """A convolution without weight gradients: autograd would keep its input all the same, this one does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.requires_grad or not (torch.is_grad_enabled() and x.requires_grad):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return _Convolve.apply(
+            x.to(dtype), self.weight.to(dtype), bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+
+class _Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, *geometry):
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.geometry = x.shape, geometry
+        return F.conv2d(x, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        return torch.nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.geometry), *(None,) * 6
+
+
+def _forget(unet: UNet2DConditionModel, *_: object) -> None:
+    """Make every convolution a `FrozenConv2d`."""
+    for module in unet.modules():
+        if type(module) is nn.Conv2d:
+            module.__class__ = FrozenConv2d
+
+
+class _NormAct(nn.GroupNorm):
+    """Group norm and SiLU in one, of which the backward pass keeps the input alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return checkpoint(self._both, x, use_reentrant=False, preserve_rng_state=False)
+        return self._both(x)
+
+    def _both(self, x: Tensor) -> Tensor:
+        return F.silu(super().forward(x))
+
+
+class _TimeAct(nn.SiLU):
+    """What is left of a residual block's activation: the time embedding's; pictures have theirs in `_NormAct`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.ndim == 2 else x
+
+
+class _Gated(GEGLU):
+    """A feed-forward's gate, of which the backward pass keeps the input alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return checkpoint(self._gate, x, use_reentrant=False, preserve_rng_state=False)
+        return self._gate(x)
+
+    @staticmethod
+    def _gate(x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+def _recompute(unet: UNet2DConditionModel, *_: object) -> None:
+    """Make norm and activation of residual blocks one `_NormAct`, and every gate a `_Gated`."""
+    for module in unet.modules():
+        if type(module) is GEGLU:
+            module.__class__ = _Gated
+        if isinstance(module, ResnetBlock2D) and type(module.nonlinearity) is nn.SiLU:
+            module.norm1.__class__ = module.norm2.__class__ = _NormAct
+            module.nonlinearity = _TimeAct()
+
+
+def _layout(unet: UNet2DConditionModel, *_: object) -> None:
+    """Channels last, as convolutions are fastest."""
+    unet.to(memory_format=torch.channels_last)
+
+
+LEVERS: dict[str, Callable] = {  # name -> function of the UNet, () -> empty prompt, () -> rows that share a latent
+    "bias": _bias,  # a vector added to the empty prompt enters each cross-attention as one bias
+    "share": _share,  # what precedes the first cross-attention is computed once per latent
+    "forget": _forget,  # convolutions keep no input: there is no weight gradient to compute from it
+    "recompute": _recompute,  # of norms, activations and gates what enters is kept, not what follows from it
+    "layout": _layout,  # channels last
+}

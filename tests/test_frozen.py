@@ -1,0 +1,83 @@
+from itertools import combinations
+
+import pytest
+import torch
+from small_models import write_diffusion
+
+from diva_lab.denoisers import Denoiser, load_denoiser
+from diva_lab.frozen import LEVERS
+
+PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
+SUBSETS = [*((name,) for name in LEVERS), *combinations(LEVERS, 2), tuple(LEVERS)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_diffusion(tmp_path_factory.mktemp("frozen") / "diffusion")
+
+
+def build(folder, levers) -> Denoiser:
+    parts = load_denoiser(folder, levers=())
+    denoiser = Denoiser(*(getattr(parts, name) for name in PARTS), levers=levers)
+    denoiser.unet.double()
+    return denoiser
+
+
+def ask(denoiser: Denoiser, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predictions for two latents under three contexts each, and their gradient in the contexts."""
+    random = torch.Generator().manual_seed(0)
+    x_t = torch.randn(2, 4, 8, 8, generator=random, dtype=torch.float64)
+    context = torch.randn(6, tokens, denoiser.width, generator=random, dtype=torch.float64).requires_grad_()
+    out = denoiser.predict(x_t, torch.tensor([10, 700]), context)
+    weight = torch.randn(out.shape, generator=random)
+    return out, torch.autograd.grad((weight * out).sum(), context)[0]
+
+
+@pytest.mark.parametrize("levers", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("tokens", [1, 26])
+def test_no_lever_changes_a_prediction_or_its_gradient(folder, levers, tokens):
+    plain, fast = (ask(build(folder, names), tokens) for names in ((), levers))
+    for one, other in zip(fast, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6 * other.abs().max().item(), rtol=1e-6)
+
+
+def saved(denoiser: Denoiser, tokens: int = 1) -> int:
+    """Bytes that a prediction keeps for its backward pass, weights not counted, each storage once."""
+    weights = {p.untyped_storage().data_ptr() for p in denoiser.unet.parameters()}
+    kept = {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        ask(denoiser, tokens)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_levers_for_memory_keep_less(folder):
+    plain = saved(build(folder, ()))
+    assert saved(build(folder, ("forget",))) < 0.9 * plain
+    assert saved(build(folder, ("forget", "recompute"))) < 0.75 * plain
+
+
+def test_the_prefix_runs_once_per_latent(folder):
+    seen = []
+    for levers in ((), ("share",)):
+        denoiser = build(folder, levers)
+        original = denoiser.unet.conv_in.forward
+        denoiser.unet.conv_in.forward = lambda x, f=original: (seen.append(len(x)), f(x))[1]
+        ask(denoiser, 1)
+    assert seen == [6, 2]
+
+
+def test_the_empty_prompt_is_projected_once(folder):
+    denoiser = build(folder, LEVERS)
+    ask(denoiser, 1)
+    counts = []
+    for name, module in denoiser.unet.named_modules():
+        if name.endswith("attn2.to_k"):
+            module.register_forward_hook(lambda _, args, out: counts.append(args[0].shape[1]))
+    ask(denoiser, 1)
+    assert not any(length > 1 for length in counts)
