@@ -221,7 +221,7 @@ def dcr(step: Step) -> dict[str, Tensor]:
         )
 
     def loss(rows: slice, own: Tensor, negatives: Tensor) -> Tensor:
-        if settings.negative_gradient:
+        if negatives.requires_grad:
             predicted = predict(rows, torch.cat([own, negatives], dim=1))
         else:
             with torch.no_grad():
@@ -230,7 +230,8 @@ def dcr(step: Step) -> dict[str, Tensor]:
         kept = torch.cat([predicted[:, :1], predicted[:, 2:]], dim=1)
         return dcr_loss(kept, predicted[:, 1], truth[rows], settings.tau, settings.denominator)
 
-    return {"dcr": by_rows(loss, settings.rows, torch.stack([c, c_augmented], dim=1), c[others])}
+    negatives = (c if settings.negative_gradient else c.detach())[others]  # [b, k, l, c]
+    return {"dcr": by_rows(loss, settings.rows, torch.stack([c, c_augmented], dim=1), negatives)}
 
 
 OBJECTIVES: dict[str, Callable[[Step], dict[str, Tensor]]] = {

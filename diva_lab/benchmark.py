@@ -1,0 +1,384 @@
+"""How fast and how small a step is: against a plain implementation, with each lever left out alone.
+
+    python -m diva_lab.benchmark dcr-step --scale tiny --batch 8 --json out.json
+    python -m diva_lab.benchmark diva-step | align-step | evaluate | input
+
+`reference` is the step as METHOD describes the released code: eager, one call for all evaluations, the empty prompt
+encoded for every picture, pictures augmented one by one, every activation held. `exact` is the training's own step.
+All variants run in one process, in turn, on the same inputs; medians are over the rounds. Weights are random but at
+the scale `tiny`: speed does not depend on them.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from weakref import finalize
+
+import open_clip
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+
+from diva_lab.conditions import Conditioner
+from diva_lab.denoisers import DENOISERS, Denoiser, load_denoiser
+from diva_lab.encoders import Encoder, load_encoder, make_trainable
+from diva_lab.frozen import LEVERS
+from diva_lab.images import augment, open_images
+from diva_lab.machine import default_device, fast_bf16, generator
+from diva_lab.objectives import OBJECTIVES, dcr_loss, draw_others, reconstruction
+from diva_lab.runs import environment
+from diva_lab.training import Settings, build_conditioner, make_step
+
+PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
+
+
+# --- models of any size -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The sizes of a random CLIP and a random Stable Diffusion; prompts of `tokens` tokens."""
+
+    vision: dict
+    dim: int
+    unet: dict
+    vae: tuple[int, ...]
+    text: dict
+    tokens: int = 77
+
+
+SCALES = {
+    "tiny": None,  # as it ships
+    "small": Scale(
+        {"image_size": 64, "layers": 6, "width": 256, "patch_size": 8, "head_width": 64}, 256,
+        {"sample_size": 16, "block_out_channels": (96, 192, 256), "layers_per_block": 1,
+         "attention_head_dim": (3, 6, 8), "cross_attention_dim": 256, "norm_num_groups": 32,
+         "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")},
+        (32, 64, 64), {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
+    ),
+    "sd21": Scale(
+        {"image_size": 224, "layers": 24, "width": 1024, "patch_size": 14}, 768,
+        {"sample_size": 28, "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024,
+         "use_linear_projection": True},
+        (128, 256, 512, 512),
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+         "hidden_act": "gelu"},
+    ),
+}  # fmt: skip
+
+
+def build(name: str, device: torch.device) -> tuple[Encoder, Denoiser]:
+    """A CLIP and a denoiser without any lever, of the named scale."""
+    scale = SCALES[name]
+    if scale is None:
+        return load_encoder("tiny", device), load_denoiser("tiny", device, levers=())
+    torch.manual_seed(0)
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}  # not used in a step
+    clip = open_clip.CLIP(scale.dim, scale.vision, text, quick_gelu=True)
+    pixels = {"size": scale.vision["image_size"], "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    open_clip.model.set_model_preprocess_cfg(clip, pixels | {"resize_mode": "shortest"})
+    tokenizer = AutoTokenizer.from_pretrained(DENOISERS["tiny"], subfolder="tokenizer", model_max_length=scale.tokens)
+    blocks = len(scale.vae)
+    parts = (
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
+            block_out_channels=scale.vae, layers_per_block=2, latent_channels=4,
+        ),
+        UNet2DConditionModel(**scale.unet),
+        CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=scale.tokens, **scale.text)),
+        tokenizer,
+        DDPMScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+    )  # fmt: skip
+    return Encoder(clip, None).to(device), Denoiser(*parts, levers=()).to(device)
+
+
+# --- a step, plain and ours -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Variant:
+    """One way to take a step: models, settings, and the function that gives the loss of a batch."""
+
+    name: str
+    encoder: Encoder
+    conditioner: Conditioner
+    denoiser: Denoiser
+    settings: Settings
+    loss: Callable[["Variant", Tensor], Tensor]
+    fused: bool = True
+    autocast: bool = True
+
+    def __post_init__(self):
+        self.parameters = [p for p in self.encoder.parameters() if p.requires_grad]
+        self.parameters += [p for p in self.conditioner.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=self.fused)
+
+    def backward(self, images: Tensor) -> Tensor:
+        """The loss of uint8 pictures [b, 3, h, w]; gradients are left on the parameters."""
+        self.optimizer.zero_grad(set_to_none=True)
+        device = images.device.type
+        with torch.autocast(device, torch.bfloat16) if self.autocast else nullcontext():
+            loss = self.loss(self, images)
+        loss.backward()
+        return loss.detach()
+
+    def step(self, images: Tensor) -> None:
+        """A whole step, the optimiser's included; the weights stay put, so that all rounds do the same work."""
+        kept = [p.detach().clone() for p in self.parameters]
+        self.backward(images)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        for p, old in zip(self.parameters, kept, strict=True):
+            p.data.copy_(old)
+
+
+def ours(variant: Variant, images: Tensor) -> Tensor:
+    """The training's step."""
+    random = generator("benchmark", 0)
+    pictures = images.float() / 255
+    step = make_step(pictures, variant.encoder, variant.conditioner, variant.denoiser, random, variant.settings)
+    return sum(term.mean() for term in OBJECTIVES[variant.settings.objective](step).values())
+
+
+def _plain_context(variant: Variant, pictures: Tensor, random: torch.Generator) -> Tensor:
+    """The condition of every picture, the empty prompt encoded for each: [b, l, c]."""
+    empty = torch.stack([variant.denoiser.encode_text([""])[0] for _ in pictures])
+    added = variant.conditioner(variant.encoder.features(pictures), torch.zeros_like(empty[0]), random)
+    return empty + added
+
+
+def plain_dcr(variant: Variant, images: Tensor) -> Tensor:
+    """DCR's step as released but for its known faults: all b^2 + b evaluations in one call, everything held."""
+    settings, denoiser, b = variant.settings, variant.denoiser, len(images)
+    random = generator("benchmark", 0)
+    pictures = images.float() / 255
+    step = make_step(pictures, variant.encoder, variant.conditioner, denoiser, random, settings)
+    x0 = step.latents()
+    x_t, t, noise = step.noised(x0)
+    c = _plain_context(variant, pictures, random)
+    views = torch.cat([augment(one[None].cpu(), random, settings.flips) for one in pictures]).to(pictures.device)
+    c_augmented = _plain_context(variant, views, random)
+    order = torch.cat([torch.arange(b)[:, None], draw_others(b, b - 1, random)], dim=1).to(c.device)
+    contexts = torch.cat([c[order], c_augmented[:, None]], dim=1).flatten(0, 1)
+    predicted = denoiser.predict(x_t.repeat_interleave(b + 1, 0), t.repeat_interleave(b + 1), contexts)
+    rows = predicted.flatten(1).unflatten(0, (b, b + 1))
+    return dcr_loss(rows[:, :-1], rows[:, -1], noise.flatten(1), settings.tau, settings.denominator).mean()
+
+
+def plain_diva(variant: Variant, images: Tensor) -> Tensor:
+    """DIVA's step as released: each draw by itself, picture, prompt and latent encoded again; draws averaged."""
+    settings, random = variant.settings, generator("benchmark", 0)
+    pictures = images.float() / 255
+    step = make_step(pictures, variant.encoder, variant.conditioner, variant.denoiser, random, settings)
+    x_t, t, noise = step.noised(step.latents().repeat(settings.draws, 1, 1, 1))
+    losses = []
+    for parts in zip(x_t.chunk(settings.draws), t.chunk(settings.draws), noise.chunk(settings.draws), strict=True):
+        step.latents()
+        context = _plain_context(variant, pictures, random)
+        losses.append(reconstruction(variant.denoiser.predict(*parts[:2], context), parts[2]).mean())
+    return sum(losses) / settings.draws
+
+
+# --- measuring --------------------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made under it that are alive at the same time; `peak` is the most so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self._seen = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) not in before | self._seen:
+                self._seen.add(key)
+                self.now += x.untyped_storage().nbytes()
+                self.peak = max(self.peak, self.now)
+                finalize(x.untyped_storage(), self._gone, key, x.untyped_storage().nbytes())
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """The most memory that `work` holds beyond what was there before, in bytes; by CUDA's allocator on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with LiveBytes() as live:
+        work()
+    return live.peak
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call of `work`, the device's queue emptied."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of `times`, in seconds."""
+    low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
+    return {"median": middle, "low": low, "high": high}
+
+
+def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large product of matrices: what a step is measured against."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
+
+
+def apart(one: Variant, other: Variant, images: Tensor) -> dict[str, float]:
+    """Relative differences |a - b| / |b| of the loss and of the encoder's gradients."""
+    results = []
+    for variant in (one, other):
+        loss = variant.backward(images)
+        results.append((loss.double(), torch.cat([p.grad.flatten().double() for p in variant.parameters])))
+    (loss, gradient), (loss_, gradient_) = results
+    return {
+        "loss": ((loss - loss_).abs() / loss_.abs()).item(),
+        "gradient": ((gradient - gradient_).norm() / gradient_.norm()).item(),
+    }
+
+
+# --- what is compared -------------------------------------------------------------------------------------------
+
+
+def variants(what: str, scale: str, device: torch.device, dtype: torch.dtype, batch: int) -> dict[str, Variant]:
+    """The reference and our ways to take the step `what`, on copies of the same models computing in `dtype`."""
+    encoder, denoiser = build(scale, device)
+    settings = Settings(objective="dcr" if what == "dcr-step" else "diva", batch=batch, lora_dropout=0.0)
+    settings = replace(settings, projector="shipped" if scale == "tiny" else "new")
+    conditioner = build_conditioner(settings, encoder, denoiser).to(device)
+    if what == "align-step":
+        conditioner.requires_grad_(True)
+    else:
+        conditioner.requires_grad_(False)
+        make_trainable(encoder, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
+        for name, p in encoder.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(p, std=0.02)  # zero at first, when half of the gradients would be zero too
+    encoder.to(device)
+
+    def variant(name: str, loss: Callable, levers: Sequence[str] = tuple(LEVERS), fused: bool = True, **changes):
+        own = [copy.deepcopy(module) for module in (encoder, conditioner)]
+        parts = {part: copy.deepcopy(getattr(denoiser, part)) for part in PARTS}
+        frozen = Denoiser(**parts, levers=levers).to(device)
+        frozen.unet.to(dtype)
+        if loss is not ours:
+            frozen.vae.to(torch.float32)
+        return Variant(name, *own, frozen, replace(settings, **changes), loss, fused, dtype is torch.bfloat16)
+
+    if what == "dcr-step":
+        made = [
+            variant("reference", plain_dcr, (), fused=False),
+            variant("exact", ours),
+            variant("exact, all rows at once", ours, rows=0),
+            variant("sampled, K = 4", ours, negatives=4),
+            variant("no gradient through negatives", ours, negative_gradient=False),
+            *(variant(f"exact without {name}", ours, [n for n in LEVERS if n != name]) for name in LEVERS),
+            variant("exact without fused", ours, fused=False),
+        ]
+    elif what == "diva-step":
+        made = [variant("reference", plain_diva, (), fused=False), variant("exact", ours)]
+    else:  # the released code aligns by the whole DCR loss, ours by reconstruction as in the paper
+        made = [variant("reference", plain_dcr, (), fused=False), variant("exact", ours, draws=1)]
+    return {one.name: one for one in made}
+
+
+def measure_step(what: str, scale: str, batch: int, rounds: int, precision: str) -> dict:
+    """All figures of one step: seconds, ratios to the reference, peak bytes, FLOPs, differences."""
+    device = default_device()
+    half = precision == "bf16" or (precision == "auto" and fast_bf16(device))
+    dtype = torch.bfloat16 if half else torch.float32
+    made = variants(what, scale, device, dtype, batch)
+    px = made["exact"].encoder.px
+    world = next(open_images("world", 32, batch, 0))
+    images = nn.functional.interpolate(world.float(), (px, px)).round().byte().to(device)
+    for variant in made.values():
+        variant.step(images)
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for _ in range(rounds):
+        for name, variant in made.items():
+            times[name].append(seconds(lambda v=variant: v.step(images), device))
+    top = ceiling(device, dtype)
+    rows = {}
+    for name, variant in made.items():
+        with FlopCounterMode(display=False) as counter:
+            variant.backward(images)
+        row = spread(times[name]) | {"peak_bytes": peak_bytes(lambda v=variant: v.backward(images), device)}
+        row["flop"] = counter.get_total_flops()
+        row["of_ceiling"] = row["flop"] / row["median"] / top
+        row["faster"] = statistics.median(times["reference"]) / row["median"]
+        rows[name] = row
+    for row in rows.values():
+        row["memory"] = row["peak_bytes"] / rows["reference"]["peak_bytes"]
+    found = {"dtype": str(dtype).removeprefix("torch."), "ceiling_flops": top, "variants": rows}
+    if what != "align-step":  # whose reference minimises another loss
+        same = [name for name in made if name.startswith("exact")]
+        found["apart"] = {name: apart(made[name], made["reference"], images) for name in same}
+        plain = variants(what, scale, device, torch.float32, batch)
+        found["apart_float32"] = {name: apart(plain[name], plain["reference"], images) for name in same}
+    return found
+
+
+def show(found: dict) -> str:
+    """The figures as a Markdown table."""
+    lines = ["| step | s | faster | memory | MB | TFLOP | of ceiling | loss | gradients |", "|---" * 9 + "|"]
+    for name, row in found["variants"].items():
+        off = found.get("apart_float32", {}).get(name)
+        apart = "".join(f" {off[key]:.0e} |" for key in ("loss", "gradient")) if off else " | |"
+        lines.append(
+            f"| {name} | {row['median']:.3f} [{row['low']:.3f}, {row['high']:.3f}] | {row['faster']:.2f} × | "
+            f"{row['memory']:.2f} × | {row['peak_bytes'] / 1e6:.0f} | {row['flop'] / 1e12:.3f} | "
+            f"{100 * row['of_ceiling']:.0f} % |{apart}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m diva_lab.benchmark", description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("dcr-step", "diva-step", "align-step"))
+    parser.add_argument("--scale", choices=tuple(SCALES), default="tiny")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--precision", choices=("auto", "bf16", "no"), default="auto")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    found = {"what": args.what, "scale": args.scale, "batch": args.batch, "threads": args.threads}
+    found |= measure_step(args.what, args.scale, args.batch, args.rounds, args.precision) | environment()
+    print(show(found))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
