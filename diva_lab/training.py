@@ -53,7 +53,7 @@ class Settings:
         tau: temperature of both contrasts.
         target: DCR's ground truth, `noise` (paper) or `velocity` (released code).
         denominator: of DCR's softmax, `shared` (published) or `own`.
-        rows: noisy latents that DCR takes at a time, 0 for all: memory against launches, the result is the same.
+        rows: noisy latents that DCR takes at a time, 0 for all; 1 needs the least memory. The result is the same.
         negatives: other pictures that DCR contrasts each with, drawn anew each step; 0 for all (published).
         negative_gradient: whether it flows through DCR's negatives (published).
         flips: in the augmentation.
@@ -88,7 +88,7 @@ class Settings:
     lambda_rec: float = 1.0
     target: str = "noise"
     denominator: str = "shared"
-    rows: int = 1
+    rows: int = 0
     negatives: int = 0
     negative_gradient: bool = True
     flips: bool = True
