@@ -70,7 +70,7 @@ def read_attributes(model: Classifier, images: Tensor) -> dict[str, np.ndarray]:
     return {name: logits.argmax(1).numpy() for name, logits in model(images).items()}
 
 
-def sample_quality(world: World, n: int = 256, guidance: float = 2.0, seed: int = 0) -> pd.DataFrame:
+def sample_quality(world: World, n: int = 256, guidance: float = 3.0, seed: int = 0) -> pd.DataFrame:
     """Share of samples in which the classifier reads what the full caption asked for.
 
     Returns a row per attribute: share, its Wilson interval, n, and the classifier's own accuracy on pictures of the
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("what", choices=("quality", "ceiling"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     facts = {"seed": args.seed, "git": environment()["git"]}
