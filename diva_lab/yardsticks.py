@@ -58,6 +58,10 @@ def train_classifier(world: World, seed: int = 0, steps: int = 300) -> Classifie
 
     fit(f"classifier-{world.seed}-{seed}", {"model": model}, loss_of, steps, 2e-3, seed, decay=0.99)
     model.train()  # the running statistics belong to the raw weights: take them anew for the averaged ones
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # a plain mean over what follows
     with torch.no_grad():
         for part in np.arange(4096).reshape(-1, 256):
             model(pool.at(part))
