@@ -128,10 +128,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.what == "quality":
         table = sample_quality(World(), guidance=args.guidance, seed=args.seed)
         table = table.assign(guidance=args.guidance, **facts)
-        path = DATA / "tiny" / "diffusion" / "quality.csv"
     else:
         table = supervised_ceiling(World(), args.seed).assign(**facts)
-        path = DATA / "results" / "ceiling.csv"
+    path = DATA / "results" / f"{args.what}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     table.round(5).to_csv(path, index=False)
     print(table.round(3).to_string(index=False), f"\nwritten to {path}")

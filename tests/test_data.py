@@ -60,7 +60,7 @@ def test_the_denoiser_reads_captions_with_clips_own_text_tower():
 
 
 def test_the_denoiser_draws_what_it_is_asked_for():
-    quality = pd.read_csv(DATA / "tiny" / "diffusion" / "quality.csv").set_index("attribute")
+    quality = pd.read_csv(DATA / "results" / "quality.csv").set_index("attribute")
     assert list(quality.index) == list(ATTRIBUTES) and (quality["n"] >= 256).all()
     assert quality["classifier"].min() >= 0.95
     assert quality["share"]["class"] >= 0.8 and quality["share"][list(DETAILS)].min() >= 0.6
