@@ -133,6 +133,11 @@ class Variant:
         loss.backward()
         return loss.detach()
 
+    def gradients(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, and the gradients of all that is trained as one vector, in float64."""
+        loss = self.backward(images)
+        return loss.double(), torch.cat([p.grad.flatten().double() for p in self.parameters])
+
     def step(self, images: Tensor) -> None:
         """A whole step, the optimiser's included; the weights stay put, so that all rounds do the same work."""
         kept = [p.detach().clone() for p in self.parameters]
@@ -253,23 +258,18 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
 
 
-def apart(one: Variant, other: Variant, images: Tensor) -> dict[str, float]:
-    """Relative differences |a - b| / |b| of the loss and of the encoder's gradients."""
-    results = []
-    for variant in (one, other):
-        loss = variant.backward(images)
-        results.append((loss.double(), torch.cat([p.grad.flatten().double() for p in variant.parameters])))
-    (loss, gradient), (loss_, gradient_) = results
-    return {
-        "loss": ((loss - loss_).abs() / loss_.abs()).item(),
-        "gradient": ((gradient - gradient_).norm() / gradient_.norm()).item(),
-    }
+def apart(one: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Relative differences |a - b| / |b| of a loss and of the gradients that belong to it."""
+    pairs = zip(("loss", "gradient"), one, truth, strict=True)
+    return {name: ((a - b).norm() / b.norm()).item() for name, a, b in pairs}
 
 
 # --- what is compared -------------------------------------------------------------------------------------------
 
 
-def variants(what: str, scale: str, device: torch.device, dtype: torch.dtype, batch: int) -> dict[str, Variant]:
+def variants(
+    what: str, scale: str, device: torch.device, dtype: torch.dtype, batch: int, compiled: bool
+) -> dict[str, Variant]:
     """The reference and our ways to take the step `what`, on copies of the same models computing in `dtype`."""
     encoder, denoiser = build(scale, device)
     settings = Settings(objective="dcr" if what == "dcr-step" else "diva", batch=batch, lora_dropout=0.0)
@@ -280,43 +280,53 @@ def variants(what: str, scale: str, device: torch.device, dtype: torch.dtype, ba
     else:
         conditioner.requires_grad_(False)
         make_trainable(encoder, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
+        torch.manual_seed(0)
         for name, p in encoder.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(p, std=0.02)  # zero at first, when half of the gradients would be zero too
     encoder.to(device)
 
-    def variant(name: str, loss: Callable, levers: Sequence[str] = tuple(LEVERS), fused: bool = True, **changes):
+    def variant(
+        name: str, loss: Callable, levers: Sequence[str] = tuple(LEVERS), fused: bool = True, **changes
+    ) -> Variant:
         own = [copy.deepcopy(module) for module in (encoder, conditioner)]
         parts = {part: copy.deepcopy(getattr(denoiser, part)) for part in PARTS}
         frozen = Denoiser(**parts, levers=levers).to(device)
         frozen.unet.to(dtype)
-        if loss is not ours:
-            frozen.vae.to(torch.float32)
+        if changes.get("compile"):
+            frozen.unet.compile(dynamic=False)
         return Variant(name, *own, frozen, replace(settings, **changes), loss, fused, dtype is torch.bfloat16)
 
     if what == "dcr-step":
         made = [
             variant("reference", plain_dcr, (), fused=False),
             variant("exact", ours),
-            variant("exact, all rows at once", ours, rows=0),
+            variant("exact, row by row", ours, rows=1),
             variant("sampled, K = 4", ours, negatives=4),
             variant("no gradient through negatives", ours, negative_gradient=False),
             *(variant(f"exact without {name}", ours, [n for n in LEVERS if n != name]) for name in LEVERS),
             variant("exact without fused", ours, fused=False),
         ]
+        if compiled:
+            made += [
+                variant("exact, compiled", ours, compile=True),
+                variant("exact, row by row, compiled", ours, rows=1, compile=True),
+                variant("sampled, K = 4, compiled", ours, negatives=4, compile=True),
+            ]
     elif what == "diva-step":
         made = [variant("reference", plain_diva, (), fused=False), variant("exact", ours)]
+        made += [variant("exact, compiled", ours, compile=True)] if compiled else []
     else:  # the released code aligns by the whole DCR loss, ours by reconstruction as in the paper
         made = [variant("reference", plain_dcr, (), fused=False), variant("exact", ours, draws=1)]
     return {one.name: one for one in made}
 
 
-def measure_step(what: str, scale: str, batch: int, rounds: int, precision: str) -> dict:
+def measure_step(what: str, scale: str, batch: int, rounds: int, precision: str, compiled: bool) -> dict:
     """All figures of one step: seconds, ratios to the reference, peak bytes, FLOPs, differences."""
     device = default_device()
     half = precision == "bf16" or (precision == "auto" and fast_bf16(device))
     dtype = torch.bfloat16 if half else torch.float32
-    made = variants(what, scale, device, dtype, batch)
+    made = variants(what, scale, device, dtype, batch, compiled)
     px = made["exact"].encoder.px
     world = next(open_images("world", 32, batch, 0))
     images = nn.functional.interpolate(world.float(), (px, px)).round().byte().to(device)
@@ -340,10 +350,12 @@ def measure_step(what: str, scale: str, batch: int, rounds: int, precision: str)
         row["memory"] = row["peak_bytes"] / rows["reference"]["peak_bytes"]
     found = {"dtype": str(dtype).removeprefix("torch."), "ceiling_flops": top, "variants": rows}
     if what != "align-step":  # whose reference minimises another loss
-        same = [name for name in made if name.startswith("exact")]
-        found["apart"] = {name: apart(made[name], made["reference"], images) for name in same}
-        plain = variants(what, scale, device, torch.float32, batch)
-        found["apart_float32"] = {name: apart(plain[name], plain["reference"], images) for name in same}
+        plain = variants(what, scale, device, torch.float32, batch, False)
+        same = [name for name in made if name == "reference" or name.startswith("exact")]
+        truth = plain["reference"].gradients(images)
+        found["apart_float32"] = {name: apart(plain[name].gradients(images), truth) for name in same if name in plain}
+        if half:
+            found["apart_bfloat16"] = {name: apart(made[name].gradients(images), truth) for name in same}
     return found
 
 
@@ -368,12 +380,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--precision", choices=("auto", "bf16", "no"), default="auto")
+    parser.add_argument("--compile", action="store_true", help="compiled variants too, minutes more")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     found = {"what": args.what, "scale": args.scale, "batch": args.batch, "threads": args.threads}
-    found |= measure_step(args.what, args.scale, args.batch, args.rounds, args.precision) | environment()
+    found |= measure_step(args.what, args.scale, args.batch, args.rounds, args.precision, args.compile) | environment()
     print(show(found))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -53,8 +53,9 @@ class Denoiser(nn.Module):
         self.requires_grad_(False).eval()
         self.repeats = 1  # consecutive rows of the present prediction that share a noisy latent
         self.levers = frozenset(levers)
-        for name in self.levers:
-            LEVERS[name](unet, lambda: self.empty, lambda: self.repeats)
+        for name, use in LEVERS.items():
+            if name in self.levers:
+                use(unet, lambda: self.empty, lambda: self.repeats)
 
     def train(self, mode: bool = True) -> "Denoiser":
         """A denoiser stays frozen, in evaluation mode."""

@@ -6,15 +6,20 @@ run sees what the uninterrupted one would have seen.
 
 import glob
 import io
+import math
+import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from diva_lab.world import World, draw_scenes
 
@@ -50,25 +55,30 @@ def _world_batches(world: World, n: int, seed: int, first: int) -> Iterator[Tens
         step += 1
 
 
-def _folder_batches(files: list[Path], px: int, n: int, seed: int, first: int) -> Iterator[Tensor]:
-    position, epoch, order = first * n, -1, np.zeros(0, int)
-    while True:
-        batch = []
-        for k in range(position, position + n):
-            if k // len(files) != epoch:
-                epoch = k // len(files)
-                order = np.random.default_rng((seed, epoch)).permutation(len(files))
-            file = files[order[k % len(files)]]
-            batch.append(decode(file, str(file), px))
-        position += n
-        yield _tensor(batch)
+def _decoded(samples: Iterator[tuple[bytes | Path, str]], px: int, n: int) -> Iterator[Tensor]:
+    """Batches of `n`, decoded by threads, the next one while the last is used; an unreadable picture is met in turn."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ahead: deque[Future] = deque()
+        while True:
+            while len(ahead) < 2 * n:
+                ahead.append(pool.submit(decode, *next(samples), px))
+            yield _tensor([ahead.popleft().result() for _ in range(n)])
 
 
-def _shard_batches(shards: list[str], px: int, n: int, seed: int, first: int) -> Iterator[Tensor]:
+def _files(files: list[Path], seed: int, first: int) -> Iterator[tuple[Path, str]]:
+    """The files in a new order each epoch, from the sample number `first` on."""
+    for epoch in count(first // len(files)):
+        order = np.random.default_rng((seed, epoch)).permutation(len(files))
+        for place in order[first % len(files) if epoch == first // len(files) else 0 :]:
+            yield files[place], str(files[place])
+
+
+def _members(shards: list[str], seed: int, first: int) -> Iterator[tuple[bytes, str]]:
+    """The pictures in the tars, shards in a new order each epoch and shuffled, from the sample number `first` on."""
     import webdataset as wds
 
-    def samples() -> Iterator[np.ndarray]:
-        for epoch in range(10**9):
+    def samples() -> Iterator[tuple[bytes, str]]:
+        for epoch in count():
             order = np.random.default_rng((seed, epoch)).permutation(len(shards))
             data = wds.WebDataset([shards[i] for i in order], shardshuffle=False, empty_check=False)
             found = False
@@ -80,11 +90,7 @@ def _shard_batches(shards: list[str], px: int, n: int, seed: int, first: int) ->
             if not found:
                 raise FileNotFoundError(f"no picture in {', '.join(shards)}; expected members like 000001.jpg")
 
-    stream = samples()
-    for _ in range(first * n):
-        next(stream)
-    while True:
-        yield _tensor([decode(data, name, px) for data, name in (next(stream) for _ in range(n))])
+    return islice(samples(), first, None)
 
 
 def open_images(source: str | Path, px: int, n: int, seed: int, first: int = 0) -> Iterator[UInt8[Tensor, "n 3 px px"]]:
@@ -110,14 +116,14 @@ def open_images(source: str | Path, px: int, n: int, seed: int, first: int = 0) 
         shards = [path for part in braceexpand.braceexpand(source) for path in sorted(glob.glob(part))]
         if not shards:
             raise FileNotFoundError(f"images={source!r}: no such tar; expected webdataset shards")
-        return _shard_batches(shards, px, n, seed, first)
+        return _decoded(_members(shards, seed, first * n), px, n)
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"images={source!r}: no such folder; expected 'world', a folder of pictures, or tars")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
         raise FileNotFoundError(f"images={source!r}: no picture in this folder; expected {', '.join(SUFFIXES)} files")
-    return _folder_batches(files, px, n, seed, first)
+    return _decoded(_files(files, seed, first * n), px, n)
 
 
 def augment(
@@ -129,22 +135,23 @@ def augment(
     vertical flip with p = .5 each. As positives of a contrast the flips teach invariance to orientation and text, two
     of MMVP's nine patterns: an ablation. The released code augments after normalisation; here, as in the paper, before.
     """
-    height, width = images.shape[-2:]
-    draws = torch.rand(len(images), 10, generator=generator).tolist()
-    views = []
-    for image, u in zip(images, draws, strict=True):
-        area, ratio = 0.9 + 0.1 * u[0], 0.9 * (1.1 / 0.9) ** u[1]
-        h = min(height, round(height * (area / ratio) ** 0.5))
-        w = min(width, round(width * (area * ratio) ** 0.5))
-        top, left = round(u[2] * (height - h)), round(u[3] * (width - w))
-        image = transforms.resized_crop(image, top, left, h, w, [height, width], antialias=True)
-        image = transforms.adjust_brightness(image.clamp(0, 1), 0.9 + 0.2 * u[4])
-        image = transforms.adjust_contrast(image, 0.9 + 0.2 * u[5])
-        image = transforms.adjust_saturation(image, 0.9 + 0.2 * u[6])
-        image = transforms.adjust_hue(image, 0.1 * u[7] - 0.05)
-        if flips and u[8] < 0.5:
-            image = image.flip(-1)
-        if flips and u[9] < 0.5:
-            image = image.flip(-2)
-        views.append(image)
-    return torch.stack(views)
+    from kornia import enhance
+
+    u = torch.rand(len(images), 10, generator=generator).T[..., None].to(images.device)  # [10, b, 1]
+    area, ratio = 0.9 + 0.1 * u[0], 0.9 * (1.1 / 0.9) ** u[1]
+    sides = []
+    for size, length, place, flip in (
+        (images.shape[-1], (area * ratio).sqrt(), u[2], u[8]),
+        (images.shape[-2], (area / ratio).sqrt(), u[3], u[9]),
+    ):
+        length = length.clamp(max=1)  # of the crop, in parts of the side; coordinates run from -1 to 1
+        way = torch.where(flip < 0.5, -1.0, 1.0) if flips else 1.0
+        step = (torch.arange(size, device=images.device) + 0.5) * (2 / size) - 1
+        sides.append((2 * place - 1) * (1 - length) + length * way * step)  # [b, size]
+    x, y = sides[0][:, None, :], sides[1][:, :, None]
+    grid = torch.stack(torch.broadcast_tensors(x, y), dim=-1)  # [b, h, w, 2]
+    images = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False).clamp(0, 1)
+    images = enhance.adjust_brightness_accumulative(images, 0.9 + 0.2 * u[4, :, 0])
+    images = enhance.adjust_contrast_with_mean_subtraction(images, 0.9 + 0.2 * u[5, :, 0])
+    images = enhance.adjust_saturation_with_gray_subtraction(images, 0.9 + 0.2 * u[6, :, 0])
+    return enhance.adjust_hue(images, 2 * math.pi * (0.1 * u[7, :, 0] - 0.05))

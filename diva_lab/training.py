@@ -59,6 +59,7 @@ class Settings:
         flips: in the augmentation.
         timesteps: how t is drawn.
         latent: the posterior's `mean` (DIVA) or a `sample` (DCR's code).
+        compile: the UNet by torch.compile: a minute or more at the start, then faster steps.
         precision: `bf16`, `no`, or `auto`: bf16 where the machine multiplies it in hardware.
         evaluate_every, save_every: in steps; 0 for only at the end.
     """
@@ -94,6 +95,7 @@ class Settings:
     flips: bool = True
     timesteps: str = "uniform"
     latent: str = "mean"
+    compile: bool = False
     precision: str = "auto"
     evaluate_every: int = 0
     save_every: int = 100
@@ -248,10 +250,16 @@ def _train(
         precision = "bf16" if fast_bf16(default_device()) else "no"
     accelerator = Accelerator(mixed_precision=precision)
     device = accelerator.device
+    if precision == "bf16":
+        denoiser.unet.to(torch.bfloat16)  # frozen: nobody needs its weights in float32
+    if settings.compile:
+        denoiser.unet.compile(dynamic=False)
     modules = nn.ModuleDict({"encoder": encoder, "conditioner": conditioner}).to(device)
     parameters = {name: p for name, p in modules.named_parameters() if p.requires_grad}
     if settings.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(
+            parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+        )
     else:
         optimizer = torch.optim.SGD(
             parameters.values(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay

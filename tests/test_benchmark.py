@@ -1,0 +1,31 @@
+import json
+
+import pytest
+import torch
+
+from diva_lab.benchmark import LiveBytes, main
+
+
+@pytest.mark.parametrize("what", ["dcr-step", "diva-step"])
+def test_every_way_to_take_a_step_has_the_references_loss_and_gradients(what, tmp_path, capsys):
+    main([what, "--batch", "2", "--rounds", "1", "--json", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())
+    print(capsys.readouterr().out)
+    assert found["apart_float32"] and {"git", "versions"} <= set(found)
+    for name, off in found["apart_float32"].items():
+        assert off["loss"] < 1e-4 and off["gradient"] < 1e-4, name
+    rounding = found.get("apart_bfloat16", {})  # of each, to the reference in float32
+    for name, off in rounding.items():
+        assert off["loss"] < 2e-2 and off["gradient"] < max(2e-2, 1.5 * rounding["reference"]["gradient"]), name
+    assert found["variants"]["exact"]["memory"] < 1
+
+
+def test_live_bytes_counts_what_is_alive_at_once():
+    with LiveBytes() as live:
+        one = torch.zeros(1000)
+        view = one.view(10, 100)
+        del one
+        assert live.now == 4000
+        del view
+        torch.zeros(500)
+    assert live.now == 0 and live.peak == 4000
