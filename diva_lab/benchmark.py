@@ -32,6 +32,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 from diva_lab.conditions import Conditioner
 from diva_lab.denoisers import DENOISERS, Denoiser, load_denoiser
 from diva_lab.encoders import Encoder, load_encoder, make_trainable
+from diva_lab.evaluation.world import world_report
 from diva_lab.frozen import LEVERS
 from diva_lab.images import augment, open_images
 from diva_lab.machine import default_device, fast_bf16, generator
@@ -292,7 +293,7 @@ def variants(
         own = [copy.deepcopy(module) for module in (encoder, conditioner)]
         parts = {part: copy.deepcopy(getattr(denoiser, part)) for part in PARTS}
         frozen = Denoiser(**parts, levers=levers).to(device)
-        frozen.unet.to(dtype)
+        nn.Module.to(frozen.unet, dtype)
         if changes.get("compile"):
             frozen.unet.compile(dynamic=False)
         return Variant(name, *own, frozen, replace(settings, **changes), loss, fused, dtype is torch.bfloat16)
@@ -359,8 +360,34 @@ def measure_step(what: str, scale: str, batch: int, rounds: int, precision: str,
     return found
 
 
+def measure_input(source: str, scale: str, batch: int, rounds: int) -> dict:
+    """The loader alone, in pictures a second, against what our steps eat."""
+    device = default_device()
+    dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
+    rows = {}
+    for what in ("diva-step", "dcr-step"):
+        exact = variants(what, scale, device, dtype, batch, False)["exact"]
+        batches = open_images(source, exact.encoder.px, batch, 0)
+        images = next(batches).to(device)
+        exact.step(images)
+        step = statistics.median(seconds(lambda v=exact, x=images: v.step(x), device) for _ in range(rounds))
+        load = statistics.median(seconds(lambda: next(batches), torch.device("cpu")) for _ in range(10 * rounds))
+        rows[what] = {"loader": batch / load, "step": batch / step, "ratio": step / load}
+    return {"source": source, "pictures_per_second": rows}
+
+
+def measure_evaluate(scale: str, rounds: int) -> dict:
+    """One evaluation on the tiny world: pairs, probes, zero-shot, clustering."""
+    encoder, _ = build(scale, default_device())
+    if encoder.tokenizer is None:
+        raise SystemExit(f"error: scale {scale!r} has no text tower to evaluate; expected tiny")
+    return {"seconds": spread([seconds(lambda: world_report(encoder), default_device()) for _ in range(rounds)])}
+
+
 def show(found: dict) -> str:
     """The figures as a Markdown table."""
+    if "variants" not in found:
+        return json.dumps({name: found[name] for name in ("pictures_per_second", "seconds") if name in found}, indent=1)
     lines = ["| step | s | faster | memory | MB | TFLOP | of ceiling | loss | gradients |", "|---" * 9 + "|"]
     for name, row in found["variants"].items():
         off = found.get("apart_float32", {}).get(name)
@@ -375,18 +402,25 @@ def show(found: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m diva_lab.benchmark", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("dcr-step", "diva-step", "align-step"))
+    parser.add_argument("what", choices=("dcr-step", "diva-step", "align-step", "evaluate", "input"))
     parser.add_argument("--scale", choices=tuple(SCALES), default="tiny")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--precision", choices=("auto", "bf16", "no"), default="auto")
+    parser.add_argument("--images", default="world", help="input: the source to load from")
     parser.add_argument("--compile", action="store_true", help="compiled variants too, minutes more")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     found = {"what": args.what, "scale": args.scale, "batch": args.batch, "threads": args.threads}
-    found |= measure_step(args.what, args.scale, args.batch, args.rounds, args.precision, args.compile) | environment()
+    if args.what == "input":
+        found |= measure_input(args.images, args.scale, args.batch, args.rounds)
+    elif args.what == "evaluate":
+        found |= measure_evaluate(args.scale, args.rounds)
+    else:
+        found |= measure_step(args.what, args.scale, args.batch, args.rounds, args.precision, args.compile)
+    found |= environment()
     print(show(found))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -251,7 +251,7 @@ def _train(
     accelerator = Accelerator(mixed_precision=precision)
     device = accelerator.device
     if precision == "bf16":
-        denoiser.unet.to(torch.bfloat16)  # frozen: nobody needs its weights in float32
+        nn.Module.to(denoiser.unet, torch.bfloat16)  # frozen: nobody needs it in float32; diffusers' own warns
     if settings.compile:
         denoiser.unet.compile(dynamic=False)
     modules = nn.ModuleDict({"encoder": encoder, "conditioner": conditioner}).to(device)
