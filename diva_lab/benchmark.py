@@ -371,7 +371,7 @@ def measure_input(source: str, scale: str, batch: int, rounds: int) -> dict:
         images = next(batches).to(device)
         exact.step(images)
         step = statistics.median(seconds(lambda v=exact, x=images: v.step(x), device) for _ in range(rounds))
-        load = statistics.median(seconds(lambda: next(batches), torch.device("cpu")) for _ in range(10 * rounds))
+        load = statistics.median(seconds(lambda b=batches: next(b), torch.device("cpu")) for _ in range(10 * rounds))
         rows[what] = {"loader": batch / load, "step": batch / step, "ratio": step / load}
     return {"source": source, "pictures_per_second": rows}
 
