@@ -12,7 +12,6 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from diva_lab.machine import SHORT
 
@@ -120,11 +119,39 @@ def _share(unet: UNet2DConditionModel, empty: Callable[[], Tensor], repeats: Cal
         module.register_forward_hook(back)
 
 
+def lean(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), of which the backward pass keeps x alone and computes the rest again; for cheap functions.
+
+    torch.utils.checkpoint does this for any function, with hooks that cost more than these functions. A compiler
+    decides for itself what to keep.
+    """
+    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+        return _Lean.apply(function, x)
+    return function(x)
+
+
+class _Lean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, x):
+        ctx.save_for_backward(x)
+        kind = x.device.type
+        ctx.function, ctx.cast = function, (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        return function(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad(), torch.autocast(*ctx.cast):
+            return None, torch.autograd.grad(ctx.function(x), x, gradient)[0]
+
+
 class FrozenConv2d(nn.Conv2d):
     """A convolution without weight gradients: autograd would keep its input all the same, this one does not."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.requires_grad or not (torch.is_grad_enabled() and x.requires_grad):
+        kept = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+        if self.weight.requires_grad or not kept:
             return super().forward(x)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -157,9 +184,7 @@ class _NormAct(nn.GroupNorm):
     """Group norm and SiLU in one, of which the backward pass keeps the input alone."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            return checkpoint(self._both, x, use_reentrant=False, preserve_rng_state=False)
-        return self._both(x)
+        return lean(self._both, x)
 
     def _both(self, x: Tensor) -> Tensor:
         return F.silu(super().forward(x))
@@ -176,10 +201,7 @@ class _Gated(GEGLU):
     """A feed-forward's gate, of which the backward pass keeps the input alone."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x)
-        if torch.is_grad_enabled() and x.requires_grad:
-            return checkpoint(self._gate, x, use_reentrant=False, preserve_rng_state=False)
-        return self._gate(x)
+        return lean(self._gate, self.proj(x))
 
     @staticmethod
     def _gate(x: Tensor) -> Tensor:

@@ -51,8 +51,9 @@ def saved(denoiser: Denoiser, tokens: int = 1) -> int:
             kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
         return x
 
+    context = torch.ones(6, tokens, denoiser.width, dtype=torch.float64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        ask(denoiser, tokens)
+        denoiser.predict(torch.ones(2, 4, 8, 8, dtype=torch.float64), torch.tensor([10, 700]), context)
     return sum(storage.nbytes() for storage in kept.values())
 
 
