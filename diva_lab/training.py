@@ -290,10 +290,17 @@ def _train(
             for micro in range(settings.accumulate):
                 random = generator("step", settings.seed, step, micro)
                 torch.manual_seed(random.initial_seed())  # LoRA's dropout draws from the global generator
-                with accelerator.autocast():
-                    images = next(source).to(device).float() / 255
-                    terms = objective(make_step(images, encoder, conditioner, denoiser, random, settings))
-                for name, gradient in term_gradients(terms, parameters).items():
+                images = next(source).to(device).float() / 255
+                try:
+                    with accelerator.autocast():
+                        terms = objective(make_step(images, encoder, conditioner, denoiser, random, settings))
+                    gradients = term_gradients(terms, parameters)
+                except torch.OutOfMemoryError as error:
+                    raise RuntimeError(
+                        f"run {run.id}: out of memory at step {step} with batch={settings.batch}, "
+                        f"rows={settings.rows}; rows=1 gives DCR's gradients in the least memory"
+                    ) from error
+                for name, gradient in gradients.items():
                     line[name] = line.get(name, 0) + terms[name].mean().item() / settings.accumulate
                     sums = total.setdefault(name, {n: torch.zeros_like(p) for n, p in parameters.items()})
                     for n, g in gradient.items():
@@ -359,6 +366,7 @@ def tune(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None 
     Raises:
         ValueError, FileNotFoundError: for settings that name what does not exist.
         FloatingPointError: where the loss stops being a number.
+        RuntimeError: where the device's memory is short; says what needs less.
     """
     if settings.objective not in (*OBJECTIVES, "none"):
         raise ValueError(f"objective {settings.objective!r} is no training; see perturb()")

@@ -199,6 +199,17 @@ def test_others_are_other_pictures_each_at_most_once():
             assert len({i, *row}) == 1 + len(row) and set(row) <= set(range(5))
 
 
+@pytest.mark.parametrize("changes", [{"negatives": 1}, {"negative_gradient": False}])
+def test_approximations_of_dcr_are_others_and_off_by_default(small_settings, changes):
+    one = OneStep.of(replace(small_settings, objective="dcr", batch=3))
+    weights = list(trainable(open_lora(one.encoder)).values())
+    exact, again, approximate = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(one.terms(**options)["dcr"].sum(), weights)])
+        for options in ({}, {}, changes)
+    )
+    assert torch.equal(exact, again) and not torch.allclose(exact, approximate, rtol=1e-2)
+
+
 # --- by rows ----------------------------------------------------------------------------------------------------
 
 

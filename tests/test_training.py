@@ -307,6 +307,22 @@ def test_a_loss_that_is_not_a_number_stops_the_run(small_settings, tmp_path):
         tune(replace(small_settings, lr=1e30, lora_rank=0), tmp_path)
 
 
+def test_where_memory_is_short_it_is_said_what_needs_less(small_settings, tmp_path, monkeypatch):
+    def hungry(step):
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setitem(OBJECTIVES, "dcr", hungry)
+    with pytest.raises(RuntimeError, match=r"out of memory at step 0 with batch=\d, rows=0; rows=1 gives"):
+        tune(replace(small_settings, objective="dcr"), tmp_path)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_dcr_by_rows_takes_the_same_steps(small_settings, tmp_path, rows):
+    whole, parts = (tune(replace(small_settings, objective="dcr", rows=n), tmp_path) for n in (0, rows))
+    for name, weight in whole.weights().items():
+        torch.testing.assert_close(parts.weights()[name], weight, atol=1e-4, rtol=1e-3)
+
+
 def test_progress_is_told_line_by_line_where_there_is_no_terminal(small_settings, tmp_path, capsys):
     run = tune(replace(small_settings, objective="contrastive", steps=20), tmp_path)
     lines = capsys.readouterr().out.splitlines()
