@@ -38,14 +38,17 @@ class BiasedAttention:
     def __init__(self, empty: Callable[[], Tensor], repeats: Callable[[], int] = lambda: 1):
         self.empty, self.repeats, self._constants = empty, repeats, None
 
-    def constants(self, attn: Attention) -> tuple[Tensor, Tensor]:
-        """Keys and values of the empty prompt, [1, heads, l, d] each, in the dtype that the layer computes in."""
-        like = attn.to_k(attn.to_k.weight.new_zeros(1, 1, attn.to_k.in_features))  # autocast may choose it
-        if self._constants is None or self._constants[0].dtype != like.dtype:
+    def constants(self, attn: Attention, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the empty prompt, [1, heads, l, d] each, of the dtype and on the device of `like`."""
+        if self._constants is None or (self._constants[0].dtype, self._constants[0].device) != (
+            like.dtype,
+            like.device,
+        ):
             with torch.no_grad():
                 u = self.empty().to(attn.to_k.weight)
                 self._constants = tuple(
-                    layer(u)[None].unflatten(-1, (attn.heads, -1)).transpose(1, 2) for layer in (attn.to_k, attn.to_v)
+                    layer(u)[None].unflatten(-1, (attn.heads, -1)).transpose(1, 2).to(like)
+                    for layer in (attn.to_k, attn.to_v)
                 )
         return self._constants
 
@@ -62,7 +65,7 @@ class BiasedAttention:
         x = hidden_states[::n]
         q = attn.to_q(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [b, heads, n, d]
         if one:
-            k, v = (part.expand(len(q), -1, -1, -1) for part in self.constants(attn))
+            k, v = (part.expand(len(q), -1, -1, -1) for part in self.constants(attn, q))
         else:
             context = x if encoder_hidden_states is None else encoder_hidden_states
             k, v = (layer(context).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for layer in (attn.to_k, attn.to_v))
@@ -214,7 +217,8 @@ def _recompute(unet: UNet2DConditionModel, *_: object) -> None:
     for module in unet.modules():
         if type(module) is GEGLU:
             module.__class__ = _Gated
-        if isinstance(module, ResnetBlock2D) and type(module.nonlinearity) is nn.SiLU:
+        plain = isinstance(module, ResnetBlock2D) and module.time_embedding_norm == "default"
+        if plain and type(module.nonlinearity) is nn.SiLU and type(module.norm1) is type(module.norm2) is nn.GroupNorm:
             module.norm1.__class__ = module.norm2.__class__ = _NormAct
             module.nonlinearity = _TimeAct()
 
