@@ -32,7 +32,7 @@ from diva_lab.world import World, draw_scenes
 
 STUDY = RUNS / "study"
 RESULTS = DATA / "results"
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 PLATEAU = 0.01  # the recovered fraction gained in 1000 steps below which stage 1 has converged
 
 
