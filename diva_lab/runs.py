@@ -43,7 +43,7 @@ def environment() -> dict:
         done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    changed = git("status", "--porcelain", "--", "diva_lab", "notebooks", "pyproject.toml", "constraints.txt")
+    changed = git("status", "--porcelain", "--", "diva_lab", "pyproject.toml", "constraints.txt")
     return {
         "git": (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else ""),
         "python": platform.python_version(),
