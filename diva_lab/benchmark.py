@@ -342,12 +342,14 @@ def measure_step(what: str, scale: str, batch: int, rounds: int, precision: str,
     for name, variant in made.items():
         with FlopCounterMode(display=False) as counter:
             variant.backward(images)
-        row = spread(times[name]) | {"peak_bytes": peak_bytes(lambda v=variant: v.backward(images), device)}
+        row = spread(times[name])
+        if device.type == "cuda" or not variant.settings.compile:  # under `LiveBytes` compiled code runs uncompiled
+            row["peak_bytes"] = peak_bytes(lambda v=variant: v.backward(images), device)
         row["flop"] = counter.get_total_flops()
         row["of_ceiling"] = row["flop"] / row["median"] / top
         row["faster"] = statistics.median(times["reference"]) / row["median"]
         rows[name] = row
-    for row in rows.values():
+    for row in (row for row in rows.values() if "peak_bytes" in row):
         row["memory"] = row["peak_bytes"] / rows["reference"]["peak_bytes"]
     found = {"dtype": str(dtype).removeprefix("torch."), "ceiling_flops": top, "variants": rows}
     if what != "align-step":  # whose reference minimises another loss
@@ -391,10 +393,11 @@ def show(found: dict) -> str:
     lines = ["| step | s | faster | memory | MB | TFLOP | of ceiling | loss | gradients |", "|---" * 9 + "|"]
     for name, row in found["variants"].items():
         off = found.get("apart_float32", {}).get(name)
+        memory = f"{row['memory']:.2f} × | {row['peak_bytes'] / 1e6:.0f}" if "memory" in row else " | "
         apart = "".join(f" {off[key]:.0e} |" for key in ("loss", "gradient")) if off else " | |"
         lines.append(
             f"| {name} | {row['median']:.3f} [{row['low']:.3f}, {row['high']:.3f}] | {row['faster']:.2f} × | "
-            f"{row['memory']:.2f} × | {row['peak_bytes'] / 1e6:.0f} | {row['flop'] / 1e12:.3f} | "
+            f"{memory} | {row['flop'] / 1e12:.3f} | "
             f"{100 * row['of_ceiling']:.0f} % |{apart}"
         )
     return "\n".join(lines)
