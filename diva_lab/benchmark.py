@@ -15,8 +15,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from weakref import finalize
 
@@ -36,7 +36,7 @@ from diva_lab.evaluation.world import world_report
 from diva_lab.frozen import LEVERS
 from diva_lab.images import augment, open_images
 from diva_lab.machine import default_device, fast_bf16, generator
-from diva_lab.objectives import OBJECTIVES, dcr_loss, draw_others, reconstruction
+from diva_lab.objectives import OBJECTIVES, Step, dcr_loss, draw_others, reconstruction
 from diva_lab.runs import environment
 from diva_lab.training import Settings, build_conditioner, make_step
 
@@ -111,7 +111,6 @@ def build(name: str, device: torch.device) -> tuple[Encoder, Denoiser]:
 class Variant:
     """One way to take a step: models, settings, and the function that gives the loss of a batch."""
 
-    name: str
     encoder: Encoder
     conditioner: Conditioner
     denoiser: Denoiser
@@ -125,11 +124,15 @@ class Variant:
         self.parameters += [p for p in self.conditioner.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=self.fused)
 
+    def start(self, images: Tensor) -> Step:
+        """What the training's objectives are given, with the same draws each time."""
+        random = generator("benchmark", 0)
+        return make_step(images.float() / 255, self.encoder, self.conditioner, self.denoiser, random, self.settings)
+
     def backward(self, images: Tensor) -> Tensor:
         """The loss of uint8 pictures [b, 3, h, w]; gradients are left on the parameters."""
         self.optimizer.zero_grad(set_to_none=True)
-        device = images.device.type
-        with torch.autocast(device, torch.bfloat16) if self.autocast else nullcontext():
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.loss(self, images)
         loss.backward()
         return loss.detach()
@@ -151,10 +154,7 @@ class Variant:
 
 def ours(variant: Variant, images: Tensor) -> Tensor:
     """The training's step."""
-    random = generator("benchmark", 0)
-    pictures = images.float() / 255
-    step = make_step(pictures, variant.encoder, variant.conditioner, variant.denoiser, random, variant.settings)
-    return sum(term.mean() for term in OBJECTIVES[variant.settings.objective](step).values())
+    return sum(term.mean() for term in OBJECTIVES[variant.settings.objective](variant.start(images)).values())
 
 
 def _plain_context(variant: Variant, pictures: Tensor, random: torch.Generator) -> Tensor:
@@ -166,10 +166,8 @@ def _plain_context(variant: Variant, pictures: Tensor, random: torch.Generator) 
 
 def plain_dcr(variant: Variant, images: Tensor) -> Tensor:
     """DCR's step as released but for its known faults: all b^2 + b evaluations in one call, everything held."""
-    settings, denoiser, b = variant.settings, variant.denoiser, len(images)
-    random = generator("benchmark", 0)
-    pictures = images.float() / 255
-    step = make_step(pictures, variant.encoder, variant.conditioner, denoiser, random, settings)
+    settings, step, b = variant.settings, variant.start(images), len(images)
+    pictures, random = step.images, step.generator
     x0 = step.latents()
     x_t, t, noise = step.noised(x0)
     c = _plain_context(variant, pictures, random)
@@ -177,22 +175,20 @@ def plain_dcr(variant: Variant, images: Tensor) -> Tensor:
     c_augmented = _plain_context(variant, views, random)
     order = torch.cat([torch.arange(b)[:, None], draw_others(b, b - 1, random)], dim=1).to(c.device)
     contexts = torch.cat([c[order], c_augmented[:, None]], dim=1).flatten(0, 1)
-    predicted = denoiser.predict(x_t.repeat_interleave(b + 1, 0), t.repeat_interleave(b + 1), contexts)
+    predicted = step.denoiser.predict(x_t.repeat_interleave(b + 1, 0), t.repeat_interleave(b + 1), contexts)
     rows = predicted.flatten(1).unflatten(0, (b, b + 1))
     return dcr_loss(rows[:, :-1], rows[:, -1], noise.flatten(1), settings.tau, settings.denominator).mean()
 
 
 def plain_diva(variant: Variant, images: Tensor) -> Tensor:
     """DIVA's step as released: each draw by itself, picture, prompt and latent encoded again; draws averaged."""
-    settings, random = variant.settings, generator("benchmark", 0)
-    pictures = images.float() / 255
-    step = make_step(pictures, variant.encoder, variant.conditioner, variant.denoiser, random, settings)
+    settings, step = variant.settings, variant.start(images)
     x_t, t, noise = step.noised(step.latents().repeat(settings.draws, 1, 1, 1))
     losses = []
     for parts in zip(x_t.chunk(settings.draws), t.chunk(settings.draws), noise.chunk(settings.draws), strict=True):
         step.latents()
-        context = _plain_context(variant, pictures, random)
-        losses.append(reconstruction(variant.denoiser.predict(*parts[:2], context), parts[2]).mean())
+        context = _plain_context(variant, step.images, step.generator)
+        losses.append(reconstruction(step.denoiser.predict(*parts[:2], context), parts[2]).mean())
     return sum(losses) / settings.draws
 
 
@@ -269,9 +265,12 @@ def apart(one: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> dict[str,
 
 
 def variants(
-    what: str, scale: str, device: torch.device, dtype: torch.dtype, batch: int, compiled: bool
-) -> dict[str, Variant]:
-    """The reference and our ways to take the step `what`, on copies of the same models computing in `dtype`."""
+    what: str, scale: str, device: torch.device, dtype: torch.dtype, batch: int
+) -> dict[str, Callable[[], Variant]]:
+    """By name, what makes the reference and our ways to take the step `what`.
+
+    Each works on its own copy of the same models, computing in `dtype`.
+    """
     encoder, denoiser = build(scale, device)
     settings = Settings(objective="dcr" if what == "dcr-step" else "diva", batch=batch, lora_dropout=0.0)
     settings = replace(settings, projector="shipped" if scale == "tiny" else "new")
@@ -287,39 +286,30 @@ def variants(
                 nn.init.normal_(p, std=0.02)  # zero at first, when half of the gradients would be zero too
     encoder.to(device)
 
-    def variant(
-        name: str, loss: Callable, levers: Sequence[str] = tuple(LEVERS), fused: bool = True, **changes
-    ) -> Variant:
+    def variant(loss: Callable, levers: Sequence[str] = tuple(LEVERS), fused: bool = True, **changes) -> Variant:
         own = [copy.deepcopy(module) for module in (encoder, conditioner)]
         parts = {part: copy.deepcopy(getattr(denoiser, part)) for part in PARTS}
         frozen = Denoiser(**parts, levers=levers).to(device)
         nn.Module.to(frozen.unet, dtype)
         if changes.get("compile"):
             frozen.unet.compile(dynamic=False)
-        return Variant(name, *own, frozen, replace(settings, **changes), loss, fused, dtype is torch.bfloat16)
+        return Variant(*own, frozen, replace(settings, **changes), loss, fused, dtype is torch.bfloat16)
 
+    plain = partial(variant, plain_diva if what == "diva-step" else plain_dcr, (), fused=False)
+    if what == "align-step":  # the released code aligns by the whole DCR loss, ours by reconstruction as in the paper
+        return {"reference": plain, "exact": partial(variant, ours, draws=1)}
+    made = {"reference": plain, "exact": partial(variant, ours)}
     if what == "dcr-step":
-        made = [
-            variant("reference", plain_dcr, (), fused=False),
-            variant("exact", ours),
-            variant("exact, row by row", ours, rows=1),
-            variant("sampled, K = 4", ours, negatives=4),
-            variant("no gradient through negatives", ours, negative_gradient=False),
-            *(variant(f"exact without {name}", ours, [n for n in LEVERS if n != name]) for name in LEVERS),
-            variant("exact without fused", ours, fused=False),
-        ]
-        if compiled:
-            made += [
-                variant("exact, compiled", ours, compile=True),
-                variant("exact, row by row, compiled", ours, rows=1, compile=True),
-                variant("sampled, K = 4, compiled", ours, negatives=4, compile=True),
-            ]
-    elif what == "diva-step":
-        made = [variant("reference", plain_diva, (), fused=False), variant("exact", ours)]
-        made += [variant("exact, compiled", ours, compile=True)] if compiled else []
-    else:  # the released code aligns by the whole DCR loss, ours by reconstruction as in the paper
-        made = [variant("reference", plain_dcr, (), fused=False), variant("exact", ours, draws=1)]
-    return {one.name: one for one in made}
+        made["exact, row by row"] = partial(variant, ours, rows=1)
+        made["sampled, K = 4"] = partial(variant, ours, negatives=4)
+        made["no gradient through negatives"] = partial(variant, ours, negative_gradient=False)
+        for name in LEVERS:
+            made[f"exact without {name}"] = partial(variant, ours, [n for n in LEVERS if n != name])
+        made["exact without fused"] = partial(variant, ours, fused=False)
+    for name in ("exact", "exact, row by row", "sampled, K = 4"):
+        if name in made:
+            made[f"{name}, compiled"] = partial(made[name], compile=True)
+    return made
 
 
 def measure_step(what: str, scale: str, batch: int, rounds: int, precision: str, compiled: bool) -> dict:
@@ -327,7 +317,8 @@ def measure_step(what: str, scale: str, batch: int, rounds: int, precision: str,
     device = default_device()
     half = precision == "bf16" or (precision == "auto" and fast_bf16(device))
     dtype = torch.bfloat16 if half else torch.float32
-    made = variants(what, scale, device, dtype, batch, compiled)
+    makers = variants(what, scale, device, dtype, batch)
+    made = {name: make() for name, make in makers.items() if compiled or not name.endswith("compiled")}
     px = made["exact"].encoder.px
     world = next(open_images("world", 32, batch, 0))
     images = nn.functional.interpolate(world.float(), (px, px)).round().byte().to(device)
@@ -347,16 +338,18 @@ def measure_step(what: str, scale: str, batch: int, rounds: int, precision: str,
             row["peak_bytes"] = peak_bytes(lambda v=variant: v.backward(images), device)
         row["flop"] = counter.get_total_flops()
         row["of_ceiling"] = row["flop"] / row["median"] / top
-        row["faster"] = statistics.median(times["reference"]) / row["median"]
         rows[name] = row
-    for row in (row for row in rows.values() if "peak_bytes" in row):
-        row["memory"] = row["peak_bytes"] / rows["reference"]["peak_bytes"]
+        row["faster"] = rows["reference"]["median"] / row["median"]  # which comes first
+        if "peak_bytes" in row:
+            row["memory"] = row["peak_bytes"] / rows["reference"]["peak_bytes"]
     found = {"dtype": str(dtype).removeprefix("torch."), "ceiling_flops": top, "variants": rows}
     if what != "align-step":  # whose reference minimises another loss
-        plain = variants(what, scale, device, torch.float32, batch, False)
+        plain = variants(what, scale, device, torch.float32, batch)
         same = [name for name in made if name == "reference" or name.startswith("exact")]
-        truth = plain["reference"].gradients(images)
-        found["apart_float32"] = {name: apart(plain[name].gradients(images), truth) for name in same if name in plain}
+        truth = plain["reference"]().gradients(images)
+        found["apart_float32"] = {
+            name: apart(plain[name]().gradients(images), truth) for name in same if not name.endswith("compiled")
+        }
         if half:
             found["apart_bfloat16"] = {name: apart(made[name].gradients(images), truth) for name in same}
     return found
@@ -368,7 +361,7 @@ def measure_input(source: str, scale: str, batch: int, rounds: int) -> dict:
     dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
     rows = {}
     for what in ("diva-step", "dcr-step"):
-        exact = variants(what, scale, device, dtype, batch, False)["exact"]
+        exact = variants(what, scale, device, dtype, batch)["exact"]()
         batches = open_images(source, exact.encoder.px, batch, 0)
         images = next(batches).to(device)
         exact.step(images)
@@ -397,8 +390,7 @@ def show(found: dict) -> str:
         apart = "".join(f" {off[key]:.0e} |" for key in ("loss", "gradient")) if off else " | |"
         lines.append(
             f"| {name} | {row['median']:.3f} [{row['low']:.3f}, {row['high']:.3f}] | {row['faster']:.2f} × | "
-            f"{memory} | {row['flop'] / 1e12:.3f} | "
-            f"{100 * row['of_ceiling']:.0f} % |{apart}"
+            f"{memory} | {row['flop'] / 1e12:.3f} | {100 * row['of_ceiling']:.0f} % |{apart}"
         )
     return "\n".join(lines)
 

@@ -117,9 +117,12 @@ class Denoiser(nn.Module):
         self.repeats = len(context) // len(x_t)
         x_t, t = (part.repeat_interleave(self.repeats, 0) for part in (x_t, t.to(x_t.device)))
         dtype = self.unet.dtype
-        with torch.autocast(x_t.device.type, enabled=torch.is_autocast_enabled(x_t.device.type) and dtype.itemsize > 2):
-            out = self.unet(x_t.to(dtype), t, context.to(dtype)).sample.float()
-        self.repeats = 1
+        cast = torch.is_autocast_enabled(x_t.device.type) and dtype.itemsize > 2
+        try:
+            with torch.autocast(x_t.device.type, enabled=cast):
+                out = self.unet(x_t.to(dtype), t, context.to(dtype)).sample.float()
+        finally:
+            self.repeats = 1  # also where memory runs out: `sample` shares nothing
         if self.scheduler.config.prediction_type == "epsilon":
             return out
         signal, sigma = self._level(t)

@@ -103,8 +103,9 @@ def prefix(unet: UNet2DConditionModel) -> list[nn.Module]:
 def _share(unet: UNet2DConditionModel, empty: Callable[[], Tensor], repeats: Callable[[], int]) -> None:
     """Where each `repeats()` consecutive rows are the same, let the prefix compute one of them and repeat it."""
 
-    def one_of_each(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        n = repeats()
+    def one_of_each(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if (n := repeats()) == 1:
+            return None  # as it is
 
         def take(value: object) -> object:
             return value[::n] if isinstance(value, Tensor) else value
@@ -112,7 +113,8 @@ def _share(unet: UNet2DConditionModel, empty: Callable[[], Tensor], repeats: Cal
         return tuple(map(take, args)), {name: take(value) for name, value in kwargs.items()}
 
     def back(module: nn.Module, args: tuple, out: object) -> object:
-        n = repeats()
+        if (n := repeats()) == 1:
+            return out
         if isinstance(out, Tensor):
             return out.repeat_interleave(n, 0)
         return tuple(back(module, args, part) for part in out)

@@ -112,10 +112,11 @@ def by_rows(loss: Callable[..., Tensor], size: int, *inputs: Float[Tensor, "b ..
     The gradient of each part is taken at once and its graph freed: the memory of one part, no second forward pass.
     """
     b = len(inputs[0])
+    size = size or b
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
-        parts = (slice(i, i + (size or b)) for i in range(0, b, size or b))
+        parts = (slice(i, i + size) for i in range(0, b, size))
         return torch.cat([loss(rows, *(x[rows] for x in inputs)) for rows in parts])
-    return _ByRows.apply(loss, size or b, *inputs)
+    return _ByRows.apply(loss, size, *inputs)
 
 
 # --- timesteps --------------------------------------------------------------------------------------------------
@@ -214,11 +215,8 @@ def dcr(step: Step) -> dict[str, Tensor]:
     others = draw_others(b, settings.negatives or b - 1, step.generator).to(c.device)
 
     def predict(rows: slice, contexts: Tensor) -> Tensor:
-        return (
-            step.denoiser.predict(x_t[rows], t[rows], contexts.flatten(0, 1))
-            .flatten(1)
-            .unflatten(0, contexts.shape[:2])
-        )
+        predicted = step.denoiser.predict(x_t[rows], t[rows], contexts.flatten(0, 1))
+        return predicted.flatten(1).unflatten(0, contexts.shape[:2])
 
     def loss(rows: slice, own: Tensor, negatives: Tensor) -> Tensor:
         if negatives.requires_grad:

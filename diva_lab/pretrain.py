@@ -302,14 +302,14 @@ def pretrain_vae(out: Path, world: World, seed: int, steps: int = 2600) -> None:
 def clip_text_encoder(folder: Path, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """The text tower of the open_clip model in `folder`, as transformers' CLIPTextModel: the same hidden states."""
     tower = open_clip.create_model(f"local-dir:{folder}")
-    blocks = tower.transformer.resblocks
+    blocks = split_attention(tower.transformer).resblocks
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=tower.token_embedding.embedding_dim,
             intermediate_size=blocks[0].mlp.c_fc.out_features,
             num_hidden_layers=len(blocks),
-            num_attention_heads=blocks[0].attn.num_heads,
+            num_attention_heads=blocks[0].attn.heads,
             max_position_embeddings=CONTEXT,
             hidden_act="gelu",
             bos_token_id=tokenizer.bos_token_id,
@@ -327,10 +327,7 @@ def clip_text_encoder(folder: Path, tokenizer: CLIPTokenizer) -> CLIPTextModel:
         layer = f"encoder.layers.{i}"
         parts |= {f"{layer}.layer_norm1": block.ln_1, f"{layer}.layer_norm2": block.ln_2}
         parts |= {f"{layer}.mlp.fc1": block.mlp.c_fc, f"{layer}.mlp.fc2": block.mlp.c_proj}
-        parts[f"{layer}.self_attn.out_proj"] = block.attn.out_proj
-        for kind in ("weight", "bias"):
-            rows = getattr(block.attn, f"in_proj_{kind}").chunk(3)
-            state |= {f"{layer}.self_attn.{n}_proj.{kind}": part for n, part in zip("qkv", rows, strict=True)}
+        parts |= {f"{layer}.self_attn.{name}": part for name, part in block.attn.named_children()}
     state |= {f"{name}.{n}": p for name, part in parts.items() for n, p in part.named_parameters()}
     inner = getattr(text_encoder, "text_model", text_encoder)
     inner.load_state_dict({name: p.detach() for name, p in state.items()})
@@ -389,15 +386,8 @@ def pretrain_diffusion(
 
     unet.set_attn_processor(AttnProcessor())  # twice as fast here: fused attention backward is slow for few tokens
     made_from = sha256(out / "vae" / WEIGHTS)[:6] + sha256(out.parent / "clip" / CLIP_WEIGHTS)[:6]
-    fit(
-        f"diffusion-{world.seed}-{seed}-{emphasis}-{made_from}",
-        {"unet": unet},
-        loss_of,
-        steps,
-        1e-3,
-        seed,
-        decay=0.9995,
-    )
+    name = f"diffusion-{world.seed}-{seed}-{emphasis}-{made_from}"
+    fit(name, {"unet": unet}, loss_of, steps, 1e-3, seed, decay=0.9995)
     unet.half().save_pretrained(out / "unet")
     text_encoder.half().save_pretrained(out / "text_encoder")
     scheduler.save_pretrained(out / "scheduler")

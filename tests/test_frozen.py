@@ -7,7 +7,6 @@ from small_models import write_diffusion
 from diva_lab.denoisers import Denoiser, load_denoiser
 from diva_lab.frozen import LEVERS
 
-PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
 SUBSETS = [*((name,) for name in LEVERS), *combinations(LEVERS, 2), tuple(LEVERS)]
 
 
@@ -17,8 +16,7 @@ def folder(tmp_path_factory):
 
 
 def build(folder, levers) -> Denoiser:
-    parts = load_denoiser(folder, levers=())
-    denoiser = Denoiser(*(getattr(parts, name) for name in PARTS), levers=levers)
+    denoiser = load_denoiser(folder, levers=levers)
     denoiser.unet.double()
     return denoiser
 

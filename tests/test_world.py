@@ -13,6 +13,7 @@ from PIL import Image
 
 import diva_lab.world
 from diva_lab.world import (
+    ATTRIBUTES,
     CLASSES,
     DETAILS,
     FAMILIES,
@@ -31,7 +32,6 @@ FROZEN = {  # world seed -> sha256 of the bytes of `World(seed).render(draw_scen
     0: "f4dbf5c9b89de9f664e823466dc396bb114fea45adf4f1baac1171a7cc056e00",
     3: "3e5da398ad0b3c56485ff6682e1c61dc57e6c1cab825e962decd3541082d888d",
 }
-ATTRIBUTES = ("class", *DETAILS)
 
 
 def digest(world: World) -> str:
