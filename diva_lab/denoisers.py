@@ -35,7 +35,7 @@ class Denoiser(nn.Module):
     Args:
         vae, unet, text_encoder, tokenizer, scheduler: the parts of a Stable Diffusion folder.
         px: side of the pictures that `latents` encodes; the model's own size if None.
-        levers: names of `frozen.LEVERS` to use; none of them changes a prediction.
+        levers: names of `frozen.LEVERS` to use, for the device that `unet` is on; none of them changes a prediction.
     """
 
     def __init__(
@@ -187,4 +187,4 @@ def load_denoiser(
             f"denoiser {str(name)!r}: {error}. Expected {source} to hold vae, unet, text_encoder, tokenizer and "
             f"scheduler: {remedy}"
         ) from error
-    return Denoiser(vae, unet, text_encoder, tokenizer, scheduler, px, levers).to(device)
+    return Denoiser(vae, unet.to(device), text_encoder, tokenizer, scheduler, px, levers).to(device)

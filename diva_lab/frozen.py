@@ -13,14 +13,19 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from diva_lab.machine import SHORT
+CACHED = 1 << 22  # scores that stay in a CPU's cache between the product that makes them and the one that uses them
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over [b, heads, n, d]; by plain products where a CPU is faster so."""
-    if q.device.type == "cpu" and q.shape[-2] <= SHORT:
-        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+    """softmax(q k^T / sqrt(d)) v over [b, heads, n, d]; on a CPU by plain products, whose backward pass is faster."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    rows = max(1, CACHED // (q.shape[1] * q.shape[2] * k.shape[2]))
+    return _attend(q, k, v) if rows >= len(q) else lean(_attend, q, k, v, rows=rows)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
 class BiasedAttention:
@@ -124,64 +129,82 @@ def _share(unet: UNet2DConditionModel, empty: Callable[[], Tensor], repeats: Cal
         module.register_forward_hook(back)
 
 
-def lean(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), of which the backward pass keeps x alone and computes the rest again; for cheap functions.
+def lean(function: Callable[..., Tensor], *inputs: Tensor, rows: int | None = None) -> Tensor:
+    """function(*inputs), of which the backward pass keeps the inputs alone and computes the rest again.
 
-    torch.utils.checkpoint does this for any function, with hooks that cost more than these functions. A compiler
-    decides for itself what to keep.
+    For cheap functions of independent rows, `rows` of them at a time if given. torch.utils.checkpoint does this for any
+    function, with hooks that cost more than these functions. A compiler decides for itself what to keep.
     """
-    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-        return _Lean.apply(function, x)
-    return function(x)
+    if torch.compiler.is_compiling():
+        return function(*inputs)
+    return _Lean.apply(function, rows or len(inputs[0]), *inputs)
 
 
 class _Lean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function, x):
-        ctx.save_for_backward(x)
-        kind = x.device.type
-        ctx.function, ctx.cast = function, (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        return function(x)
+    def forward(ctx, function, rows, *inputs):
+        ctx.save_for_backward(*inputs)
+        kind = inputs[0].device.type
+        ctx.function, ctx.rows = function, rows
+        ctx.cast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        parts = [function(*part) for part in zip(*(x.split(rows) for x in inputs), strict=True)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad(), torch.autocast(*ctx.cast):
-            return None, torch.autograd.grad(ctx.function(x), x, gradient)[0]
+        wanted, parts = ctx.needs_input_grad[2:], []
+        for g, *part in zip(*(x.split(ctx.rows) for x in (gradient, *ctx.saved_tensors)), strict=True):
+            part = [x.detach().requires_grad_(need) for x, need in zip(part, wanted, strict=True)]
+            with torch.enable_grad(), torch.autocast(*ctx.cast):
+                out = ctx.function(*part)
+            found = iter(torch.autograd.grad(out, [x for x in part if x.requires_grad], g))
+            parts.append([next(found) if need else None for need in wanted])
+        return None, None, *(torch.cat(x) if x[0] is not None else None for x in zip(*parts, strict=True))
+
+
+def frozen_inputs(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """x, weight and bias as autocast would have them; None where autograd or a compiler is to see the module itself."""
+    if module.weight.requires_grad or not (torch.is_grad_enabled() and x.requires_grad):
+        return None
+    if torch.compiler.is_compiling():
+        return None
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return x.to(dtype), module.weight.to(dtype), None if module.bias is None else module.bias.to(dtype)
 
 
 class FrozenConv2d(nn.Conv2d):
     """A convolution without weight gradients: autograd would keep its input all the same, this one does not."""
 
     def forward(self, x: Tensor) -> Tensor:
-        kept = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
-        if self.weight.requires_grad or not kept:
+        if (inputs := frozen_inputs(self, x)) is None:
             return super().forward(x)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return _Convolve.apply(
-            x.to(dtype), self.weight.to(dtype), bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        return _Convolve.apply(*inputs, self.stride, self.padding, self.dilation, self.groups)
 
 
 class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, *geometry):
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.geometry = x.shape, geometry
+        ctx.size, ctx.geometry = x.shape[2:], geometry
         return F.conv2d(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx, gradient):
-        (weight,) = ctx.saved_tensors
-        return torch.nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.geometry), *(None,) * 6
+        (weight,), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.geometry
+        reached = (
+            (out - 1) * s - 2 * p + d * (k - 1) + 1
+            for out, s, p, d, k in zip(gradient.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)
+        )
+        rest = [size - up_to for size, up_to in zip(ctx.size, reached, strict=True)]  # beyond the last stride
+        return F.conv_transpose2d(gradient, weight, None, stride, padding, rest, groups, dilation), *(None,) * 6
 
 
 def _forget(unet: UNet2DConditionModel, *_: object) -> None:
     """Make every convolution a `FrozenConv2d`."""
     for module in unet.modules():
-        if type(module) is nn.Conv2d:
+        if type(module) is nn.Conv2d and not isinstance(module.padding, str):
             module.__class__ = FrozenConv2d
 
 
@@ -203,15 +226,30 @@ class _TimeAct(nn.SiLU):
 
 
 class _Gated(GEGLU):
-    """A feed-forward's gate, of which the backward pass keeps the input alone."""
+    """A feed-forward's gate, of which the backward pass keeps the input alone: an eighth of what it makes of it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return lean(self._gate, self.proj(x))
+        if (inputs := frozen_inputs(self.proj, x)) is None:
+            return super().forward(x)
+        return _Gate.apply(*inputs)
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight, bias)
+        value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
+        return value * F.gelu(gate)
 
     @staticmethod
-    def _gate(x: Tensor) -> Tensor:
-        value, gate = x.chunk(2, dim=-1)
-        return value * F.gelu(gate)
+    def backward(ctx, gradient):
+        x, weight, bias = ctx.saved_tensors
+        both = F.linear(x, weight, bias)
+        value, gate = both.chunk(2, dim=-1)
+        to_gate = gradient * value
+        torch.mul(gradient, F.gelu(gate), out=value)
+        torch.ops.aten.gelu_backward.grad_input(to_gate, gate, grad_input=gate)
+        return both @ weight, None, None
 
 
 def _recompute(unet: UNet2DConditionModel, *_: object) -> None:
@@ -226,8 +264,9 @@ def _recompute(unet: UNet2DConditionModel, *_: object) -> None:
 
 
 def _layout(unet: UNet2DConditionModel, *_: object) -> None:
-    """Channels last, as convolutions are fastest."""
-    unet.to(memory_format=torch.channels_last)
+    """Channels last, as convolutions are fastest; not on a CPU, where group norm loses more by it."""
+    if unet.device.type != "cpu":
+        unet.to(memory_format=torch.channels_last)
 
 
 LEVERS: dict[str, Callable] = {  # name -> function of the UNet, () -> empty prompt, () -> rows that share a latent
@@ -235,5 +274,5 @@ LEVERS: dict[str, Callable] = {  # name -> function of the UNet, () -> empty pro
     "share": _share,  # what precedes the first cross-attention is computed once per latent
     "forget": _forget,  # convolutions keep no input: there is no weight gradient to compute from it
     "recompute": _recompute,  # of norms, activations and gates what enters is kept, not what follows from it
-    "layout": _layout,  # channels last
+    "layout": _layout,  # channels last, on a GPU
 }

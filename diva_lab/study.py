@@ -1,9 +1,10 @@
 """The results that ship: converged projectors, then every objective and control over several seeds.
 
-    python -m diva_lab.study projectors   stage 1 to its plateau, for each condition -> data/tiny/projectors
-    python -m diva_lab.study rates        a learning rate for each objective, on pairs that are not reported
-    python -m diva_lab.study objectives   objectives and controls, paired over seeds -> data/results/objectives.csv
-    python -m diva_lab.study table        the README's table of results, from that file
+    python -m diva_lab.study projectors       stage 1 to its plateau, for each condition -> data/tiny/projectors
+    python -m diva_lab.study rates            a learning rate for each objective, on pairs that are not reported
+    python -m diva_lab.study objectives       objectives and controls, paired over seeds -> data/results/objectives.csv
+    python -m diva_lab.study approximations   DCR's, against exact DCR -> data/results/approximations.csv
+    python -m diva_lab.study table            the README's table of results, from objectives.csv
 
 Without a part, all of them. Each goes on where it was stopped: its runs are kept under runs/study.
 """
@@ -33,6 +34,12 @@ from diva_lab.world import World, draw_scenes
 STUDY = RUNS / "study"
 RESULTS = DATA / "results"
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+APPROXIMATIONS = {  # of DCR: name -> settings
+    "exact": {},
+    "4 negatives": {"negatives": 4},
+    "no gradient through negatives": {"negative_gradient": False},
+}
+FAST = 1e-4  # a learning rate at which DCR changes the encoder much, beside the chosen one
 PLATEAU = 0.01  # the recovered fraction gained in 1000 steps below which stage 1 has converged
 
 
@@ -106,6 +113,30 @@ def objectives(seeds: Sequence[int], steps: int) -> Path:
     return path
 
 
+def approximations(seeds: Sequence[int], steps: int) -> Path:
+    """DCR exactly and by its approximations, at the chosen rate and at `FAST`; one row per rate, name and seed.
+
+    Beside them, per rate and approximation, the differences to exact DCR: rows of approximations_differences.csv.
+    """
+    table = pd.read_csv(RESULTS / "rates.csv")
+    chosen = table.loc[table["chosen"] & (table["objective"] == "dcr"), "lr"].item()
+    rows = []
+    for lr in (chosen, FAST):
+        for seed in seeds:
+            for name, changes in APPROXIMATIONS.items():
+                run = tune(Settings(objective="dcr", lr=lr, steps=steps, seed=seed, **changes), STUDY, world_report)
+                first, last = (run.evaluations().iloc[i].to_dict() for i in (0, -1))
+                print(lr, seed, name, f"pairs {last['pairs/mean']:.4f}, zero-shot {last['zeroshot']:.4f}", flush=True)
+                facts = {"lr": lr, "objective": name, "seed": seed, "run": run.id, "git": run.environment["git"]}
+                rows += [facts | last] + ([facts | {"objective": "none"} | first] if name == "exact" else [])
+    found = pd.DataFrame(rows)
+    differences = [
+        paired_differences(part, MEASURES, baseline="exact").assign(lr=lr) for lr, part in found.groupby("lr")
+    ]
+    _write(pd.concat(differences), "approximations_differences.csv")
+    return _write(found, "approximations.csv")
+
+
 def readme_table(results: pd.DataFrame) -> str:
     """Markdown: the mean of each measure, in points, and under it the paired difference to `none` with its interval."""
     rows = paired_differences(results, MEASURES).set_index(["objective", "measure"])
@@ -148,7 +179,7 @@ def _write(table: pd.DataFrame, name: str) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m diva_lab.study", description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", help="projectors, rates, objectives, table; all of them if none is named")
+    parser.add_argument("parts", nargs="*", help="projectors, rates, objectives, approximations, table; default: all")
     parser.add_argument("--condition", choices=tuple(CONDITIONS), help="only this condition's projector")
     parser.add_argument(
         "--only", nargs="+", choices=tuple(OBJECTIVES), default=tuple(OBJECTIVES), help="rates: of these"
@@ -159,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    known = ("projectors", "rates", "objectives", "table")
+    known = ("projectors", "rates", "objectives", "approximations", "table")
     for part in args.parts:
         if part not in known:
             parser.error(f"unknown part {part!r}; expected {', '.join(known)}")
@@ -171,6 +202,8 @@ def main(argv: list[str] | None = None) -> None:
         print("chosen:", rates(max(1, args.steps // 2), args.only))
     if "objectives" in parts:
         print("written:", objectives(args.seeds, args.steps))
+    if "approximations" in parts:
+        print("written:", approximations(args.seeds, args.steps))
     if "table" in parts:
         print("written:", write_readme())
 

@@ -5,7 +5,7 @@ import torch
 from small_models import write_diffusion
 
 from diva_lab.denoisers import Denoiser, load_denoiser
-from diva_lab.frozen import LEVERS
+from diva_lab.frozen import LEVERS, attend
 
 SUBSETS = [*((name,) for name in LEVERS), *combinations(LEVERS, 2), tuple(LEVERS)]
 
@@ -80,3 +80,17 @@ def test_the_empty_prompt_is_projected_once(folder):
             module.register_forward_hook(lambda _, args, out: counts.append(args[0].shape[1]))
     ask(denoiser, 1)
     assert not any(length > 1 for length in counts)
+
+
+@pytest.mark.parametrize("sizes", [(7, 3, 20, 12), (2, 2, 90, 90)])
+@pytest.mark.parametrize("constant", [False, True])
+def test_attention_in_parts_is_attention(sizes, constant, monkeypatch):
+    b, heads, n, m = sizes
+    monkeypatch.setattr("diva_lab.frozen.CACHED", 2 * heads * n * m)  # two rows at a time
+    random = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(b, heads, length, 8, generator=random).double() for length in (n, m, m, n))
+    wanted = [q.requires_grad_(), *([] if constant else [k.requires_grad_(), v.requires_grad_()])]
+    ours, plain = attend(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(ours, plain)
+    for one, other in zip(*(torch.autograd.grad(out, wanted, g) for out in (ours, plain)), strict=True):
+        torch.testing.assert_close(one, other)
