@@ -22,7 +22,9 @@ from weakref import finalize
 
 import open_clip
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from open_clip import CLIP
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,7 +33,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from diva_lab.conditions import Conditioner
 from diva_lab.denoisers import DENOISERS, Denoiser, load_denoiser
-from diva_lab.encoders import Encoder, load_encoder, make_trainable
+from diva_lab.encoders import ENCODERS, Encoder, embed, load_encoder, make_trainable
 from diva_lab.evaluation.world import world_report
 from diva_lab.frozen import LEVERS
 from diva_lab.images import augment, open_images
@@ -79,16 +81,23 @@ SCALES = {
 }  # fmt: skip
 
 
-def build(name: str, device: torch.device) -> tuple[Encoder, Denoiser]:
-    """A CLIP and a denoiser without any lever, of the named scale."""
-    scale = SCALES[name]
-    if scale is None:
-        return load_encoder("tiny", device), load_denoiser("tiny", device, levers=())
+def build_clip(name: str) -> CLIP:
+    """The CLIP of the named scale, as open_clip builds it."""
+    if (scale := SCALES[name]) is None:
+        return open_clip.create_model(ENCODERS["tiny"][0]).eval()
     torch.manual_seed(0)
     text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}  # not used in a step
-    clip = open_clip.CLIP(scale.dim, scale.vision, text, quick_gelu=True)
+    clip = CLIP(scale.dim, scale.vision, text, quick_gelu=True)
     pixels = {"size": scale.vision["image_size"], "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.25,) * 3}
     open_clip.model.set_model_preprocess_cfg(clip, pixels | {"resize_mode": "shortest"})
+    return clip.eval()
+
+
+def build(name: str, device: torch.device) -> tuple[Encoder, Denoiser]:
+    """A CLIP and a denoiser without any lever, of the named scale."""
+    if (scale := SCALES[name]) is None:
+        return load_encoder("tiny", device), load_denoiser("tiny", device, levers=())
+    encoder = Encoder(build_clip(name), None)
     tokenizer = AutoTokenizer.from_pretrained(DENOISERS["tiny"], subfolder="tokenizer", model_max_length=scale.tokens)
     blocks = len(scale.vae)
     parts = (
@@ -101,7 +110,7 @@ def build(name: str, device: torch.device) -> tuple[Encoder, Denoiser]:
         tokenizer,
         DDPMScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
     )  # fmt: skip
-    return Encoder(clip, None).to(device), Denoiser(*parts, levers=()).to(device)
+    return encoder.to(device), Denoiser(*parts, levers=()).to(device)
 
 
 # --- a step, plain and ours -------------------------------------------------------------------------------------
@@ -301,6 +310,7 @@ def variants(
     made = {"reference": plain, "exact": partial(variant, ours)}
     if what == "dcr-step":
         made["exact, row by row"] = partial(variant, ours, rows=1)
+        made["exact, two rows at a time"] = partial(variant, ours, rows=2)
         made["sampled, K = 4"] = partial(variant, ours, negatives=4)
         made["no gradient through negatives"] = partial(variant, ours, negative_gradient=False)
         for name in LEVERS:
@@ -312,6 +322,32 @@ def variants(
     return made
 
 
+def compare(
+    works: dict[str, Callable[[], object]], rounds: int, device: torch.device, compiled: Sequence[str] = ()
+) -> dict[str, dict[str, float]]:
+    """Seconds (in turn, after a first call of each), FLOPs and peak memory of each work, and ratios to the first.
+
+    On a CPU memory is left out for those in `compiled`: under `LiveBytes` they would run uncompiled.
+    """
+    for work in works.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            times[name].append(seconds(work, device))
+    rows: dict[str, dict[str, float]] = {}
+    for name, work in works.items():
+        with FlopCounterMode(display=False) as counter:
+            work()
+        row = rows[name] = spread(times[name]) | {"flop": counter.get_total_flops()}
+        first = next(iter(rows.values()))
+        row["faster"] = first["median"] / row["median"]
+        if device.type == "cuda" or name not in compiled:
+            row["peak_bytes"] = peak_bytes(work, device)
+            row["memory"] = row["peak_bytes"] / first["peak_bytes"]
+    return rows
+
+
 def measure_step(what: str, scale: str, batch: int, rounds: int, precision: str, compiled: bool) -> dict:
     """All figures of one step: seconds, ratios to the reference, peak bytes, FLOPs, differences."""
     device = default_device()
@@ -321,27 +357,12 @@ def measure_step(what: str, scale: str, batch: int, rounds: int, precision: str,
     made = {name: make() for name, make in makers.items() if compiled or not name.endswith("compiled")}
     px = made["exact"].encoder.px
     world = next(open_images("world", 32, batch, 0))
-    images = nn.functional.interpolate(world.float(), (px, px)).round().byte().to(device)
-    for variant in made.values():
-        variant.step(images)
-    times: dict[str, list[float]] = {name: [] for name in made}
-    for _ in range(rounds):
-        for name, variant in made.items():
-            times[name].append(seconds(lambda v=variant: v.step(images), device))
+    images = F.interpolate(world.float(), (px, px)).round().byte().to(device)
+    works = {name: partial(variant.step, images) for name, variant in made.items()}
+    rows = compare(works, rounds, device, [name for name in made if name.endswith("compiled")])
     top = ceiling(device, dtype)
-    rows = {}
-    for name, variant in made.items():
-        with FlopCounterMode(display=False) as counter:
-            variant.backward(images)
-        row = spread(times[name])
-        if device.type == "cuda" or not variant.settings.compile:  # under `LiveBytes` compiled code runs uncompiled
-            row["peak_bytes"] = peak_bytes(lambda v=variant: v.backward(images), device)
-        row["flop"] = counter.get_total_flops()
+    for row in rows.values():
         row["of_ceiling"] = row["flop"] / row["median"] / top
-        rows[name] = row
-        row["faster"] = rows["reference"]["median"] / row["median"]  # which comes first
-        if "peak_bytes" in row:
-            row["memory"] = row["peak_bytes"] / rows["reference"]["peak_bytes"]
     found = {"dtype": str(dtype).removeprefix("torch."), "ceiling_flops": top, "variants": rows}
     if what != "align-step":  # whose reference minimises another loss
         plain = variants(what, scale, device, torch.float32, batch)
@@ -371,27 +392,42 @@ def measure_input(source: str, scale: str, batch: int, rounds: int) -> dict:
     return {"source": source, "pictures_per_second": rows}
 
 
-def measure_evaluate(scale: str, rounds: int) -> dict:
-    """One evaluation on the tiny world: pairs, probes, zero-shot, clustering."""
-    encoder, _ = build(scale, default_device())
-    if encoder.tokenizer is None:
-        raise SystemExit(f"error: scale {scale!r} has no text tower to evaluate; expected tiny")
-    return {"seconds": spread([seconds(lambda: world_report(encoder), default_device()) for _ in range(rounds)])}
+def measure_evaluate(scale: str, batch: int, rounds: int) -> dict:
+    """Embeddings of pictures in memory, against a bare loop over open_clip's `encode_image` on tensors made ready.
+
+    At the scale `tiny` beside it one whole evaluation on the tiny world: pairs, probes, zero-shot, clustering.
+    """
+    device = default_device()
+    encoder, bare = build(scale, device)[0], build_clip(scale).to(device)
+    images = (torch.rand(4 * batch, 3, encoder.px, encoder.px) * 255).byte()
+    ready = encoder.preprocess(images.to(device).float() / 255)
+
+    def loop() -> list[Tensor]:
+        with torch.no_grad():
+            return [bare.encode_image(part, normalize=True) for part in ready.split(batch)]
+
+    works = {"reference": loop, "exact": lambda: embed(encoder, images, batch)}
+    off = (torch.cat(loop()).cpu() - embed(encoder, images, batch)).abs().max().item()
+    found = {"variants": compare(works, rounds, device), "largest_difference": off}
+    for row in found["variants"].values():
+        row["pictures_per_second"] = len(images) / row["median"]
+    if scale == "tiny":
+        found["world_report_seconds"] = spread([seconds(lambda: world_report(encoder), device) for _ in range(3)])
+    return found
 
 
 def show(found: dict) -> str:
     """The figures as a Markdown table."""
     if "variants" not in found:
-        return json.dumps({name: found[name] for name in ("pictures_per_second", "seconds") if name in found}, indent=1)
-    lines = ["| step | s | faster | memory | MB | TFLOP | of ceiling | loss | gradients |", "|---" * 9 + "|"]
+        return json.dumps(found["pictures_per_second"], indent=1)
+    lines = ["| | s | faster | memory | MB | TFLOP | of ceiling | loss | gradients |", "|---" * 9 + "|"]
     for name, row in found["variants"].items():
-        off = found.get("apart_float32", {}).get(name)
-        memory = f"{row['memory']:.2f} × | {row['peak_bytes'] / 1e6:.0f}" if "memory" in row else " | "
-        apart = "".join(f" {off[key]:.0e} |" for key in ("loss", "gradient")) if off else " | |"
-        lines.append(
-            f"| {name} | {row['median']:.3f} [{row['low']:.3f}, {row['high']:.3f}] | {row['faster']:.2f} × | "
-            f"{memory} | {row['flop'] / 1e12:.3f} | {100 * row['of_ceiling']:.0f} % |{apart}"
-        )
+        off = found.get("apart_float32", {}).get(name, {})
+        cells = [f"{row['median']:.3f} [{row['low']:.3f}, {row['high']:.3f}]", f"{row['faster']:.2f} ×"]
+        cells += [f"{row['memory']:.2f} ×", f"{row['peak_bytes'] / 1e6:.0f}"] if "memory" in row else ["", ""]
+        cells += [f"{row['flop'] / 1e12:.3f}", f"{100 * row['of_ceiling']:.0f} %" if "of_ceiling" in row else ""]
+        cells += [f"{off[key]:.0e}" if off else "" for key in ("loss", "gradient")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -412,7 +448,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.what == "input":
         found |= measure_input(args.images, args.scale, args.batch, args.rounds)
     elif args.what == "evaluate":
-        found |= measure_evaluate(args.scale, args.rounds)
+        found |= measure_evaluate(args.scale, args.batch, args.rounds)
     else:
         found |= measure_step(args.what, args.scale, args.batch, args.rounds, args.precision, args.compile)
     found |= environment()

@@ -4,8 +4,11 @@ A denoiser comes from a folder (or hub id) in Stable Diffusion's layout: vae, un
 Whether its network predicts noise or velocity is read from its own scheduler; from here on every prediction is noise.
 """
 
+import hashlib
+from collections import ChainMap
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -51,6 +54,8 @@ class Denoiser(nn.Module):
         self.width: int = unet.config.cross_attention_dim
         self.register_buffer("alphas", scheduler.alphas_cumprod.clone(), persistent=False)  # [timesteps]
         self.requires_grad_(False).eval()
+        self.keep_latents = 0  # pictures whose latents are kept in memory
+        self._kept: dict[bytes, Tensor] = {}  # sha1 of a picture -> its `_posterior`
         self.repeats = 1  # consecutive rows of the present prediction that share a noisy latent
         self.levers = frozenset(levers)
         for name, use in LEVERS.items():
@@ -68,12 +73,28 @@ class Denoiser(nn.Module):
         """Scaled latents of pictures in [0, 1]: the posterior's mean (DIVA), or with a generator a sample (DCR)."""
         if images.shape[-2:] != (self.px, self.px):
             images = transforms.resize(images, [self.px, self.px], antialias=True)
-        posterior = self.vae.encode(images * 2 - 1).latent_dist
-        latents = posterior.mean
+        mean, std = self._posterior(images).unbind(1)
         if generator is not None:
-            noise = torch.randn(latents.shape, generator=generator).to(latents)
-            latents = latents + posterior.std * noise
-        return latents.float() * self.vae.config.scaling_factor
+            mean = mean + std * torch.randn(mean.shape, generator=generator).to(mean)
+        return mean * self.vae.config.scaling_factor
+
+    def _posterior(self, images: Tensor) -> Tensor:
+        """Mean and standard deviation of latents, [b, 2, c, h, w], in float32; encoded once while there is room."""
+
+        def encode(pictures: Tensor) -> Tensor:
+            found = self.vae.encode(pictures * 2 - 1).latent_dist
+            return torch.stack([found.mean, found.std], dim=1).float()
+
+        if not self.keep_latents:
+            return encode(images)
+        keys = [hashlib.sha1(image.numpy().tobytes()).digest() for image in images.cpu()]
+        new = {key: i for i, key in enumerate(keys) if key not in self._kept}
+        fresh = dict(zip(new, encode(images[list(new.values())]), strict=True)) if new else {}
+        known = ChainMap(fresh, self._kept)
+        found = torch.stack([known[key].to(images.device) for key in keys])
+        room = self.keep_latents - len(self._kept)
+        self._kept |= {key: value.cpu() for key, value in islice(fresh.items(), room)}
+        return found
 
     def _level(self, t: Int[Tensor, " b"]) -> tuple[Tensor, Tensor]:
         alpha = self.alphas[t.to(self.alphas.device)].view(-1, 1, 1, 1)

@@ -59,6 +59,7 @@ class Settings:
         flips: in the augmentation.
         timesteps: how t is drawn.
         latent: the posterior's `mean` (DIVA) or a `sample` (DCR's code).
+        keep_latents: pictures whose latents are kept in memory, encoded once: pays from the second epoch on.
         compile: the UNet by torch.compile: a minute or more at the start, then faster steps.
         precision: `bf16`, `no`, or `auto`: bf16 where the machine multiplies it in hardware.
         evaluate_every, save_every: in steps; 0 for only at the end.
@@ -95,6 +96,7 @@ class Settings:
     flips: bool = True
     timesteps: str = "uniform"
     latent: str = "mean"
+    keep_latents: int = 0
     compile: bool = False
     precision: str = "auto"
     evaluate_every: int = 0
@@ -118,7 +120,16 @@ class Settings:
         for name in ("batch", "accumulate", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"setting {name}={getattr(self, name)}: expected at least 1")
-        for name in ("steps", "warmup", "lora_rank", "rows", "negatives", "evaluate_every", "save_every"):
+        for name in (
+            "steps",
+            "warmup",
+            "lora_rank",
+            "rows",
+            "negatives",
+            "keep_latents",
+            "evaluate_every",
+            "save_every",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"setting {name}={getattr(self, name)}: expected 0 or more")
         if self.objective in ("dcr", "contrastive", "naive") and self.batch < 2:
@@ -252,6 +263,7 @@ def _train(
     device = accelerator.device
     if precision == "bf16":
         nn.Module.to(denoiser.unet, torch.bfloat16)  # frozen: nobody needs it in float32; diffusers' own warns
+    denoiser.keep_latents = settings.keep_latents
     if settings.compile:
         denoiser.unet.compile(dynamic=False)
     modules = nn.ModuleDict({"encoder": encoder, "conditioner": conditioner}).to(device)

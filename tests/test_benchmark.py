@@ -10,7 +10,8 @@ from diva_lab.benchmark import LiveBytes, main
 def test_every_way_to_take_a_step_has_the_references_loss_and_gradients(what, tmp_path, capsys):
     main([what, "--batch", "2", "--rounds", "1", "--json", str(tmp_path / "out.json")])
     found = json.loads((tmp_path / "out.json").read_text())
-    print(capsys.readouterr().out)
+    with capsys.disabled():  # the ratios belong into the log
+        print("\n" + capsys.readouterr().out)
     assert found["apart_float32"] and {"git", "versions"} <= set(found)
     for name, off in found["apart_float32"].items():
         assert off["loss"] < 1e-4 and off["gradient"] < 1e-4, name
@@ -18,6 +19,11 @@ def test_every_way_to_take_a_step_has_the_references_loss_and_gradients(what, tm
     for name, off in rounding.items():
         assert off["loss"] < 2e-2 and off["gradient"] < max(2e-2, 1.5 * rounding["reference"]["gradient"]), name
     assert found["variants"]["exact"]["memory"] < 1
+
+
+def test_evaluation_gives_the_embeddings_of_a_bare_loop(tmp_path):
+    main(["evaluate", "--scale", "small", "--batch", "4", "--rounds", "1", "--json", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text())["largest_difference"] < 1e-5
 
 
 def test_live_bytes_counts_what_is_alive_at_once():
