@@ -5,6 +5,7 @@ mode are the model's own and applied here, on the device, to pictures in [0, 1].
 """
 
 import copy
+import json
 import logging
 import re
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
+from open_clip.timm_model import TimmModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
+from diva_lab.formats import read_transformers, use_activation
 from diva_lab.machine import SHORT
 from diva_lab.runs import DATA
 
@@ -86,7 +89,36 @@ class SplitAttention(nn.Module):
         return out
 
 
-def _replace(tower: nn.Module, kind: type, build) -> nn.Module:
+class SplitLinear(nn.Module):
+    """A timm tower's packed projection (`qkv`, or attention pooling's `kv`) as one `nn.Linear` for each letter.
+
+    LoRA of rank r then adapts each of them, as in the towers that have them apart.
+    """
+
+    def __init__(self, packed: nn.Linear, letters: str):
+        super().__init__()
+        for i, letter in enumerate(letters):
+            linear = nn.Linear(packed.in_features, packed.out_features // len(letters), device="meta")
+            for name in ("weight", "bias"):
+                part = getattr(packed, name)
+                part = None if part is None else nn.Parameter(part.detach().chunk(len(letters))[i].clone())
+                setattr(linear, name, part)
+            self.add_module(letter, linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.children()], dim=-1)
+
+    def packed(self) -> nn.Linear:
+        """The same projection in one again."""
+        parts = list(self.children())
+        out = nn.Linear(parts[0].in_features, sum(part.out_features for part in parts), device="meta")
+        out.weight = nn.Parameter(torch.cat([part.weight.detach() for part in parts]))
+        bias = parts[0].bias is not None
+        out.bias = nn.Parameter(torch.cat([part.bias.detach() for part in parts])) if bias else None
+        return out
+
+
+def _replace(tower: nn.Module, kind: type | tuple[type, ...], build) -> nn.Module:
     for module in list(tower.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, kind):
@@ -95,13 +127,17 @@ def _replace(tower: nn.Module, kind: type, build) -> nn.Module:
 
 
 def split_attention(tower: nn.Module) -> nn.Module:
-    """Swap every `nn.MultiheadAttention` of `tower`, in place, for a `SplitAttention` with the same weights."""
+    """Give q, k and v of every attention of `tower` an `nn.Linear` each, in place, with the same weights."""
+    for module in list(tower.modules()):
+        for letters in ("qkv", "kv"):
+            if type(packed := getattr(module, letters, None)) is nn.Linear:
+                setattr(module, letters, SplitLinear(packed, letters))
     return _replace(tower, nn.MultiheadAttention, SplitAttention)
 
 
 def fuse_attention(tower: nn.Module) -> nn.Module:
     """Undo `split_attention`, in place."""
-    return _replace(tower, SplitAttention, SplitAttention.packed)
+    return _replace(tower, (SplitAttention, SplitLinear), lambda module: module.packed())
 
 
 class Encoder(nn.Module):
@@ -111,11 +147,12 @@ class Encoder(nn.Module):
         model: an open_clip model. Its visual attention is split and its `proj` matrix, where it has one, becomes an
             `nn.Linear`, so that LoRA reaches every matrix; `open_clip_state` gives the original layout back.
         tokenizer: list of n strings -> token ids [n, context length].
+        config: open_clip's configuration of the model, as its folders hold it; what `save` writes beside the weights.
     """
 
-    def __init__(self, model: nn.Module, tokenizer):
+    def __init__(self, model: nn.Module, tokenizer, config: dict | None = None):
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.config = model, tokenizer, config
         visual = split_attention(model.visual)
         self.proj: nn.Module = nn.Identity()
         if isinstance(getattr(visual, "proj", None), nn.Parameter):
@@ -147,7 +184,8 @@ class Encoder(nn.Module):
         out = self.model.visual.forward_intermediates(
             self.preprocess(images), indices=1, normalize_intermediates=True, output_fmt="NLC", stop_early=False
         )
-        return Features(self.proj(out["image_features"]), self.proj(out["image_intermediates"][-1]))
+        project = self.model.visual.head if isinstance(self.model.visual, TimmModel) else self.proj
+        return Features(self.proj(out["image_features"]), project(out["image_intermediates"][-1]))
 
     def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Unit-length global embeddings of pictures in [0, 1], in float32; differentiable."""
@@ -169,7 +207,9 @@ class Encoder(nn.Module):
 
 
 def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encoder:
-    """A frozen encoder by its name in `ENCODERS`, by open_clip's `model:tag`, or from a folder in open_clip's format.
+    """A frozen encoder by its name in `ENCODERS`, by open_clip's `model:tag`, or from a folder.
+
+    A folder is open_clip's (open_clip_config.json) or transformers' of a CLIP or SigLIP (config.json).
 
     Raises:
         ValueError: for an unknown name; lists the known ones.
@@ -180,19 +220,24 @@ def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encode
         model_name, tag = ENCODERS[name]
     elif Path(name, "open_clip_config.json").is_file():
         model_name, tag = f"local-dir:{name}", None
+    elif Path(name, "config.json").is_file():
+        try:
+            return Encoder(*read_transformers(name)).to(device)
+        except OSError as error:
+            raise FileNotFoundError(f"encoder {name!r}: {error}") from error
     elif name.partition(":")[0] in open_clip.list_models():
         model_name, _, tag = name.partition(":")
     else:
         raise ValueError(
             f"unknown encoder {name!r}; expected one of {', '.join(ENCODERS)}, an open_clip name as 'ViT-B-32:openai', "
-            "or a folder that holds open_clip_config.json and its weights"
+            "or a folder that holds open_clip_config.json or config.json and its weights"
         )
+    schema, _, folder = model_name.partition(":")
     try:
         logging.disable(logging.WARNING)  # open_clip logs every step of its search
         model = open_clip.create_model(model_name, tag, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(model_name)
     except (RuntimeError, OSError) as error:
-        schema, _, folder = model_name.partition(":")
         remedy = (
             f"Expected {folder} to hold open_clip_config.json, open_clip_model.safetensors and the tokenizer's files"
             if schema == "local-dir"
@@ -201,7 +246,12 @@ def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encode
         raise FileNotFoundError(f"encoder {name!r}: no weights for open_clip model {model_name!r}. {remedy}") from error
     finally:
         logging.disable(logging.NOTSET)
-    return Encoder(model, tokenizer).to(device)
+    if schema == "local-dir":
+        config = json.loads(Path(folder, "open_clip_config.json").read_text())
+    else:
+        config = {"model_cfg": open_clip.get_model_config(model_name)}
+        config["preprocess_cfg"] = open_clip.get_model_preprocess_cfg(model)
+    return Encoder(use_activation(model, config), tokenizer, config).to(device)
 
 
 @torch.no_grad()

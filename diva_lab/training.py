@@ -32,6 +32,7 @@ from diva_lab.runs import DATA, ROOT, RUNS, Run
 
 # The settings of the shipped projectors, which `make run` and the notebooks start from.
 SHIPPED = DATA / "tiny" / "projectors"
+PROJECTORS = ("global", "recap")  # conditions whose projectors ship, for the tiny models
 
 
 @dataclass(frozen=True)
