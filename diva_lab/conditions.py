@@ -22,6 +22,9 @@ class Projector(nn.Sequential):
         super().__init__(nn.LayerNorm(dim), nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width))
 
 
+PROJECTIONS: dict[str, Callable[[int, int], nn.Module]] = {"mlp": Projector, "linear": nn.Linear}  # DCR's, DIVA's
+
+
 def global_(
     features: Features, project: nn.Module, empty: Float[Tensor, "l c"], generator: torch.Generator | None
 ) -> Float[Tensor, "b 1 c"]:
@@ -101,19 +104,20 @@ class Conditioner(nn.Module):
         dim: the encoder's width.
         width: the denoiser's cross-attention width.
         seed: of the projector's initial weights.
+        projection: a key of `PROJECTIONS`.
 
     Raises:
         ValueError: for an unknown name; lists the known ones.
     """
 
-    def __init__(self, name: str, dim: int, width: int, seed: int = 0):
+    def __init__(self, name: str, dim: int, width: int, seed: int = 0, projection: str = "mlp"):
         super().__init__()
         if name not in CONDITIONS:
             raise ValueError(f"unknown condition {name!r}; expected one of {', '.join(CONDITIONS)}")
         self.name, self._function = name, CONDITIONS[name]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.projector = Projector(dim, width)
+            self.projector = PROJECTIONS[projection](dim, width)
 
     def forward(
         self, features: Features, empty: Float[Tensor, "l c"], generator: torch.Generator | None = None

@@ -15,13 +15,14 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
+from open_clip.model import set_model_preprocess_cfg
 from open_clip.timm_model import TimmModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
-from diva_lab.formats import read_transformers, use_activation
+from diva_lab.formats import load_released, read_transformers, use_activation
 from diva_lab.machine import SHORT
 from diva_lab.runs import DATA
 
@@ -206,38 +207,34 @@ class Encoder(nn.Module):
         return state
 
 
-def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encoder:
-    """A frozen encoder by its name in `ENCODERS`, by open_clip's `model:tag`, or from a folder.
-
-    A folder is open_clip's (open_clip_config.json) or transformers' of a CLIP or SigLIP (config.json).
-
-    Raises:
-        ValueError: for an unknown name; lists the known ones.
-        FileNotFoundError: where the weights are not on this machine and cannot be fetched.
-    """
-    name = str(name)
+def _source(name: str) -> tuple[str, str | None]:
+    """open_clip's model and tag of an encoder's name; the model is `local-dir:FOLDER` for a folder."""
     if name in ENCODERS:
-        model_name, tag = ENCODERS[name]
-    elif Path(name, "open_clip_config.json").is_file():
-        model_name, tag = f"local-dir:{name}", None
-    elif Path(name, "config.json").is_file():
-        try:
-            return Encoder(*read_transformers(name)).to(device)
-        except OSError as error:
-            raise FileNotFoundError(f"encoder {name!r}: {error}") from error
-    elif name.partition(":")[0] in open_clip.list_models():
-        model_name, _, tag = name.partition(":")
-    else:
-        raise ValueError(
-            f"unknown encoder {name!r}; expected one of {', '.join(ENCODERS)}, an open_clip name as 'ViT-B-32:openai', "
-            "or a folder that holds open_clip_config.json or config.json and its weights"
-        )
-    schema, _, folder = model_name.partition(":")
+        return ENCODERS[name]
+    if Path(name, "open_clip_config.json").is_file():
+        return f"local-dir:{name}", None
+    if name.partition(":")[0] in open_clip.list_models():
+        model, _, tag = name.partition(":")
+        return model, tag
+    raise ValueError(
+        f"unknown encoder {name!r}; expected one of {', '.join(ENCODERS)}, an open_clip name as 'ViT-B-32:openai', "
+        "or a folder that holds open_clip_config.json or config.json and its weights"
+    )
+
+
+def _create(name: str, model_name: str, tag: str | None, weights: bool) -> tuple[nn.Module, object]:
+    """open_clip's model, with its weights if asked, and its tokenizer; `name` is what the user called it."""
     try:
         logging.disable(logging.WARNING)  # open_clip logs every step of its search
-        model = open_clip.create_model(model_name, tag, require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(model_name)
+        known = {"pretrained": tag, "require_pretrained": True} if weights else {"load_weights": False}
+        model = open_clip.create_model(model_name, **known)
+        if tag and not weights:  # which open_clip reads along with the weights
+            preprocess = open_clip.get_pretrained_cfg(model_name, tag)
+            preprocess = {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+            set_model_preprocess_cfg(model, open_clip.get_model_preprocess_cfg(model) | preprocess)
+        return model, open_clip.get_tokenizer(model_name)
     except (RuntimeError, OSError) as error:
+        schema, _, folder = model_name.partition(":")
         remedy = (
             f"Expected {folder} to hold open_clip_config.json, open_clip_model.safetensors and the tokenizer's files"
             if schema == "local-dir"
@@ -246,6 +243,33 @@ def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encode
         raise FileNotFoundError(f"encoder {name!r}: no weights for open_clip model {model_name!r}. {remedy}") from error
     finally:
         logging.disable(logging.NOTSET)
+
+
+def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encoder:
+    """A frozen encoder by its name in `ENCODERS`, by open_clip's `model:tag`, or from a folder.
+
+    A folder is open_clip's (open_clip_config.json), or transformers' of a CLIP or SigLIP (config.json). With
+    `NAME@FILE` the weights come from a released .pth of that architecture: see `formats.load_released`.
+
+    Raises:
+        ValueError: for an unknown name; lists the known ones. For a file of weights that does not fit.
+        FileNotFoundError: where the weights are not on this machine and cannot be fetched.
+    """
+    name, _, released = str(name).partition("@")
+    if name not in ENCODERS and Path(name, "config.json").exists() and not Path(name, "open_clip_config.json").exists():
+        try:
+            model, tokenizer, config = read_transformers(name)
+        except OSError as error:
+            raise FileNotFoundError(f"encoder {name!r}: {error}") from error
+        if released:
+            load_released(model, released)
+        return Encoder(model, tokenizer, config).to(device)
+    model_name, tag = _source(name)
+    model, tokenizer = _create(name, model_name, tag, weights=not released)
+    if released and not load_released(model, released):  # without a text tower, which is then the original's
+        model, tokenizer = _create(name, model_name, tag, weights=True)
+        load_released(model, released)
+    schema, _, folder = model_name.partition(":")
     if schema == "local-dir":
         config = json.loads(Path(folder, "open_clip_config.json").read_text())
     else:

@@ -6,6 +6,7 @@ parameter) is unpacked first, so that a name stands for the same matrix in both.
 """
 
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -143,6 +144,45 @@ def convert(state: State, kind: str, target: State) -> State:
         raise ValueError(f"these weights are not those of a {kind} of these sizes: {error}") from error
 
 
+def load_released(model: nn.Module, path: str | Path) -> bool:
+    """Fill an open_clip model, in place, from a .pth that somebody released, as DIVA's: visual weights, text if there.
+
+    The names are OpenAI's or open_clip's (`visual.conv1...`, the same in both) or those of a timm tower
+    (`visual.trunk...`), behind any prefix: DIVA saves its whole trainer, so they carry `class_model.model.`, and what
+    has no such prefix is not the encoder's.
+
+    Returns:
+        Whether the text tower was there too; if not, it is left as it is.
+
+    Raises:
+        ValueError: for a file that holds no such encoder, or one of other sizes; names the first difference.
+        FileNotFoundError: where there is no such file.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: not a file of weights that torch.load(weights_only=True) takes: {error}") from error
+    state = state.get("state_dict", state)
+    own = model.state_dict()
+    anchor = next(name for name in ("visual.trunk.patch_embed.proj.weight", "visual.conv1.weight") if name in own)
+    prefix = next((name.removesuffix(anchor) for name in state if name.endswith(anchor)), None)
+    if prefix is None:
+        raise ValueError(f"{path}: no {anchor} behind any prefix; it holds {', '.join(list(state)[:3])} ...")
+    facts = ("input_resolution", "context_length", "vocab_size")  # OpenAI's files hold them beside the weights
+    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    state = {name: value for name, value in state.items() if name not in facts}
+    text = any("token_embedding" in name for name in state)
+    wanted = {name for name in own if text or name.startswith("visual.")}
+    for kind, names in (("missing", wanted - state.keys()), ("unexpected", state.keys() - own.keys())):
+        if names:
+            raise ValueError(f"{path}: {len(names)} weights {kind}, as {prefix}{min(names)}; of another backbone?")
+    for name in sorted(wanted):
+        if state[name].shape != own[name].shape:
+            raise ValueError(f"{path}: {prefix}{name} is {[*state[name].shape]}, expected {[*own[name].shape]}")
+        own[name].copy_(state[name])
+    return text
+
+
 # --- configurations ---------------------------------------------------------------------------------------------
 
 
@@ -225,7 +265,7 @@ def transformers_config(model: nn.Module, config: dict, tokenizer: object) -> Pr
     """transformers' configuration for an open_clip CLIP, or SigLIP with a timm tower, built as `config` says.
 
     Raises:
-        ValueError: for a model of another architecture, which only open_clip can hold.
+        NotImplementedError: for another architecture, which only open_clip can hold.
     """
     model_cfg = config["model_cfg"]
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
@@ -251,7 +291,7 @@ def transformers_config(model: nn.Module, config: dict, tokenizer: object) -> Pr
         text_config |= {"hidden_act": act, "projection_dim": model_cfg["embed_dim"]}
         return CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=model_cfg["embed_dim"])
     if "siglip" not in name or vision.get("timm_pool") != "map":
-        raise ValueError(f"no transformers format for the architecture of {name or 'this open_clip model'}")
+        raise NotImplementedError(f"no transformers format for the architecture of {name or 'this open_clip model'}")
     trunk = model.visual.trunk
     tanh = text.get("act_kwargs", {}).get("approximate") == "tanh"
     text_config |= {"hidden_act": "gelu_pytorch_tanh" if tanh else "gelu", "projection_size": model_cfg["embed_dim"]}
@@ -322,7 +362,7 @@ def write_transformers(folder: Path, state: State, config: dict, tokenizer: obje
         state: under open_clip's names.
 
     Raises:
-        ValueError: for an architecture that transformers' CLIP and SigLIP do not hold.
+        NotImplementedError: for an architecture that transformers' CLIP and SigLIP do not hold.
     """
     with torch.device("meta"):
         found = transformers_config(build(config), config, tokenizer)
