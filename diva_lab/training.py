@@ -291,7 +291,7 @@ def _train(
     precision = settings.precision
     if precision == "auto":
         precision = "bf16" if fast_bf16(default_device()) else "no"
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = Accelerator(mixed_precision=precision, cpu=default_device().type == "cpu")
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     if precision == "bf16":
         nn.Module.to(denoiser.unet, torch.bfloat16)  # frozen: nobody needs it in float32; diffusers' own warns
@@ -397,7 +397,7 @@ def _portable(settings: Settings) -> dict:
 
 def _open(settings: dict, root: str | Path) -> Run:
     """The run of these settings; of several processes the first one makes its folder."""
-    with PartialState().main_process_first():
+    with PartialState(cpu=default_device().type == "cpu").main_process_first():
         return Run.open(settings, root)
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from timm.models import register_model
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, _create_vision_transformer
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -29,7 +29,8 @@ from diva_lab.world import World
 def vit_small_patch8_siglip_32(pretrained: bool = False, **changes) -> VisionTransformer:
     """A SigLIP image tower of the real layout (no class token, attention pooling), for timm's registry."""
     sizes = {"patch_size": 8, "img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "mlp_ratio": 2.5}
-    return VisionTransformer(**sizes | {"class_token": False, "global_pool": "map"} | changes)
+    sizes |= {"class_token": False, "global_pool": "map"}
+    return _create_vision_transformer("vit_small_patch8_siglip_32", pretrained=pretrained, **sizes | changes)
 
 
 def write_transformers_clip(folder: Path, kind: str, act: str, seed: int = 0) -> Path:

@@ -25,7 +25,7 @@ from diva_lab.training import tune
 
 def launch(*words: str, timeout: float = 240) -> subprocess.CompletedProcess:
     """`two_processes.py` in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     here = Path(__file__).parent
     places = {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]), "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(

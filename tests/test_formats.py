@@ -128,7 +128,8 @@ REAL = {  # encoder -> image tower, px, text tower, context, dimension
 
 
 def on_meta(name: str) -> torch.nn.Module:
-    return open_clip.create_model(ENCODERS[name][0], load_weights=False, device="meta")
+    with torch.device("meta"):
+        return open_clip.create_model(ENCODERS[name][0], load_weights=False, device="meta")
 
 
 @pytest.mark.parametrize("name", REAL)
