@@ -5,8 +5,10 @@ empty prompt; they differ in which tokens, and so in how much of the picture the
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -18,6 +20,9 @@ class Projector(nn.Sequential):
 
     def __init__(self, dim: int, width: int):
         super().__init__(nn.LayerNorm(dim), nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width))
+
+
+PROJECTIONS: dict[str, Callable[[int, int], nn.Module]] = {"mlp": Projector, "linear": nn.Linear}  # DCR's, DIVA's
 
 
 def global_(
@@ -44,7 +49,51 @@ def recap(
     return empty + project(tokens)  # [b, l, c]
 
 
-CONDITIONS: dict[str, Callable] = {"global": global_, "recap": recap}
+def _onto_mean(tokens: Float[Tensor, "b n d"], project: nn.Module, empty: Float[Tensor, "l c"]) -> Tensor:
+    """Any number of tokens, the mean token of the empty prompt added to each: [b, n, c]."""
+    return empty.mean(0) + project(tokens)
+
+
+def recap_all(
+    features: Features, project: nn.Module, empty: Float[Tensor, "l c"], generator: torch.Generator | None
+) -> Float[Tensor, "b n c"]:
+    """DIVA for MetaCLIP, and DFN at 224: class token and every patch token."""
+    return _onto_mean(torch.cat([features.embedding[:, None], features.patches], dim=1), project, empty)
+
+
+def recap_half(
+    features: Features, project: nn.Module, empty: Float[Tensor, "l c"], generator: torch.Generator | None
+) -> Float[Tensor, "b n c"]:
+    """DIVA for DFN at 378: class token and half of the patch tokens; every second one without a generator."""
+    patches = features.patches
+    half = patches.shape[1] // 2
+    index = (
+        torch.arange(half) * 2 if generator is None else torch.randperm(patches.shape[1], generator=generator)[:half]
+    )
+    tokens = torch.cat([features.embedding[:, None], patches[:, index.to(patches.device)]], dim=1)
+    return _onto_mean(tokens, project, empty)
+
+
+def recap_pooled(
+    features: Features,
+    project: nn.Module,
+    empty: Float[Tensor, "l c"],
+    generator: torch.Generator | None,
+    window: int = 6,
+) -> Float[Tensor, "b n c"]:
+    """DIVA for SigLIP: pooled token and patch tokens averaged along their sequence; window 6 at 224, 10 at 384."""
+    pooled = F.avg_pool1d(features.patches.transpose(1, 2), window).transpose(1, 2)  # [b, n // window, d]
+    return _onto_mean(torch.cat([features.embedding[:, None], pooled], dim=1), project, empty)
+
+
+CONDITIONS: dict[str, Callable] = {
+    "global": global_,
+    "recap": recap,
+    "recap-all": recap_all,
+    "recap-half": recap_half,
+    "recap-pool6": recap_pooled,
+    "recap-pool10": partial(recap_pooled, window=10),
+}
 
 
 class Conditioner(nn.Module):
@@ -55,19 +104,20 @@ class Conditioner(nn.Module):
         dim: the encoder's width.
         width: the denoiser's cross-attention width.
         seed: of the projector's initial weights.
+        projection: a key of `PROJECTIONS`.
 
     Raises:
         ValueError: for an unknown name; lists the known ones.
     """
 
-    def __init__(self, name: str, dim: int, width: int, seed: int = 0):
+    def __init__(self, name: str, dim: int, width: int, seed: int = 0, projection: str = "mlp"):
         super().__init__()
         if name not in CONDITIONS:
             raise ValueError(f"unknown condition {name!r}; expected one of {', '.join(CONDITIONS)}")
         self.name, self._function = name, CONDITIONS[name]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.projector = Projector(dim, width)
+            self.projector = PROJECTIONS[projection](dim, width)
 
     def forward(
         self, features: Features, empty: Float[Tensor, "l c"], generator: torch.Generator | None = None

@@ -54,6 +54,7 @@ class Denoiser(nn.Module):
         self.width: int = unet.config.cross_attention_dim
         self.register_buffer("alphas", scheduler.alphas_cumprod.clone(), persistent=False)  # [timesteps]
         self.requires_grad_(False).eval()
+        self.prompt = ""  # what `empty` encodes
         self.keep_latents = 0  # pictures whose latents are kept in memory
         self._kept: dict[bytes, Tensor] = {}  # sha1 of a picture -> its `_posterior`
         self.repeats = 1  # consecutive rows of the present prediction that share a noisy latent
@@ -162,7 +163,7 @@ class Denoiser(nn.Module):
     @cached_property
     def empty(self) -> Float[Tensor, "l c"]:
         """The context of the empty prompt, encoded once."""
-        return self.encode_text([""])[0].clone()
+        return self.encode_text([self.prompt])[0].clone()
 
     def sample(
         self, prompts: list[str], guidance: float = 3.0, steps: int = 30, seed: int = 0

@@ -5,6 +5,7 @@ mode are the model's own and applied here, on the device, to pictures in [0, 1].
 """
 
 import copy
+import json
 import logging
 import re
 from dataclasses import dataclass
@@ -14,11 +15,14 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
+from open_clip.model import set_model_preprocess_cfg
+from open_clip.timm_model import TimmModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
+from diva_lab.formats import load_released, read_transformers, use_activation
 from diva_lab.machine import SHORT
 from diva_lab.runs import DATA
 
@@ -86,7 +90,36 @@ class SplitAttention(nn.Module):
         return out
 
 
-def _replace(tower: nn.Module, kind: type, build) -> nn.Module:
+class SplitLinear(nn.Module):
+    """A timm tower's packed projection (`qkv`, or attention pooling's `kv`) as one `nn.Linear` for each letter.
+
+    LoRA of rank r then adapts each of them, as in the towers that have them apart.
+    """
+
+    def __init__(self, packed: nn.Linear, letters: str):
+        super().__init__()
+        for i, letter in enumerate(letters):
+            linear = nn.Linear(packed.in_features, packed.out_features // len(letters), device="meta")
+            for name in ("weight", "bias"):
+                part = getattr(packed, name)
+                part = None if part is None else nn.Parameter(part.detach().chunk(len(letters))[i].clone())
+                setattr(linear, name, part)
+            self.add_module(letter, linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.children()], dim=-1)
+
+    def packed(self) -> nn.Linear:
+        """The same projection in one again."""
+        parts = list(self.children())
+        out = nn.Linear(parts[0].in_features, sum(part.out_features for part in parts), device="meta")
+        out.weight = nn.Parameter(torch.cat([part.weight.detach() for part in parts]))
+        bias = parts[0].bias is not None
+        out.bias = nn.Parameter(torch.cat([part.bias.detach() for part in parts])) if bias else None
+        return out
+
+
+def _replace(tower: nn.Module, kind: type | tuple[type, ...], build) -> nn.Module:
     for module in list(tower.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, kind):
@@ -95,13 +128,17 @@ def _replace(tower: nn.Module, kind: type, build) -> nn.Module:
 
 
 def split_attention(tower: nn.Module) -> nn.Module:
-    """Swap every `nn.MultiheadAttention` of `tower`, in place, for a `SplitAttention` with the same weights."""
+    """Give q, k and v of every attention of `tower` an `nn.Linear` each, in place, with the same weights."""
+    for module in list(tower.modules()):
+        for letters in ("qkv", "kv"):
+            if type(packed := getattr(module, letters, None)) is nn.Linear:
+                setattr(module, letters, SplitLinear(packed, letters))
     return _replace(tower, nn.MultiheadAttention, SplitAttention)
 
 
 def fuse_attention(tower: nn.Module) -> nn.Module:
     """Undo `split_attention`, in place."""
-    return _replace(tower, SplitAttention, SplitAttention.packed)
+    return _replace(tower, (SplitAttention, SplitLinear), lambda module: module.packed())
 
 
 class Encoder(nn.Module):
@@ -111,11 +148,12 @@ class Encoder(nn.Module):
         model: an open_clip model. Its visual attention is split and its `proj` matrix, where it has one, becomes an
             `nn.Linear`, so that LoRA reaches every matrix; `open_clip_state` gives the original layout back.
         tokenizer: list of n strings -> token ids [n, context length].
+        config: open_clip's configuration of the model, as its folders hold it; what `save` writes beside the weights.
     """
 
-    def __init__(self, model: nn.Module, tokenizer):
+    def __init__(self, model: nn.Module, tokenizer, config: dict | None = None):
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.config = model, tokenizer, config
         visual = split_attention(model.visual)
         self.proj: nn.Module = nn.Identity()
         if isinstance(getattr(visual, "proj", None), nn.Parameter):
@@ -147,7 +185,8 @@ class Encoder(nn.Module):
         out = self.model.visual.forward_intermediates(
             self.preprocess(images), indices=1, normalize_intermediates=True, output_fmt="NLC", stop_early=False
         )
-        return Features(self.proj(out["image_features"]), self.proj(out["image_intermediates"][-1]))
+        project = self.model.visual.head if isinstance(self.model.visual, TimmModel) else self.proj
+        return Features(self.proj(out["image_features"]), project(out["image_intermediates"][-1]))
 
     def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Unit-length global embeddings of pictures in [0, 1], in float32; differentiable."""
@@ -168,29 +207,32 @@ class Encoder(nn.Module):
         return state
 
 
-def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encoder:
-    """A frozen encoder by its name in `ENCODERS`, by open_clip's `model:tag`, or from a folder in open_clip's format.
-
-    Raises:
-        ValueError: for an unknown name; lists the known ones.
-        FileNotFoundError: where the weights are not on this machine and cannot be fetched.
-    """
-    name = str(name)
+def _source(name: str) -> tuple[str, str | None]:
+    """open_clip's model and tag of an encoder's name; the model is `local-dir:FOLDER` for a folder."""
     if name in ENCODERS:
-        model_name, tag = ENCODERS[name]
-    elif Path(name, "open_clip_config.json").is_file():
-        model_name, tag = f"local-dir:{name}", None
-    elif name.partition(":")[0] in open_clip.list_models():
-        model_name, _, tag = name.partition(":")
-    else:
-        raise ValueError(
-            f"unknown encoder {name!r}; expected one of {', '.join(ENCODERS)}, an open_clip name as 'ViT-B-32:openai', "
-            "or a folder that holds open_clip_config.json and its weights"
-        )
+        return ENCODERS[name]
+    if Path(name, "open_clip_config.json").is_file():
+        return f"local-dir:{name}", None
+    if name.partition(":")[0] in open_clip.list_models():
+        model, _, tag = name.partition(":")
+        return model, tag
+    raise ValueError(
+        f"unknown encoder {name!r}; expected one of {', '.join(ENCODERS)}, an open_clip name as 'ViT-B-32:openai', "
+        "or a folder that holds open_clip_config.json or config.json and its weights"
+    )
+
+
+def _create(name: str, model_name: str, tag: str | None, weights: bool) -> tuple[nn.Module, object]:
+    """open_clip's model, with its weights if asked, and its tokenizer; `name` is what the user called it."""
     try:
         logging.disable(logging.WARNING)  # open_clip logs every step of its search
-        model = open_clip.create_model(model_name, tag, require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(model_name)
+        known = {"pretrained": tag, "require_pretrained": True} if weights else {"load_weights": False}
+        model = open_clip.create_model(model_name, **known)
+        if tag and not weights:  # which open_clip reads along with the weights
+            preprocess = open_clip.get_pretrained_cfg(model_name, tag)
+            preprocess = {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+            set_model_preprocess_cfg(model, open_clip.get_model_preprocess_cfg(model) | preprocess)
+        return model, open_clip.get_tokenizer(model_name)
     except (RuntimeError, OSError) as error:
         schema, _, folder = model_name.partition(":")
         remedy = (
@@ -201,7 +243,39 @@ def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encode
         raise FileNotFoundError(f"encoder {name!r}: no weights for open_clip model {model_name!r}. {remedy}") from error
     finally:
         logging.disable(logging.NOTSET)
-    return Encoder(model, tokenizer).to(device)
+
+
+def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encoder:
+    """A frozen encoder by its name in `ENCODERS`, by open_clip's `model:tag`, or from a folder.
+
+    A folder is open_clip's (open_clip_config.json), or transformers' of a CLIP or SigLIP (config.json). With
+    `NAME@FILE` the weights come from a released .pth of that architecture: see `formats.load_released`.
+
+    Raises:
+        ValueError: for an unknown name; lists the known ones. For a file of weights that does not fit.
+        FileNotFoundError: where the weights are not on this machine and cannot be fetched.
+    """
+    name, _, released = str(name).partition("@")
+    if name not in ENCODERS and Path(name, "config.json").exists() and not Path(name, "open_clip_config.json").exists():
+        try:
+            model, tokenizer, config = read_transformers(name)
+        except OSError as error:
+            raise FileNotFoundError(f"encoder {name!r}: {error}") from error
+        if released:
+            load_released(model, released)
+        return Encoder(model, tokenizer, config).to(device)
+    model_name, tag = _source(name)
+    model, tokenizer = _create(name, model_name, tag, weights=not released)
+    if released and not load_released(model, released):  # without a text tower, which is then the original's
+        model, tokenizer = _create(name, model_name, tag, weights=True)
+        load_released(model, released)
+    schema, _, folder = model_name.partition(":")
+    if schema == "local-dir":
+        config = json.loads(Path(folder, "open_clip_config.json").read_text())
+    else:
+        config = {"model_cfg": open_clip.get_model_config(model_name)}
+        config["preprocess_cfg"] = open_clip.get_model_preprocess_cfg(model)
+    return Encoder(use_activation(model, config), tokenizer, config).to(device)
 
 
 @torch.no_grad()

@@ -48,11 +48,10 @@ def _tensor(pictures: list[np.ndarray] | np.ndarray) -> UInt8[Tensor, "n 3 px px
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
 
 
-def _world_batches(world: World, n: int, seed: int, first: int) -> Iterator[Tensor]:
-    step = first
-    while True:
-        yield _tensor(world.render(draw_scenes(n, (world.seed, 40, seed, step))))
-        step += 1
+def _world_batches(world: World, n: int, seed: int, first: int, rank: int) -> Iterator[Tensor]:
+    place = (rank,) if rank else ()
+    for step in count(first):
+        yield _tensor(world.render(draw_scenes(n, (world.seed, 40, seed, step, *place))))
 
 
 def _decoded(samples: Iterator[tuple[bytes | Path, str]], px: int, n: int) -> Iterator[Tensor]:
@@ -65,6 +64,11 @@ def _decoded(samples: Iterator[tuple[bytes | Path, str]], px: int, n: int) -> It
             yield _tensor([ahead.popleft().result() for _ in range(n)])
 
 
+def _own(samples: Iterator, n: int, rank: int, processes: int) -> Iterator:
+    """Of every `processes` batches of `n` samples the one of number `rank`."""
+    return (sample for i, sample in enumerate(samples) if i // n % processes == rank)
+
+
 def _files(files: list[Path], seed: int, first: int) -> Iterator[tuple[Path, str]]:
     """The files in a new order each epoch, from the sample number `first` on."""
     for epoch in count(first // len(files)):
@@ -73,16 +77,19 @@ def _files(files: list[Path], seed: int, first: int) -> Iterator[tuple[Path, str
             yield files[place], str(files[place])
 
 
-def _members(shards: list[str], seed: int, first: int) -> Iterator[tuple[bytes, str]]:
-    """The pictures in the tars, shards in a new order each epoch and shuffled, from the sample number `first` on."""
+def _members(shards: list[str], seed: int, first: int, rank: int, processes: int) -> Iterator[tuple[bytes, str]]:
+    """The pictures in a process's tars, from the sample number `first` on.
+
+    The order of the shards is new each epoch, every process takes its part of it, and the samples are shuffled.
+    """
     import webdataset as wds
 
     def samples() -> Iterator[tuple[bytes, str]]:
         for epoch in count():
-            order = np.random.default_rng((seed, epoch)).permutation(len(shards))
+            order = np.random.default_rng((seed, epoch)).permutation(len(shards))[rank::processes]
             data = wds.WebDataset([shards[i] for i in order], shardshuffle=False, empty_check=False)
             found = False
-            for sample in data.shuffle(1000, seed=seed * 100_003 + epoch):
+            for sample in data.shuffle(1000, seed=(seed * 100_003 + epoch) * processes + rank):
                 name = next((key for key in sample if f".{key}".lower().endswith(SUFFIXES)), None)
                 if name is not None:
                     found = True
@@ -93,8 +100,10 @@ def _members(shards: list[str], seed: int, first: int) -> Iterator[tuple[bytes, 
     return islice(samples(), first, None)
 
 
-def open_images(source: str | Path, px: int, n: int, seed: int, first: int = 0) -> Iterator[UInt8[Tensor, "n 3 px px"]]:
-    """Endless batches of `n` pictures, starting with that of step `first`.
+def open_images(
+    source: str | Path, px: int, n: int, seed: int, first: int = 0, rank: int = 0, processes: int = 1
+) -> Iterator[UInt8[Tensor, "n 3 px px"]]:
+    """Endless batches of `n` pictures, starting with that of step `first`; each process has its own.
 
     Args:
         source: `world` or `world:SEED`; a folder, searched at every depth; or webdataset tars as a path, a glob
@@ -109,21 +118,23 @@ def open_images(source: str | Path, px: int, n: int, seed: int, first: int = 0) 
     if source.partition(":")[0] == "world":
         if not source.partition(":")[2].isdecimal() and source != "world":
             raise ValueError(f"images={source!r}: expected 'world' or 'world:SEED' with a whole number, as 'world:3'")
-        return _world_batches(World(int(source.partition(":")[2] or 0)), n, seed, first)
+        return _world_batches(World(int(source.partition(":")[2] or 0)), n, seed, first, rank)
     if source.endswith(".tar"):
         import braceexpand
 
         shards = [path for part in braceexpand.braceexpand(source) for path in sorted(glob.glob(part))]
         if not shards:
             raise FileNotFoundError(f"images={source!r}: no such tar; expected webdataset shards")
-        return _decoded(_members(shards, seed, first * n), px, n)
+        if len(shards) < processes:
+            raise ValueError(f"images={source!r}: {len(shards)} tars for {processes} processes; expected one each")
+        return _decoded(_members(shards, seed, first * n, rank, processes), px, n)
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"images={source!r}: no such folder; expected 'world', a folder of pictures, or tars")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
         raise FileNotFoundError(f"images={source!r}: no picture in this folder; expected {', '.join(SUFFIXES)} files")
-    return _decoded(_files(files, seed, first * n), px, n)
+    return _decoded(_own(_files(files, seed, first * n * processes), n, rank, processes), px, n)
 
 
 def augment(

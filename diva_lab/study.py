@@ -20,14 +20,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from diva_lab.conditions import CONDITIONS
 from diva_lab.evaluation.alignment import alignment_report
 from diva_lab.evaluation.comparison import paired_differences
 from diva_lab.evaluation.world import world_report
 from diva_lab.figures import MEASURES, NAMES
 from diva_lab.objectives import OBJECTIVES
 from diva_lab.runs import DATA, ROOT, RUNS, Run, environment, sha256
-from diva_lab.training import SHIPPED, Settings, align, perturb, tune
+from diva_lab.training import PROJECTORS, SHIPPED, Settings, align, perturb, tune
 from diva_lab.workbook import summary
 from diva_lab.world import World, draw_scenes
 
@@ -180,7 +179,7 @@ def _write(table: pd.DataFrame, name: str) -> Path:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m diva_lab.study", description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", help="projectors, rates, objectives, approximations, table; default: all")
-    parser.add_argument("--condition", choices=tuple(CONDITIONS), help="only this condition's projector")
+    parser.add_argument("--condition", choices=PROJECTORS, help="only this condition's projector")
     parser.add_argument(
         "--only", nargs="+", choices=tuple(OBJECTIVES), default=tuple(OBJECTIVES), help="rates: of these"
     )
@@ -196,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"unknown part {part!r}; expected {', '.join(known)}")
     parts = args.parts or known
     if "projectors" in parts:
-        for condition in (args.condition,) if args.condition else CONDITIONS:
+        for condition in (args.condition,) if args.condition else PROJECTORS:
             print("written:", projectors(condition, args.rounds))
     if "rates" in parts:
         print("chosen:", rates(max(1, args.steps // 2), args.only))

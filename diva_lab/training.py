@@ -7,6 +7,7 @@ Every draw of a step depends on (seed, step) alone, so a killed run goes on to t
 """
 
 import hashlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,13 +16,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diva_lab.conditions import CONDITIONS, Conditioner
+from diva_lab.conditions import CONDITIONS, PROJECTIONS, Conditioner
 from diva_lab.denoisers import TARGETS, Denoiser, load_denoiser
 from diva_lab.encoders import Encoder, embed, load_encoder, make_trainable, merge_lora, visual_weights
 from diva_lab.gradients import measure, term_gradients
@@ -32,6 +33,7 @@ from diva_lab.runs import DATA, ROOT, RUNS, Run
 
 # The settings of the shipped projectors, which `make run` and the notebooks start from.
 SHIPPED = DATA / "tiny" / "projectors"
+PROJECTORS = ("global", "recap")  # conditions whose projectors ship, for the tiny models
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,13 @@ class Settings:
         images: `world`, `world:SEED`, a folder, or webdataset tars.
         objective: of stage 2; stage 1 always reconstructs (DCR's paper; its code runs the full DCR loss).
         condition: what the denoiser is told of the picture.
+        prompt: the empty prompt; DIVA's is its template without a class.
+        projection: `mlp` (DCR: LayerNorm, Linear, GELU, Linear) or one `linear` (DIVA).
         projector: `shipped`, `new`, or the folder of a run of stage 1.
         train_projector: tune it together with the encoder, as DIVA as published does.
-        batch, accumulate: pictures a micro-batch, micro-batches a step.
-        optimizer: `adamw` or `sgd` (momentum .9). lr is constant after `warmup` steps.
+        batch, accumulate: pictures a micro-batch and process, micro-batches a step.
+        optimizer: `adamw` or `sgd` (momentum .9).
+        schedule: of lr after `warmup` steps, `constant`, or `cosine` down to zero at the last step.
         clip: largest norm of the gradient, 0 for none.
         lora_rank: 0 tunes all visual weights.
         draws: DIVA's draws of (t, eps) an image.
@@ -58,6 +63,7 @@ class Settings:
         negative_gradient: whether it flows through DCR's negatives (published).
         flips: in the augmentation.
         timesteps: how t is drawn.
+        vae_px: side of the pictures that the denoiser encodes, 0 for its own.
         latent: the posterior's `mean` (DIVA) or a `sample` (DCR's code).
         keep_latents: pictures whose latents are kept in memory, encoded once: pays from the second epoch on.
         compile: the UNet by torch.compile: a minute or more at the start, then faster steps.
@@ -70,6 +76,8 @@ class Settings:
     images: str = "world"
     objective: str = "dcr"
     condition: str = "global"
+    prompt: str = ""
+    projection: str = "mlp"
     projector: str = "shipped"
     train_projector: bool = False
     seed: int = 0
@@ -80,6 +88,7 @@ class Settings:
     lr: float = 1e-4
     weight_decay: float = 0.01
     warmup: int = 0
+    schedule: str = "constant"
     clip: float = 1.0
     lora_rank: int = 16
     lora_alpha: float = 16.0
@@ -95,6 +104,7 @@ class Settings:
     negative_gradient: bool = True
     flips: bool = True
     timesteps: str = "uniform"
+    vae_px: int = 0
     latent: str = "mean"
     keep_latents: int = 0
     compile: bool = False
@@ -106,7 +116,7 @@ class Settings:
         choices = {
             "objective": (*OBJECTIVES, *CONTROLS), "condition": CONDITIONS, "target": TARGETS, "timesteps": TIMESTEPS,
             "denominator": ("shared", "own"), "latent": ("mean", "sample"), "optimizer": ("adamw", "sgd"),
-            "precision": ("auto", "bf16", "no"),
+            "precision": ("auto", "bf16", "no"), "schedule": SCHEDULES, "projection": PROJECTIONS,
         }  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in tuple(known):  # a value of another type may have no hash
@@ -142,8 +152,19 @@ class Settings:
         return cls(**{name: value for name, value in run.settings.items() if name in known})
 
 
+SCHEDULES = {  # name -> part of lr as a function of the part of the steps that is done
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
 CONTROLS = ("none", "perturb-norm", "perturb-drift")  # rows beside the objectives: untouched, or moved at random
 Evaluate = Callable[..., dict[str, float]]
+
+
+def rate(settings: Settings, step: int) -> float:
+    """The learning rate of a step: linear warm-up, then the schedule over the steps that are left."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / (settings.warmup + 1)
+    return settings.lr * SCHEDULES[settings.schedule]((step - settings.warmup) / (settings.steps - settings.warmup))
 
 
 # --- building what the settings name ----------------------------------------------------------------------------
@@ -156,6 +177,13 @@ def build_encoder(settings: Settings, device: torch.device | str = "cpu") -> Enc
     return encoder.to(device)
 
 
+def build_denoiser(settings: Settings, device: torch.device | str = "cpu") -> Denoiser:
+    """The frozen denoiser, with the settings' size of pictures and empty prompt."""
+    denoiser = load_denoiser(settings.denoiser, device, settings.vae_px or None)
+    denoiser.prompt, denoiser.keep_latents = settings.prompt, settings.keep_latents
+    return denoiser
+
+
 def build_conditioner(settings: Settings, encoder: Encoder, denoiser: Denoiser) -> Conditioner:
     """The condition with its projector: shipped, new, or of a run of stage 1.
 
@@ -163,7 +191,7 @@ def build_conditioner(settings: Settings, encoder: Encoder, denoiser: Denoiser) 
         FileNotFoundError: where there is no such projector; says how to make one.
         ValueError: where it does not fit the encoder and the denoiser.
     """
-    conditioner = Conditioner(settings.condition, encoder.dim, denoiser.width, settings.seed)
+    conditioner = Conditioner(settings.condition, encoder.dim, denoiser.width, settings.seed, settings.projection)
     if settings.projector == "new":
         return conditioner.to(denoiser.alphas.device)
     if settings.projector == "shipped":
@@ -254,16 +282,19 @@ def _train(
     objective: Callable[[Step], dict[str, Tensor]],
     evaluate: Callable[[], dict[str, float]] | None,
 ) -> Run:
-    """Minimise the objective over all parameters of encoder and conditioner that ask for a gradient."""
+    """Minimise the objective over all parameters of encoder and conditioner that ask for a gradient.
+
+    Under `accelerate launch` each process takes pictures and draws of its own, gradients are averaged over processes
+    before anything is measured or clipped, and the first process alone writes.
+    """
     AcceleratorState._reset_state()  # one process may hold runs of different precision, one after the other
     precision = settings.precision
     if precision == "auto":
         precision = "bf16" if fast_bf16(default_device()) else "no"
-    accelerator = Accelerator(mixed_precision=precision)
-    device = accelerator.device
+    accelerator = Accelerator(mixed_precision=precision, cpu=default_device().type == "cpu")
+    device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     if precision == "bf16":
         nn.Module.to(denoiser.unet, torch.bfloat16)  # frozen: nobody needs it in float32; diffusers' own warns
-    denoiser.keep_latents = settings.keep_latents
     if settings.compile:
         denoiser.unet.compile(dynamic=False)
     modules = nn.ModuleDict({"encoder": encoder, "conditioner": conditioner}).to(device)
@@ -279,18 +310,25 @@ def _train(
     optimizer = accelerator.prepare(optimizer)
 
     first, seconds = 0, 0.0
-    if (state := run.resume()) is not None:
+    with accelerator.main_process_first():
+        state = run.resume()
+    if state is not None:
         first, seconds = state["step"], state["seconds"]
         optimizer.load_state_dict(state["optimizer"])
         modules.load_state_dict(run.weights(), strict=False)
 
     def watch(step: int) -> None:
-        if evaluate is not None:
+        if evaluate is not None and rank == 0:
             modules.eval()
             run.log("evaluations", step=step, **evaluate())
+        accelerator.wait_for_everyone()
+
+    def averaged(values: Tensor) -> Tensor:
+        return accelerator.reduce(values, "mean") if processes > 1 else values
 
     px = max(encoder.px, denoiser.px)
-    source = open_images(settings.images, px, settings.batch, settings.seed, first * settings.accumulate)
+    batches = first * settings.accumulate
+    source = open_images(settings.images, px, settings.batch, settings.seed, batches, rank, processes)
     if first == 0:
         watch(0)
     with _progress(settings.steps, first, run.id) as tell:
@@ -300,7 +338,7 @@ def _train(
             total: dict[str, dict[str, Tensor]] = {}
             line: dict[str, float] = {}
             for micro in range(settings.accumulate):
-                random = generator("step", settings.seed, step, micro)
+                random = generator("step", settings.seed, step, micro, *([rank] if rank else []))
                 torch.manual_seed(random.initial_seed())  # LoRA's dropout draws from the global generator
                 images = next(source).to(device).float() / 255
                 try:
@@ -317,26 +355,35 @@ def _train(
                     sums = total.setdefault(name, {n: torch.zeros_like(p) for n, p in parameters.items()})
                     for n, g in gradient.items():
                         sums[n] += g.to(sums[n].dtype) / settings.accumulate
+            if processes > 1:
+                for gradient in total.values():
+                    flat = averaged(torch.cat([g.flatten() for g in gradient.values()]))
+                    parts = flat.split([g.numel() for g in gradient.values()])
+                    gradient |= {n: x.view_as(g) for (n, g), x in zip(gradient.items(), parts, strict=True)}
+                line = dict(zip(line, averaged(torch.tensor([*line.values()], device=device)).tolist(), strict=True))
             for n, p in parameters.items():
                 p.grad = sum(gradient[n] for gradient in total.values())
             norm = nn.utils.clip_grad_norm_(parameters.values(), settings.clip or float("inf"))
             for group in optimizer.param_groups:
-                group["lr"] = settings.lr * min(1, (step + 1) / (settings.warmup + 1))
+                group["lr"] = rate(settings, step)
             optimizer.step()
             loss = sum(line.values())
             if loss != loss:
                 raise FloatingPointError(f"run {run.id}: the loss is not a number at step {step}; try a smaller lr")
             seconds += time.perf_counter() - start
-            run.log("metrics", step=step, loss=loss, **line, grad_norm=norm.item(), **measure(total), seconds=seconds)
-            tell(step, loss)
+            facts = {"loss": loss, **line, "grad_norm": norm.item(), **measure(total), "seconds": seconds}
+            if rank == 0:
+                run.log("metrics", step=step, **facts)
+                tell(step, loss)
             done = step + 1
             last = done == settings.steps
             if last or (settings.evaluate_every and done % settings.evaluate_every == 0):
                 watch(done)
-            if last or (settings.save_every and done % settings.save_every == 0):
+            if rank == 0 and (last or (settings.save_every and done % settings.save_every == 0)):
                 run.save(done, parameters, optimizer.state_dict(), seconds)
-    if settings.steps == 0:
+    if settings.steps == 0 and rank == 0:
         run.save(0, parameters, optimizer.state_dict(), seconds)
+    accelerator.wait_for_everyone()
     return run.finish()
 
 
@@ -348,6 +395,12 @@ def _portable(settings: Settings) -> dict:
     return values
 
 
+def _open(settings: dict, root: str | Path) -> Run:
+    """The run of these settings; of several processes the first one makes its folder."""
+    with PartialState(cpu=default_device().type == "cpu").main_process_first():
+        return Run.open(settings, root)
+
+
 def align(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None = None) -> Run:
     """Stage 1: train the projector by L_rec, encoder and denoiser frozen; B evaluations a step.
 
@@ -357,11 +410,11 @@ def align(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None
         evaluate: called as `evaluate(conditioner, encoder, denoiser)`, returns what is to be recorded.
     """
     settings = replace(settings, objective="diva", lora_rank=0)
-    run = Run.open({**_portable(settings), "stage": "align"}, root)
+    run = _open({**_portable(settings), "stage": "align"}, root)
     if run.done:
         return run
     device = default_device()
-    encoder, denoiser = load_encoder(settings.encoder, device), load_denoiser(settings.denoiser, device)
+    encoder, denoiser = load_encoder(settings.encoder, device), build_denoiser(settings, device)
     conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(True)
     watch = evaluate and (lambda: evaluate(conditioner, encoder, denoiser))
     return _train(run, settings, encoder, conditioner, denoiser, diva, watch)
@@ -382,7 +435,7 @@ def tune(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None 
     """
     if settings.objective not in (*OBJECTIVES, "none"):
         raise ValueError(f"objective {settings.objective!r} is no training; see perturb()")
-    run = Run.open({**_portable(settings), "stage": "tune"}, root)
+    run = _open({**_portable(settings), "stage": "tune"}, root)
     if run.done:
         return run
     device = default_device()
@@ -390,7 +443,7 @@ def tune(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None 
         if evaluate is not None:
             run.log("evaluations", step=0, **evaluate(load_encoder(settings.encoder, device)))
         return run.finish()
-    encoder, denoiser = build_encoder(settings, device), load_denoiser(settings.denoiser, device)
+    encoder, denoiser = build_encoder(settings, device), build_denoiser(settings, device)
     conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(settings.train_projector)
     watch = evaluate and (lambda: evaluate(encoder))
     return _train(run, settings, encoder, conditioner, denoiser, OBJECTIVES[settings.objective], watch)

@@ -1,4 +1,4 @@
-"""Small random models in the real on-disk formats, for tests: an open_clip folder and a Stable Diffusion folder."""
+"""Small random models in the real on-disk formats, for tests: open_clip's, transformers' and Stable Diffusion's."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,55 @@ import open_clip
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer, _create_vision_transformer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+)  # fmt: skip
 
 from diva_lab.pretrain import CONTEXT, clip_config, save_tokenizer
 from diva_lab.world import World
+
+
+@register_model
+def vit_small_patch8_siglip_32(pretrained: bool = False, **changes) -> VisionTransformer:
+    """A SigLIP image tower of the real layout (no class token, attention pooling), for timm's registry."""
+    sizes = {"patch_size": 8, "img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "mlp_ratio": 2.5}
+    sizes |= {"class_token": False, "global_pool": "map"}
+    return _create_vision_transformer("vit_small_patch8_siglip_32", pretrained=pretrained, **sizes | changes)
+
+
+def write_transformers_clip(folder: Path, kind: str, act: str, seed: int = 0) -> Path:
+    """A transformers folder of a two-layer CLIP or SigLIP: model, image processor, tokenizer."""
+    save_tokenizer(folder)
+    words = CLIPTokenizer.from_pretrained(folder)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 120}
+    text = sizes | {
+        "vocab_size": len(words), "max_position_embeddings": CONTEXT, "hidden_act": act,
+        "pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id,
+    }  # fmt: skip
+    vision = sizes | {"image_size": 32, "patch_size": 8, "hidden_act": act}
+    torch.manual_seed(seed)
+    if kind == "clip":
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=40))
+        processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    else:
+        model = SiglipModel(SiglipConfig(text_config=text | {"projection_size": 48}, vision_config=vision))
+        processor = SiglipImageProcessor(size={"height": 32, "width": 32})
+    for name, p in model.named_parameters():  # zeros and ones would hide a weight that went astray
+        if p.ndim < 2 or "probe" in name:
+            torch.nn.init.normal_(p, mean=p.mean().item(), std=0.1)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 def write_clip(folder: Path, seed: int = 0) -> Path:

@@ -6,6 +6,10 @@ from diva_lab.encoders import Features
 
 B, N, D, L, C = 3, 16, 8, 6, 5  # pictures, patches, width, tokens of the prompt, width of the cross-attention
 
+LENGTHS = {
+    "global": 1, "recap": L, "recap-all": 1 + N, "recap-half": 1 + N // 2, "recap-pool6": 1 + N // 6,
+    "recap-pool10": 1 + N // 10,
+}  # fmt: skip
 EACH = pytest.mark.parametrize("name", CONDITIONS)
 
 
@@ -25,8 +29,9 @@ def seeded(seed: int) -> torch.Generator:
 
 
 @EACH
-def test_a_context_is_one_token_to_be_added_or_has_the_shape_of_the_prompts(name, features, empty):
-    assert Conditioner(name, D, C)(features, empty, seeded(0)).shape == (B, 1 if name == "global" else L, C)
+def test_a_context_has_its_conditions_tokens_drawn_or_not(name, features, empty):
+    for generator in (None, seeded(0)):
+        assert Conditioner(name, D, C)(features, empty, generator).shape == (B, LENGTHS[name], C)
 
 
 @EACH
@@ -35,7 +40,8 @@ def test_a_context_is_the_empty_prompt_where_the_projector_says_nothing(name, fe
     torch.nn.init.zeros_(conditioner.projector[-1].weight)
     torch.nn.init.zeros_(conditioner.projector[-1].bias)
     said = conditioner(features, empty, seeded(0))
-    assert torch.equal(said if len(said[0]) == L else empty + said, empty.expand(B, -1, -1))
+    wanted = {"global": torch.zeros(1, C), "recap": empty}.get(name, empty.mean(0).expand(LENGTHS[name], -1))
+    assert torch.equal(said, wanted.expand(B, -1, -1))
 
 
 @EACH
@@ -100,6 +106,34 @@ def test_recap_draws_with_replacement_from_all_patches(features, empty):
     long = torch.zeros(400, C)
     drawn = conditioner(features, long, seeded(0))[0, 1:].round(decimals=4)
     assert len(drawn.unique(dim=0)) == N
+
+
+def patches_of(name, features, empty, generator=None):
+    """What a condition whose projector is the identity says beside the empty prompt's mean and the class token."""
+    conditioner = Conditioner(name, D, D)
+    conditioner.projector = torch.nn.Identity()
+    said = conditioner(features, torch.zeros(L, D), generator)
+    assert torch.equal(said[:, 0], features.embedding)
+    return said[:, 1:]
+
+
+def test_recap_all_has_every_patch(features, empty):
+    assert torch.equal(patches_of("recap-all", features, empty), features.patches)
+
+
+def test_recap_half_draws_half_of_the_patches_and_none_twice(features, empty):
+    assert torch.equal(patches_of("recap-half", features, empty), features.patches[:, ::2])
+    drawn = patches_of("recap-half", features, empty, seeded(0))
+    same = (drawn[:, :, None] == features.patches[:, None]).all(-1)  # [b, n / 2, n]
+    assert same.sum(2).eq(1).all() and same.sum(1).le(1).all()
+    assert not torch.equal(drawn, patches_of("recap-half", features, empty, seeded(1)))
+
+
+@pytest.mark.parametrize("window", [6, 10])
+def test_recap_pool_averages_neighbours(features, empty, window):
+    said = patches_of(f"recap-pool{window}", features, empty)
+    for i in range(N // window):
+        torch.testing.assert_close(said[:, i], features.patches[:, i * window : (i + 1) * window].mean(1))
 
 
 @EACH

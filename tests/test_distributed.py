@@ -1,0 +1,111 @@
+"""Two processes over gloo: they average their gradients, share no picture, and fail together."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from one_step import pictures
+from PIL import Image
+from two_processes import SETTINGS
+
+from diva_lab import training
+from diva_lab.encoders import load_encoder, visual_weights
+from diva_lab.images import open_images
+from diva_lab.machine import generator
+from diva_lab.runs import Run
+from diva_lab.training import tune
+
+
+def launch(*words: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    """`two_processes.py` in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    here = Path(__file__).parent
+    places = {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]), "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(
+        [*command, here / "two_processes.py", *words], env=os.environ | places | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def test_two_processes_step_by_the_average_of_their_gradients(tmp_path, monkeypatch):
+    done = launch(str(tmp_path / "both"))
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "both").iterdir()
+    assert list(Run(folder).evaluations()["rank"]) == [0, 0] and len(Run(folder).metrics()) == 1  # one of them writes
+
+    halves = [tune(SETTINGS, tmp_path / "first")]
+    monkeypatch.setattr(training, "open_images", lambda *args: open_images(*args[:5], 1, 2))
+    monkeypatch.setattr(training, "generator", lambda *parts: generator(*parts, 1))
+    halves.append(tune(SETTINGS, tmp_path / "second"))
+    before = visual_weights(load_encoder("tiny"))
+    for name, weight in Run(folder).weights().items():
+        start = before[name.removeprefix("encoder.")]
+        one, two = (run.weights()[name] - start for run in halves)
+        torch.testing.assert_close(weight - start, (one + two) / 2, atol=1e-6, rtol=1e-3)
+    losses = [run.metrics()["loss"].item() for run in halves]
+    assert losses[0] != losses[1]
+    assert Run(folder).metrics()["loss"].item() == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+
+def test_a_killed_process_ends_the_job_with_an_error(tmp_path):
+    start = time.monotonic()
+    done = launch(str(tmp_path), "die")
+    assert done.returncode != 0 and time.monotonic() - start < 120
+    assert not any((folder / "done").exists() for folder in tmp_path.iterdir())
+
+
+# --- no picture twice -------------------------------------------------------------------------------------------
+
+
+def shown(source: str, batches: int, rank: int, processes: int, first: int = 0) -> list[bytes]:
+    """The pictures of a process's batches of two."""
+    found = islice(open_images(source, 32, 2, 0, first, rank, processes), batches)
+    return [image.numpy().tobytes() for batch in found for image in batch]
+
+
+@pytest.fixture(scope="module", params=["folder", "tars"])
+def source(request, tmp_path_factory):
+    """Sixteen pictures, as files of a folder or as four tars."""
+    root = tmp_path_factory.mktemp("pictures")
+    for k, pixels in enumerate(pictures(16)):
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        if request.param == "folder":
+            image.save(root / f"{k:02}.png")
+            continue
+        with tarfile.open(root / f"{k // 4:04}.tar", "a") as tar:
+            data = io.BytesIO()
+            image.save(data, "png")
+            member = tarfile.TarInfo(f"{k:06}.png")
+            member.size = data.tell()
+            data.seek(0)
+            tar.addfile(member, data)
+    return str(root) if request.param == "folder" else str(root / "{0000..0003}.tar")
+
+
+def test_an_epoch_of_all_processes_is_every_picture_once(source):
+    parts = [shown(source, 4, rank, 2) for rank in range(2)]
+    assert all(len(part) == 8 for part in parts)
+    assert len(set(parts[0]) | set(parts[1])) == 16
+
+
+def test_a_process_that_is_resumed_goes_on_where_it_was(source):
+    for rank in range(2):
+        assert shown(source, 6, rank, 2)[4:] == shown(source, 4, rank, 2, first=2)
+
+
+def test_the_world_shows_each_process_other_pictures():
+    one, two = (shown("world", 3, rank, 2) for rank in range(2))
+    assert not set(one) & set(two) and one == shown("world", 3, 0, 1)
+
+
+def test_more_processes_than_tars_are_refused(source):
+    if source.endswith(".tar"):
+        with pytest.raises(ValueError, match="4 tars for 5 processes"):
+            open_images(source, 32, 2, 0, 0, 0, 5)
