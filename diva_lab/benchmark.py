@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from diva_lab.conditions import Conditioner
-from diva_lab.denoisers import DENOISERS, Denoiser, load_denoiser
+from diva_lab.denoisers import DENOISERS, Denoiser, StableDiffusion, load_denoiser
 from diva_lab.encoders import ENCODERS, Encoder, embed, load_encoder, make_trainable
 from diva_lab.evaluation.world import world_report
 from diva_lab.frozen import LEVERS
@@ -43,7 +43,7 @@ from diva_lab.objectives import OBJECTIVES, Step, dcr_loss, draw_others, reconst
 from diva_lab.runs import environment
 from diva_lab.training import Settings, build_conditioner, make_step
 
-PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
+PARTS = ("vae", "network", "text_encoder", "tokenizer", "scheduler")
 
 
 # --- models of any size -----------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def build(name: str, device: torch.device) -> tuple[Encoder, Denoiser]:
         tokenizer,
         DDPMScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
     )  # fmt: skip
-    return encoder.to(device), Denoiser(*parts, levers=()).to(device)
+    return encoder.to(device), StableDiffusion(*parts, levers=()).to(device)
 
 
 # --- a step, plain and ours -------------------------------------------------------------------------------------
@@ -299,10 +299,10 @@ def variants(
     def variant(loss: Callable, levers: Sequence[str] = tuple(LEVERS), fused: bool = True, **changes) -> Variant:
         own = [copy.deepcopy(module) for module in (encoder, conditioner)]
         parts = {part: copy.deepcopy(getattr(denoiser, part)) for part in PARTS}
-        frozen = Denoiser(**parts, levers=levers).to(device)
-        nn.Module.to(frozen.unet, dtype)
+        frozen = StableDiffusion(**parts, levers=levers).to(device)
+        nn.Module.to(frozen.network, dtype)
         if changes.get("compile"):
-            frozen.unet.compile(dynamic=False)
+            frozen.network.compile(dynamic=False)
         return Variant(*own, frozen, replace(settings, **changes), loss, fused, dtype is torch.bfloat16)
 
     plain = partial(variant, plain_diva if what == "diva-step" else plain_dcr, (), fused=False)

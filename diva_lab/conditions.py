@@ -32,6 +32,10 @@ def global_(
     return project(features.embedding)[:, None]  # [b, 1, c]
 
 
+def _class_and(features: Features, patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n1 d"]:
+    return torch.cat([features.embedding[:, None], patches], dim=1)
+
+
 def recap(
     features: Features, project: nn.Module, empty: Float[Tensor, "l c"], generator: torch.Generator | None
 ) -> Float[Tensor, "b l c"]:
@@ -45,8 +49,7 @@ def recap(
         index = torch.linspace(0, patches.shape[1] - 1, count).round().long()
     else:
         index = torch.randint(patches.shape[1], (count,), generator=generator)
-    tokens = torch.cat([features.embedding[:, None], patches[:, index.to(patches.device)]], dim=1)  # [b, l, d]
-    return empty + project(tokens)  # [b, l, c]
+    return empty + project(_class_and(features, patches[:, index.to(patches.device)]))  # [b, l, c]
 
 
 def _onto_mean(tokens: Float[Tensor, "b n d"], project: nn.Module, empty: Float[Tensor, "l c"]) -> Tensor:
@@ -58,7 +61,7 @@ def recap_all(
     features: Features, project: nn.Module, empty: Float[Tensor, "l c"], generator: torch.Generator | None
 ) -> Float[Tensor, "b n c"]:
     """DIVA for MetaCLIP, and DFN at 224: class token and every patch token."""
-    return _onto_mean(torch.cat([features.embedding[:, None], features.patches], dim=1), project, empty)
+    return _onto_mean(_class_and(features, features.patches), project, empty)
 
 
 def recap_half(
@@ -70,8 +73,7 @@ def recap_half(
     index = (
         torch.arange(half) * 2 if generator is None else torch.randperm(patches.shape[1], generator=generator)[:half]
     )
-    tokens = torch.cat([features.embedding[:, None], patches[:, index.to(patches.device)]], dim=1)
-    return _onto_mean(tokens, project, empty)
+    return _onto_mean(_class_and(features, patches[:, index.to(patches.device)]), project, empty)
 
 
 def recap_pooled(
@@ -83,7 +85,7 @@ def recap_pooled(
 ) -> Float[Tensor, "b n c"]:
     """DIVA for SigLIP: pooled token and patch tokens averaged along their sequence; window 6 at 224, 10 at 384."""
     pooled = F.avg_pool1d(features.patches.transpose(1, 2), window).transpose(1, 2)  # [b, n // window, d]
-    return _onto_mean(torch.cat([features.embedding[:, None], pooled], dim=1), project, empty)
+    return _onto_mean(_class_and(features, pooled), project, empty)
 
 
 CONDITIONS: dict[str, Callable] = {

@@ -176,16 +176,22 @@ class Step:
         return self.denoiser.add_noise(x0, noise, t), t, noise
 
 
-def diva(step: Step) -> dict[str, Tensor]:
+def diva(step: Step, kind: str = "noise") -> dict[str, Tensor]:
     """DIVA: reconstruct the picture from its own condition; mean over `draws` draws of (t, eps) an image.
 
     The released code steps twice and forgets to divide the first draw; here the draws are averaged, as in the paper.
     """
-    x0, n = step.latents(), step.settings.draws
-    x_t, t, noise = step.noised(x0.repeat(n, 1, 1, 1))
+    x0, n = step.latents().repeat(step.settings.draws, 1, 1, 1), step.settings.draws
+    x_t, t, noise = step.noised(x0)
     context = step.condition(step.encode(step.images)).repeat(n, 1, 1)
-    loss = reconstruction(step.denoiser.predict(x_t, t, context), noise)
+    target = step.denoiser.target(step.denoiser.native if kind == "native" else kind, x0, noise, t)
+    loss = reconstruction(step.denoiser.predict(x_t, t, context, kind), target)
     return {"rec": step.settings.lambda_rec * loss.view(n, -1).mean(0)}
+
+
+def genhancer(step: Step) -> dict[str, Tensor]:
+    """GenHancer: as DIVA, by the denoiser's own loss: of a flow ||v_hat - v||^2 with v = eps - x0."""
+    return diva(step, "native")
 
 
 def contrastive(step: Step) -> dict[str, Tensor]:
@@ -237,4 +243,6 @@ OBJECTIVES: dict[str, Callable[[Step], dict[str, Tensor]]] = {
     "contrastive": contrastive,
     "naive": naive,
     "dcr": dcr,
+    "genhancer": genhancer,
 }
+COMPARED = ("diva", "contrastive", "naive", "dcr")  # in the shipped results: those that share one denoiser

@@ -29,16 +29,20 @@ DCR = {  # stage 1 by L_rec, as in the paper; the released code runs the whole D
     "lora_rank": 16, "lora_alpha": 16.0, "lora_dropout": 0.1, "precision": "bf16", "clip": 1.0, "latent": "sample",
     "draws": 1, "condition": "global",
 }  # fmt: skip
-DCR_ALIGN = {"steps": 100_000, "lr": 1e-4, "projector": "new", "save_every": 1000}
-PICTURES = {"diva": 640, "dcr": 256}  # a step
-PRESETS = tuple(f"{backbone}-{recipe}" for backbone in BACKBONES for recipe in PICTURES)
+GENHANCER = DCR | {  # stage 1 trains a light denoiser with the projector; decay, clip and latent are not given: DCR's
+    "objective": "genhancer", "denoiser": "light", "steps": 10_000, "timesteps": "logit-normal",
+}  # fmt: skip
+ALIGN = {"steps": 100_000, "lr": 1e-4, "projector": "new", "save_every": 1000}
+RECIPES = {"diva": DIVA, "dcr": DCR, "genhancer": GENHANCER}
+PICTURES = {"diva": 640, "dcr": 256, "genhancer": 256}  # a step
+PRESETS = tuple(f"{backbone}-{recipe}" for backbone in BACKBONES for recipe in RECIPES)
 
 
 def preset(name: str, stage: int = 2, processes: int = 1) -> Settings:
     """A recipe's settings.
 
     Args:
-        name: one of `PRESETS`: a backbone of `ENCODERS`, a dash, `diva` or `dcr`.
+        name: one of `PRESETS`: a backbone of `ENCODERS`, a dash, and a key of `RECIPES`.
         stage: 1 aligns the projector, 2 tunes the encoder; DIVA as published has stage 2 alone.
         processes: as many as will train together.
 
@@ -51,13 +55,16 @@ def preset(name: str, stage: int = 2, processes: int = 1) -> Settings:
     if stage not in ((2,) if recipe == "diva" else (1, 2)):
         raise ValueError(f"preset {name!r} has no stage {stage}")
     px = PX.get(backbone, 224)
+    chosen = RECIPES[recipe]
     if recipe == "diva":
-        chosen = DIVA | {"condition": DIVA_CONDITION[backbone]}
+        chosen = chosen | {"condition": DIVA_CONDITION[backbone]}
     else:
-        chosen = DCR | {"vae_px": px} | (DCR_ALIGN if stage == 1 else {})
+        chosen = chosen | {"vae_px": px} | (ALIGN if stage == 1 else {})
     accumulate, rest = divmod(PICTURES[recipe], chosen["batch"] * processes)
     if rest:
-        raise ValueError(f"{PICTURES[recipe]} pictures a step cannot be shared by {processes} processes of 16")
+        raise ValueError(
+            f"{PICTURES[recipe]} pictures a step cannot be shared by {processes} processes of {chosen['batch']}"
+        )
     return Settings(
         **{"encoder": backbone, "denoiser": "sd21-base", "accumulate": accumulate, "save_every": 500} | chosen
     )

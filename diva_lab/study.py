@@ -24,7 +24,7 @@ from diva_lab.evaluation.alignment import alignment_report
 from diva_lab.evaluation.comparison import paired_differences
 from diva_lab.evaluation.world import world_report
 from diva_lab.figures import MEASURES, NAMES
-from diva_lab.objectives import OBJECTIVES
+from diva_lab.objectives import COMPARED
 from diva_lab.runs import DATA, ROOT, RUNS, Run, environment, sha256
 from diva_lab.training import PROJECTORS, SHIPPED, Settings, align, perturb, tune
 from diva_lab.workbook import summary
@@ -66,7 +66,7 @@ def projectors(condition: str, rounds: int = 6, steps: int = 500) -> Path:
     return path
 
 
-def rates(steps: int, names: Sequence[str] = tuple(OBJECTIVES), seed: int = 100) -> dict[str, float]:
+def rates(steps: int, names: Sequence[str] = tuple(COMPARED), seed: int = 100) -> dict[str, float]:
     """For each objective the learning rate of the best mean of pair score and zero-shot, on the split `choose`."""
     rows, chosen = [], {}
     report = partial(world_report, split="choose")
@@ -78,7 +78,7 @@ def rates(steps: int, names: Sequence[str] = tuple(OBJECTIVES), seed: int = 100)
             print(objective, lr, f"pairs {last['pairs/mean']:.4f}, zero-shot {last['zeroshot']:.4f}", flush=True)
         table = pd.DataFrame([row for row in rows if row["objective"] == objective])
         chosen[objective] = float(table.loc[(table["pairs/mean"] + table["zeroshot"]).idxmax(), "lr"])
-    if set(names) == set(OBJECTIVES):  # a slice keeps its runs; the whole call, which finds them, writes the table
+    if set(names) == set(COMPARED):  # a slice keeps its runs; the whole call, which finds them, writes the table
         _write(pd.DataFrame(rows).assign(chosen=lambda d: d["lr"] == d["objective"].map(chosen)), "rates.csv")
     return chosen
 
@@ -91,7 +91,7 @@ def objectives(seeds: Sequence[int], steps: int) -> Path:
     held_out = torch.from_numpy(world.render(draw_scenes(1000, (world.seed, 8)))).permute(0, 3, 1, 2)
     runs: list[Run] = []
     for seed in seeds:
-        for objective in ("none", *OBJECTIVES):
+        for objective in ("none", *COMPARED):
             settings = Settings(objective=objective, lr=lr.get(objective, 1e-4), steps=steps, seed=seed)
             runs.append(tune(replace(settings, evaluate_every=max(1, steps // 2)), root, world_report))
         runs += [perturb(runs[-1], held_out, match, root, world_report) for match in ("norm", "drift")]
@@ -180,9 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m diva_lab.study", description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", help="projectors, rates, objectives, approximations, table; default: all")
     parser.add_argument("--condition", choices=PROJECTORS, help="only this condition's projector")
-    parser.add_argument(
-        "--only", nargs="+", choices=tuple(OBJECTIVES), default=tuple(OBJECTIVES), help="rates: of these"
-    )
+    parser.add_argument("--only", nargs="+", choices=tuple(COMPARED), default=tuple(COMPARED), help="rates: of these")
     parser.add_argument("--rounds", type=int, default=6, help="projectors: at most so many")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--steps", type=int, default=150)

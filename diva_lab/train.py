@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # as `accelerate launch` says
     try:
-        two = args.preset.endswith("-dcr") and not args.projector
+        two = not args.preset.endswith("-diva") and not args.projector
         for stage in (1, 2) if two else (2,):
             settings = changed(replace(preset(args.preset, stage, processes), images=args.shards), args.set)
             if stage == 1:

@@ -28,7 +28,7 @@ from diva_lab.encoders import Encoder, embed, load_encoder, make_trainable, merg
 from diva_lab.gradients import measure, term_gradients
 from diva_lab.images import augment, open_images
 from diva_lab.machine import default_device, fast_bf16, generator
-from diva_lab.objectives import OBJECTIVES, TIMESTEPS, Step, diva
+from diva_lab.objectives import OBJECTIVES, TIMESTEPS, Step
 from diva_lab.runs import DATA, ROOT, RUNS, Run
 
 # The settings of the shipped projectors, which `make run` and the notebooks start from.
@@ -43,7 +43,8 @@ class Settings:
     Attributes:
         encoder, denoiser: names of the registries, or folders.
         images: `world`, `world:SEED`, a folder, or webdataset tars.
-        objective: of stage 2; stage 1 always reconstructs (DCR's paper; its code runs the full DCR loss).
+        objective: of stage 2; stage 1 reconstructs by `diva`'s loss (DCR's paper; its code runs the full DCR loss), or
+            by `genhancer`'s.
         condition: what the denoiser is told of the picture.
         prompt: the empty prompt; DIVA's is its template without a class.
         projection: `mlp` (DCR: LayerNorm, Linear, GELU, Linear) or one `linear` (DIVA).
@@ -178,22 +179,20 @@ def build_encoder(settings: Settings, device: torch.device | str = "cpu") -> Enc
 
 
 def build_denoiser(settings: Settings, device: torch.device | str = "cpu") -> Denoiser:
-    """The frozen denoiser, with the settings' size of pictures and empty prompt."""
+    """The frozen denoiser, with the settings' size of pictures and empty prompt; a light one as stage 1 left it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `build_conditioner`, where a light denoiser's weights are asked for.
+    """
     denoiser = load_denoiser(settings.denoiser, device, settings.vae_px or None)
     denoiser.prompt, denoiser.keep_latents = settings.prompt, settings.keep_latents
+    if denoiser.scratch and settings.projector != "new":
+        _load_aligned(settings, denoiser.network, "network.")
     return denoiser
 
 
-def build_conditioner(settings: Settings, encoder: Encoder, denoiser: Denoiser) -> Conditioner:
-    """The condition with its projector: shipped, new, or of a run of stage 1.
-
-    Raises:
-        FileNotFoundError: where there is no such projector; says how to make one.
-        ValueError: where it does not fit the encoder and the denoiser.
-    """
-    conditioner = Conditioner(settings.condition, encoder.dim, denoiser.width, settings.seed, settings.projection)
-    if settings.projector == "new":
-        return conditioner.to(denoiser.alphas.device)
+def _load_aligned(settings: Settings, module: nn.Module, part: str) -> None:
+    """Into `module` those weights of the settings' projector whose names begin with `part`."""
     if settings.projector == "shipped":
         path = SHIPPED / f"{settings.condition}.safetensors"
     else:
@@ -204,13 +203,25 @@ def build_conditioner(settings: Settings, encoder: Encoder, denoiser: Denoiser) 
             "of a finished run of align()"
         )
     try:
-        conditioner.load_state_dict({n.removeprefix("conditioner."): w for n, w in load_file(path).items()})
+        module.load_state_dict({n.removeprefix(part): w for n, w in load_file(path).items() if n.startswith(part)})
     except RuntimeError as error:
         raise ValueError(
-            f"projector {path} does not fit encoder {settings.encoder!r} (width {encoder.dim}) and denoiser "
-            f"{settings.denoiser!r} (width {denoiser.width}); align() a new one: {error}"
+            f"projector {path} does not fit encoder {settings.encoder!r} and denoiser {settings.denoiser!r}; align() a "
+            f"new one: {error}"
         ) from error
-    return conditioner.to(denoiser.alphas.device)
+
+
+def build_conditioner(settings: Settings, encoder: Encoder, denoiser: Denoiser) -> Conditioner:
+    """The condition with its projector: shipped, new, or of a run of stage 1.
+
+    Raises:
+        FileNotFoundError: where there is no such projector; says how to make one.
+        ValueError: where it does not fit the encoder and the denoiser.
+    """
+    conditioner = Conditioner(settings.condition, encoder.dim, denoiser.width, settings.seed, settings.projection)
+    if settings.projector != "new":
+        _load_aligned(settings, conditioner, "conditioner.")
+    return conditioner.to(denoiser.device)
 
 
 def make_step(
@@ -293,11 +304,14 @@ def _train(
         precision = "bf16" if fast_bf16(default_device()) else "no"
     accelerator = Accelerator(mixed_precision=precision, cpu=default_device().type == "cpu")
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
-    if precision == "bf16":
-        nn.Module.to(denoiser.unet, torch.bfloat16)  # frozen: nobody needs it in float32; diffusers' own warns
+    models = {"encoder": encoder, "conditioner": conditioner}
+    if any(p.requires_grad for p in denoiser.network.parameters()):
+        models["network"] = denoiser.network
+    elif precision == "bf16":
+        nn.Module.to(denoiser.network, torch.bfloat16)  # frozen: nobody needs it in float32; diffusers' own warns
     if settings.compile:
-        denoiser.unet.compile(dynamic=False)
-    modules = nn.ModuleDict({"encoder": encoder, "conditioner": conditioner}).to(device)
+        denoiser.network.compile(dynamic=False)
+    modules = nn.ModuleDict(models).to(device)
     parameters = {name: p for name, p in modules.named_parameters() if p.requires_grad}
     if settings.optimizer == "adamw":
         optimizer = torch.optim.AdamW(
@@ -404,20 +418,25 @@ def _open(settings: dict, root: str | Path) -> Run:
 def align(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None = None) -> Run:
     """Stage 1: train the projector by L_rec, encoder and denoiser frozen; B evaluations a step.
 
+    A light denoiser has no weights before: it is trained with the projector (GenHancer).
+
     Args:
-        settings: `objective` and LoRA are not used here. `projector="new"` starts from random weights.
+        settings: LoRA is not used here; the loss is `genhancer`'s where that is the objective, else `diva`'s.
+            `projector="new"` starts from random weights.
         root: the run's folder is made under it; a finished run of the same settings is returned at once.
         evaluate: called as `evaluate(conditioner, encoder, denoiser)`, returns what is to be recorded.
     """
-    settings = replace(settings, objective="diva", lora_rank=0)
+    objective = "genhancer" if settings.objective == "genhancer" else "diva"
+    settings = replace(settings, objective=objective, lora_rank=0)
     run = _open({**_portable(settings), "stage": "align"}, root)
     if run.done:
         return run
     device = default_device()
     encoder, denoiser = load_encoder(settings.encoder, device), build_denoiser(settings, device)
     conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(True)
+    denoiser.network.requires_grad_(denoiser.scratch)
     watch = evaluate and (lambda: evaluate(conditioner, encoder, denoiser))
-    return _train(run, settings, encoder, conditioner, denoiser, diva, watch)
+    return _train(run, settings, encoder, conditioner, denoiser, OBJECTIVES[objective], watch)
 
 
 def tune(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None = None) -> Run:
@@ -444,6 +463,10 @@ def tune(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None 
             run.log("evaluations", step=0, **evaluate(load_encoder(settings.encoder, device)))
         return run.finish()
     encoder, denoiser = build_encoder(settings, device), build_denoiser(settings, device)
+    if denoiser.scratch and settings.projector == "new":
+        raise ValueError(
+            f"denoiser {settings.denoiser!r} has no weights yet: align() it, and give that run as projector"
+        )
     conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(settings.train_projector)
     watch = evaluate and (lambda: evaluate(encoder))
     return _train(run, settings, encoder, conditioner, denoiser, OBJECTIVES[settings.objective], watch)

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import open_clip
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer, _create_vision_transformer
@@ -15,6 +22,7 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     SiglipConfig,
     SiglipImageProcessor,
@@ -73,18 +81,25 @@ def write_clip(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_diffusion(folder: Path, seed: int = 0, prediction_type: str = "epsilon") -> Path:
+def small_vae(**changes) -> AutoencoderKL:
+    sizes = {"block_out_channels": (8, 8, 8), "latent_channels": 4, "norm_num_groups": 4, "sample_size": 32}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    return AutoencoderKL(**sizes, **blocks, **{"scaling_factor": 0.5} | changes)
+
+
+UNET1 = {"attention_head_dim": 2}  # Stable Diffusion 1: so many heads everywhere
+UNET2 = {"attention_head_dim": (2, 4), "use_linear_projection": True, "upcast_attention": True}  # 2: of one width
+
+
+def write_diffusion(folder: Path, seed: int = 0, prediction_type: str = "epsilon", unet: dict = UNET1) -> Path:
     """A Stable Diffusion folder of a few thousand weights: 32 px, latents 4 x 8 x 8."""
     torch.manual_seed(seed)
     save_tokenizer(folder / "tokenizer")
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8), latent_channels=4, norm_num_groups=4, sample_size=32, scaling_factor=0.5,
-    ).save_pretrained(folder / "vae")  # fmt: skip
+    small_vae().save_pretrained(folder / "vae")
     UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=24, attention_head_dim=2, norm_num_groups=8,
+        cross_attention_dim=24, norm_num_groups=8, **unet,
     ).save_pretrained(folder / "unet")  # fmt: skip
     CLIPTextModel(
         CLIPTextConfig(
@@ -95,4 +110,26 @@ def write_diffusion(folder: Path, seed: int = 0, prediction_type: str = "epsilon
     DDPMScheduler(
         1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
     ).save_pretrained(folder / "scheduler")
+    return folder
+
+
+def write_diffusion3(folder: Path, seed: int = 0) -> Path:
+    """A Stable Diffusion 3 folder without T5: two text encoders, a flow transformer, latents shifted and scaled."""
+    torch.manual_seed(seed)
+    save_tokenizer(folder / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    text = {
+        "vocab_size": len(tokenizer), "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+        "max_position_embeddings": CONTEXT, "eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+    encoders = [CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=d, projection_dim=d, **text)) for d in (16, 24)]
+    transformer = SD3Transformer2DModel(
+        sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=48, caption_projection_dim=32, pooled_projection_dim=40, pos_embed_max_size=16,
+    )  # fmt: skip
+    vae = small_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
+    parts = {"vae": vae, "transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
+    for end, encoder in zip(("", "_2"), encoders, strict=True):
+        parts |= {f"text_encoder{end}": encoder, f"tokenizer{end}": tokenizer}
+    StableDiffusion3Pipeline(text_encoder_3=None, tokenizer_3=None, **parts).save_pretrained(folder)
     return folder

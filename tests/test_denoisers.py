@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_models import write_diffusion
 
-from diva_lab.denoisers import DENOISERS, TARGETS, Denoiser, load_denoiser
+from diva_lab.denoisers import DENOISERS, TARGETS, Denoiser, StableDiffusion, load_denoiser
 
 PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
 
@@ -53,16 +53,16 @@ def test_an_unknown_target_is_refused_with_the_known_ones(denoiser, noised):
 def test_predictions_are_noise_whatever_the_network_predicts(denoiser, velocity, noised):
     _, _, t, x_t = noised
     c = context(denoiser)
-    output = denoiser.unet(x_t, t, c).sample  # both folders hold the same network
+    output = denoiser.network(x_t, t, c).sample  # both folders hold the same network
     torch.testing.assert_close(denoiser.predict(x_t, t, c), output)
-    level = denoiser.alphas[t].view(-1, 1, 1, 1)
+    level = denoiser.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
     torch.testing.assert_close(velocity.predict(x_t, t, c), level.sqrt() * output + (1 - level).sqrt() * x_t)
 
 
 def test_a_perfect_velocity_is_turned_into_the_noise_itself(velocity, noised, monkeypatch):
     x0, noise, t, x_t = noised
     v = velocity.scheduler.get_velocity(x0, noise, t)
-    monkeypatch.setattr(velocity.unet, "forward", lambda *_: type("Output", (), {"sample": v}))
+    monkeypatch.setattr(velocity.network, "forward", lambda *_: type("Output", (), {"sample": v}))
     torch.testing.assert_close(velocity.predict(x_t, t, context(velocity)), noise, atol=1e-5, rtol=1e-5)
 
 
@@ -70,7 +70,7 @@ def test_an_unknown_prediction_type_is_refused(small_diffusion):
     parts = load_denoiser(small_diffusion)
     parts.scheduler.register_to_config(prediction_type="sample")
     with pytest.raises(ValueError, match=r"prediction_type 'sample'; expected epsilon or v_prediction"):
-        Denoiser(*(getattr(parts, name) for name in PARTS))
+        StableDiffusion(parts.vae, parts.network, parts.text_encoder, parts.tokenizer, parts.scheduler)
 
 
 def test_a_prediction_depends_on_its_own_row_only(denoiser, noised):
@@ -88,7 +88,7 @@ def test_a_prediction_carries_the_gradient_to_its_context_and_not_to_the_weights
 
 
 def test_the_global_condition_enters_each_cross_attention_as_one_additive_bias(small_diffusion, noised):
-    unet = load_denoiser(small_diffusion).unet.double()
+    unet = load_denoiser(small_diffusion).network.double()
     layer = next(m for name, m in unet.named_modules() if name.endswith("attn2"))
     random = torch.Generator().manual_seed(0)
     u, v = torch.randn(26, 24, generator=random).double(), torch.randn(24, generator=random).double()

@@ -17,7 +17,7 @@ def folder(tmp_path_factory):
 
 def build(folder, levers) -> Denoiser:
     denoiser = load_denoiser(folder, levers=levers)
-    denoiser.unet.double()
+    denoiser.network.double()
     return denoiser
 
 
@@ -41,7 +41,7 @@ def test_no_lever_changes_a_prediction_or_its_gradient(folder, levers, tokens):
 
 def saved(denoiser: Denoiser, tokens: int = 1) -> int:
     """Bytes that a prediction keeps for its backward pass, weights not counted, each storage once."""
-    weights = {p.untyped_storage().data_ptr() for p in denoiser.unet.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in denoiser.network.parameters()}
     kept = {}
 
     def pack(x):
@@ -65,8 +65,8 @@ def test_the_prefix_runs_once_per_latent(folder):
     seen = []
     for levers in ((), ("share",)):
         denoiser = build(folder, levers)
-        original = denoiser.unet.conv_in.forward
-        denoiser.unet.conv_in.forward = lambda x, f=original: (seen.append(len(x)), f(x))[1]
+        original = denoiser.network.conv_in.forward
+        denoiser.network.conv_in.forward = lambda x, f=original: (seen.append(len(x)), f(x))[1]
         ask(denoiser, 1)
     assert seen == [6, 2]
 
@@ -75,7 +75,7 @@ def test_the_empty_prompt_is_projected_once(folder):
     denoiser = build(folder, LEVERS)
     ask(denoiser, 1)
     counts = []
-    for name, module in denoiser.unet.named_modules():
+    for name, module in denoiser.network.named_modules():
         if name.endswith("attn2.to_k"):
             module.register_forward_hook(lambda _, args, out: counts.append(args[0].shape[1]))
     ask(denoiser, 1)

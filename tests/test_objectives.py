@@ -303,7 +303,7 @@ def step(small_settings) -> OneStep:
 def predicted(one: OneStep) -> Iterator[list[torch.Tensor]]:
     """What the denoiser's network returns meanwhile, one tensor an evaluation of a batch."""
     seen = []
-    handle = one.denoiser.unet.register_forward_hook(lambda *args: seen.append(args[2].sample.detach()))
+    handle = one.denoiser.network.register_forward_hook(lambda *args: seen.append(args[2].sample.detach()))
     yield seen
     handle.remove()
 

@@ -155,9 +155,10 @@ def test_a_projector_of_another_width_is_refused(small_settings, tmp_path, monke
 
     from diva_lab.conditions import Conditioner
 
-    save_file(Conditioner("global", 7, 5).state_dict(), tmp_path / "global.safetensors")
+    other = {f"conditioner.{name}": weight for name, weight in Conditioner("global", 7, 5).state_dict().items()}
+    save_file(other, tmp_path / "global.safetensors")
     monkeypatch.setattr(training, "SHIPPED", tmp_path)
-    with pytest.raises(ValueError, match=r"does not fit encoder .* \(width 48\) and denoiser .* \(width 24\)"):
+    with pytest.raises(ValueError, match=r"(?s)does not fit encoder .* and denoiser .*\(\[5, 7\]\).*\(\[24, 48\]\)"):
         build_conditioner(replace(small_settings, projector="shipped"), *parts(small_settings))
 
 

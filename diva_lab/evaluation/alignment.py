@@ -98,7 +98,7 @@ def alignment_report(conditioner, encoder, denoiser, world: World | None = None,
     Returns "recovered", its interval "recovered/low" and "recovered/high", and "recovered/<t>" for each timestep.
     """
     world = world or World()
-    device = denoiser.alphas.device
+    device = denoiser.device
     scenes = draw_scenes(n, (world.seed, 7))
     images = torch.from_numpy(world.render(scenes)).permute(0, 3, 1, 2).to(device).float() / 255
     with torch.no_grad():
