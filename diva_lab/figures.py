@@ -35,8 +35,9 @@ COLOURS = {
     "contrastive": "#E69F00",
     "naive": "#CC79A7",
     "dcr": "#009E73",
+    "genhancer": "#56B4E9",
 }
-MARKERS = dict(zip(COLOURS, "oXDp^vs", strict=True))
+MARKERS = dict(zip(COLOURS, "oXDp^vsP", strict=True))
 TERMS = {"loss": "none", "rec": "diva", "con": "contrastive", "dcr": "dcr"}  # a term has its objective's colour
 NAMES = {
     "none": "none (original)",
@@ -46,6 +47,7 @@ NAMES = {
     "contrastive": "contrastive",
     "naive": "naive sum",
     "dcr": "DCR",
+    "genhancer": "GenHancer",
     "loss": "loss",
     "rec": "reconstruction",
     "con": "contrastive",

@@ -32,7 +32,7 @@ NOTEBOOKS = ROOT / "notebooks"
 MEASURES = [f"{kind}/{name}" for kind in ("pairs", "probe") for name in (*DETAILS, "mean")]
 MEASURES += ["zeroshot", "nmi", "acc", "ari"]
 COLUMNS = ["objective", "seed", *MEASURES, "conflict_rate", "seconds_per_step", "steps", "run"]
-ORDER = ("none", "diva", "contrastive", "naive", "dcr", "perturb-norm", "perturb-drift")
+ORDER = ("none", "diva", "contrastive", "naive", "dcr", "genhancer", "perturb-norm", "perturb-drift")
 
 
 # --- the summary ------------------------------------------------------------------------------------------------
