@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diva_lab import figures
+from diva_lab.objectives import OBJECTIVES
+from diva_lab.training import CONTROLS
 from diva_lab.world import DETAILS, PATTERNS
 
 matplotlib.use("agg")
@@ -118,8 +120,8 @@ def test_the_style_stays_inside_the_figures():
 
 
 def test_each_objective_has_a_colour_and_a_marker_of_its_own():
-    assert set(figures.COLOURS) == {"none", "perturb-norm", "perturb-drift", "diva", "contrastive", "naive", "dcr"}
-    assert len(set(figures.COLOURS.values())) == len(set(figures.MARKERS.values())) == 7
+    assert set(figures.COLOURS) == {*CONTROLS, *OBJECTIVES}
+    assert len(set(figures.COLOURS.values())) == len(set(figures.MARKERS.values())) == len(figures.COLOURS)
 
 
 def test_a_palette_of_256_colours_keeps_the_worlds_hues():
