@@ -31,10 +31,10 @@ from transformers import (
 
 State = dict[str, Tensor]
 
+_QKV = {f"attn.{part}_proj": f"self_attn.{part}_proj" for part in "qkv"}
 _BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-_BLOCK |= {f"attn.{part}": f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "out_proj")}
-_TIMM_BLOCK = {"norm1": "layer_norm1", "norm2": "layer_norm2", "mlp": "mlp", "attn.proj": "self_attn.out_proj"}
-_TIMM_BLOCK |= {f"attn.{part}": f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj")}
+_BLOCK |= _QKV | {"attn.out_proj": "self_attn.out_proj"}
+_TIMM_BLOCK = {"norm1": "layer_norm1", "norm2": "layer_norm2", "mlp": "mlp", "attn.proj": "self_attn.out_proj"} | _QKV
 _TEXT = {
     "token_embedding": "embeddings.token_embedding",
     "positional_embedding": "embeddings.position_embedding.weight",
@@ -76,16 +76,23 @@ NAMES: dict[str, dict[str, str]] = {  # transformers' model_type -> open_clip's 
 # --- weights ----------------------------------------------------------------------------------------------------
 
 
+_PACKED = re.compile(r"(.*\battn\.)(?:in_proj_|qkv\.)(weight|bias)")  # q, k and v in one
+_POOL = re.compile(r"(.*attn_pool\.)(q|kv)\.(weight|bias)")  # q apart from k and v
+_TRANSPOSED = ("visual.proj", "text_projection")
+
+
 def _unpack(state: State) -> State:
     """open_clip's weights with q, k and v apart, those of attention pooling together, and projections as matrices."""
     out: State = {}
     for name, value in state.items():
-        if packed := re.fullmatch(r"(.*\battn\.)(?:in_proj_|qkv\.)(weight|bias)", name):
+        if packed := _PACKED.fullmatch(name):
             out |= {f"{packed[1]}{part}_proj.{packed[2]}": x for part, x in zip("qkv", value.chunk(3), strict=True)}
-        elif pool := re.fullmatch(r"(.*attn_pool\.)q\.(weight|bias)", name):
-            out[f"{pool[1]}in_proj_{pool[2]}"] = torch.cat([value, state[f"{pool[1]}kv.{pool[2]}"]])
-        elif not re.fullmatch(r".*attn_pool\.kv\.\w+", name):
-            out[name] = value.T if name in ("visual.proj", "text_projection") else value
+        elif pool := _POOL.fullmatch(name):
+            out[f"{pool[1]}in_proj_{pool[3]}"] = torch.cat(
+                [state[f"{pool[1]}{part}.{pool[3]}"] for part in ("q", "kv")]
+            )
+        else:
+            out[name] = value.T if name in _TRANSPOSED else value
     return out
 
 
@@ -93,13 +100,13 @@ def _pack(state: State, names: list[str]) -> State:
     """The inverse of `_unpack`: open_clip's weights under open_clip's `names`."""
     out: State = {}
     for name in names:
-        if packed := re.fullmatch(r"(.*\battn\.)(?:in_proj_|qkv\.)(weight|bias)", name):
+        if packed := _PACKED.fullmatch(name):
             out[name] = torch.cat([state[f"{packed[1]}{part}_proj.{packed[2]}"] for part in "qkv"])
-        elif pool := re.fullmatch(r"(.*attn_pool\.)(q|kv)\.(weight|bias)", name):
+        elif pool := _POOL.fullmatch(name):
             q, *kv = state[f"{pool[1]}in_proj_{pool[3]}"].chunk(3)
             out[name] = q if pool[2] == "q" else torch.cat(kv)
         else:
-            out[name] = state[name].T if name in ("visual.proj", "text_projection") else state[name]
+            out[name] = state[name].T if name in _TRANSPOSED else state[name]
     return out
 
 
@@ -179,7 +186,7 @@ def load_released(model: nn.Module, path: str | Path) -> bool:
     for name in sorted(wanted):
         if state[name].shape != own[name].shape:
             raise ValueError(f"{path}: {prefix}{name} is {[*state[name].shape]}, expected {[*own[name].shape]}")
-        own[name].copy_(state[name])
+    model.load_state_dict(state, strict=False)
     return text
 
 
