@@ -8,7 +8,7 @@ its own type, ties are counted, and similarities are float32.
 import csv
 import io
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,12 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
+from scipy.stats import binomtest
 from torch import Tensor
 
 from diva_lab.encoders import embed
 from diva_lab.evaluation.intervals import bootstrap_mean, wilson
+from diva_lab.world import PATTERNS
 
 IMAGE_FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -29,14 +31,25 @@ EXPECTED = (
     f"folders {', '.join(map(repr, IMAGE_FOLDERS))}, which holds <type>/<id>.jpg (or .jpeg, .png)"
 )
 
+PER_TYPE = 15  # pairs of a type, by which circulating scripts tell the category
+DISPLAY = {name.partition(" ")[0].lower(): name for name in PATTERNS.values()} | {"camera": PATTERNS["viewpoint"]}
+
 # --- on disk ----------------------------------------------------------------------------------------------------
 
 
-def read_pairs(folder: str | Path) -> pd.DataFrame:
+def display_name(kind: str) -> str:
+    """One of MMVP's nine pattern names where the type's first word is known (`Orientation`, `Camera_Perspective`)."""
+    return DISPLAY.get(kind.replace("_", " ").partition(" ")[0].lower(), kind)
+
+
+def read_pairs(folder: str | Path, strict: bool = False) -> pd.DataFrame:
     """One row a pair of an MMVP-VLM folder: pattern, and id_i, statement_i, image_i (a Path) for i = 1, 2.
 
     Ids 2k-1 and 2k are a pair and the odd one is image 1, in whatever order the rows stand; the pattern is image 1's
-    type. Raises one error that lists everything wrong with the folder: FileNotFoundError where files are missing and
+    type, under its `display_name`. With `strict` the pattern is what the circulating scripts make of it: the k-th type
+    for the k-th fifteen pairs, and both pictures are looked for in the folder of the first's type.
+
+    Raises one error that lists everything wrong with the folder: FileNotFoundError where files are missing and
     nothing else is wrong, ValueError otherwise.
     """
     folder = Path(folder)
@@ -47,8 +60,12 @@ def read_pairs(folder: str | Path) -> pd.DataFrame:
     else:
         missing.append("no Questions.csv")
     if images is None:
-        missing.append("no image folder")
+        like = {name.lower().replace(" ", "_") for name in IMAGE_FOLDERS}
+        near = [path.name for path in folder.glob("*/") if path.name.lower().replace(" ", "_") in like]
+        missing.append("no image folder" + "".join(f"; rename {name!r}, whose case differs" for name in near))
     else:
+        if strict:
+            questions = {i: (questions.get(i - 1 + i % 2, own)[0], own[1]) for i, own in questions.items()}
         kinds = dict.fromkeys(kind for kind, _ in questions.values())
         absent = [kind for kind in kinds if not (images / kind).is_dir()]
         missing += [f"no folder {kind!r} in {images.name}" for kind in absent]
@@ -61,7 +78,11 @@ def read_pairs(folder: str | Path) -> pd.DataFrame:
         problems = "".join(f"\n- {problem}" for problem in (*missing, *wrong))
         raise (ValueError if wrong else FileNotFoundError)(f"{folder}: {EXPECTED}; found{problems}")
 
-    pairs = pd.DataFrame({"pattern": [questions[i][0] for i in sorted(questions)[::2]]})
+    kinds = [display_name(questions[i][0]) for i in sorted(questions)[::2]]
+    if strict:
+        order = list(dict.fromkeys(kinds))
+        kinds = [order[min(k // PER_TYPE, len(order) - 1)] for k in range(len(kinds))]
+    pairs = pd.DataFrame({"pattern": kinds})
     for n in (1, 2):
         ids = sorted(questions)[n - 1 :: 2]
         pairs[f"id_{n}"] = ids
@@ -108,36 +129,46 @@ def pair_decisions(
 
     Returns "chosen" [n, 2] (image 1 or 2, for each text), "correct" [n] (text -> image: both right, the score),
     "tie" [n] (either text cannot tell the images apart), "image_to_text" [n] (the same rule with images and texts
-    exchanged; not part of the benchmark). Raises ValueError where a similarity is not finite.
+    exchanged) and "group" [n] (right both ways); the last two are not part of the benchmark. Raises ValueError where a
+    similarity is not finite.
     """
     if not np.isfinite(similarity).all():
         raise ValueError("a similarity is not finite: nothing can be decided")
     chosen = np.where(similarity[:, :, 0] > similarity[:, :, 1], 1, 2)  # [n, texts]
     text_chosen = np.where(similarity[:, 0, :] > similarity[:, 1, :], 1, 2)  # [n, images]
+    correct, image_to_text = ((side == (1, 2)).all(axis=1) for side in (chosen, text_chosen))
     return {
         "chosen": chosen,
-        "correct": (chosen == (1, 2)).all(axis=1),
+        "correct": correct,
         "tie": (similarity[:, :, 0] == similarity[:, :, 1]).any(axis=1),
-        "image_to_text": (text_chosen == (1, 2)).all(axis=1),
+        "image_to_text": image_to_text,
+        "group": correct & image_to_text,
     }
 
 
 @torch.no_grad()
-def score_pairs(encoder, folder: str | Path) -> pd.DataFrame:
-    """One row a pair: pattern, id_1, id_2, the cosines t1i1, t1i2, t2i1, t2i2, correct, tie, image_to_text.
+def score_pairs(
+    encoder, folder: str | Path, features: Callable[[Sequence[Path]], Tensor] | None = None, strict: bool = False
+) -> pd.DataFrame:
+    """One row a pair: pattern, id_1, id_2, the cosines t1i1, t1i2, t2i1, t2i2, correct, tie, image_to_text, group.
 
     Every text ("a photo of " + statement) and every picture of `folder` (see `read_pairs`) is encoded once.
+
+    Args:
+        features: files -> unit vectors [n, D], as a `features.FeatureStore`; the encoder's embeddings if None.
+        strict: as `read_pairs`.
     """
-    pairs = read_pairs(folder)
+    pairs = read_pairs(folder, strict)
+    features = features or (lambda files: _embed_files(encoder, files))
     statements = sorted({*pairs["statement_1"], *pairs["statement_2"]})
     texts = encoder.encode_text([PREFIX + statement for statement in statements]).float().cpu()  # [m, D]
     row = {statement: i for i, statement in enumerate(statements)}
     texts = torch.stack([texts[[row[s] for s in pairs[f"statement_{n}"]]] for n in (1, 2)], dim=1)  # [n, 2, D]
-    images = torch.stack([_embed_files(encoder, pairs[f"image_{n}"]) for n in (1, 2)], dim=1)  # [n, 2, D]
+    images = features([*pairs["image_1"], *pairs["image_2"]]).unflatten(0, (2, -1)).transpose(0, 1)  # [n, 2, D]
     similarity = (texts @ images.transpose(1, 2)).numpy()  # [n, texts, images]
     decisions = pair_decisions(similarity)
     cosines = {f"t{t + 1}i{i + 1}": similarity[:, t, i] for t in (0, 1) for i in (0, 1)}
-    chosen = {key: decisions[key] for key in ("correct", "tie", "image_to_text")}
+    chosen = {key: decisions[key] for key in ("correct", "tie", "image_to_text", "group")}
     return pairs[["pattern", "id_1", "id_2"]].assign(**cosines, **chosen)
 
 
@@ -158,7 +189,7 @@ def summarise(scores: pd.DataFrame, level: float = 0.95, seed: int = 0) -> dict[
     """Accuracy of each pattern with its Wilson interval, and the score: the mean of the patterns' accuracies.
 
     Keys NAME, NAME/low and NAME/high for each pattern and for "mean" (bootstrap over the pairs within patterns);
-    "ties" and "image_to_text" are such means too, without interval.
+    "ties", "image_to_text" and "group" are such means too, without interval.
     """
     groups = dict(list(scores.groupby("pattern", sort=False)))
     report = {}
@@ -168,6 +199,22 @@ def summarise(scores: pd.DataFrame, level: float = 0.95, seed: int = 0) -> dict[
     report["mean"] = float(np.mean([report[name] for name in groups]))
     correct = [group["correct"].to_numpy(float) for group in groups.values()]
     report["mean/low"], report["mean/high"] = bootstrap_mean(correct, level, seed)
-    for key, column in (("ties", "tie"), ("image_to_text", "image_to_text")):
+    for key, column in (("ties", "tie"), ("image_to_text", "image_to_text"), ("group", "group")):
         report[key] = float(np.mean([group[column].mean() for group in groups.values()]))
     return report
+
+
+def compare_pairs(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, list[int] | float]:
+    """Two encoders on the same pairs: "gained" and "lost" (the pairs' odd ids), and "p" of McNemar's exact test.
+
+    The test asks whether gains and losses are a fair coin's: two-sided, binomial, 1 where nothing changed.
+
+    Raises:
+        ValueError: where the pairs are not the same.
+    """
+    if before["id_1"].tolist() != after["id_1"].tolist():
+        raise ValueError("these are scores of different pairs; expected two encoders on one folder")
+    old, new = before["correct"].to_numpy(), after["correct"].to_numpy()
+    gained, lost = before["id_1"][new & ~old].tolist(), before["id_1"][old & ~new].tolist()
+    p = binomtest(len(gained), len(gained) + len(lost)).pvalue if gained or lost else 1.0
+    return {"gained": gained, "lost": lost, "p": float(p)}

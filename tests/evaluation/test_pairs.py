@@ -33,7 +33,7 @@ ROWS = [(1, "Texts", "a"), (2, "Texts", "b"), (3, "Camera", "c, d"), (4, "Camera
 @pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".png"])
 def test_every_known_folder_name_and_suffix_is_read(tmp_path, name, suffix):
     pairs = read_pairs(write(tmp_path, ROWS, name=name, suffix=suffix))
-    assert list(pairs["pattern"]) == ["Texts", "Camera"]
+    assert list(pairs["pattern"]) == ["Texts", "Viewpoint and Perspective"]
     assert list(pairs["statement_1"]) == ["a", "c, d"]
     assert [path.name for path in pairs["image_2"]] == [f"2{suffix}", f"4{suffix}"]
 
@@ -195,7 +195,7 @@ def test_an_encoder_that_knows_each_statements_picture_scores_all(tmp_path, make
 
 def test_the_summary_is_the_mean_of_the_patterns_and_not_of_the_pairs():
     scores = pd.DataFrame({"pattern": ["a"] * 8 + ["b"] * 2, "correct": [True] * 8 + [False] * 2})
-    scores = scores.assign(tie=scores["pattern"] == "b", image_to_text=True)
+    scores = scores.assign(tie=scores["pattern"] == "b", image_to_text=True, group=True)
     report = summarise(scores)
     assert (report["a"], report["b"], report["mean"]) == (1, 0, 0.5)
     assert (report["ties"], report["image_to_text"]) == (0.5, 1)

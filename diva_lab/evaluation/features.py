@@ -1,0 +1,172 @@
+"""Features of pictures on disk: computed once for each encoder and each content, decoded by workers.
+
+A cache file's name is made of the encoder's weights and preprocessing, the precision, and the bytes of the pictures: a
+renamed folder or run finds its features again, and a changed one does not.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from hashlib import blake2b
+from os import cpu_count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as transforms
+
+from diva_lab.encoders import Encoder, Features
+from diva_lab.evaluation.image_sets import Place, content_hash, decode
+from diva_lab.runs import CACHE
+
+
+def _global(features: Features) -> Tensor:
+    return features.embedding
+
+
+def _with_patches(features: Features) -> Tensor:
+    return features.embedding + features.patches.mean(1)
+
+
+FEATURES: dict[str, Callable[[Features], Tensor]] = {  # name -> [b, d] of what the visual tower gives
+    "global": _global,
+    "class+patches": _with_patches,  # DIVA's test of OpenAI's, MetaCLIP's and DFN's @378
+}
+
+
+def prepare(image: Image.Image, px: int, interpolation: str, squash: bool) -> np.ndarray:
+    """A picture at a model's size, uint8 [px, px, 3]: as open_clip's own transform, but before it is normalised."""
+    if image.size != (px, px):
+        mode = transforms.InterpolationMode(interpolation if interpolation != "random" else "bicubic")
+        image = transforms.resize(image, [px, px] if squash else [px], mode)
+        image = transforms.center_crop(image, [px, px])
+    return np.asarray(image)
+
+
+class _Pictures(Dataset):
+    def __init__(self, places: Sequence[Place], prepare: Callable):
+        self.places, self.prepare = places, prepare
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> Tensor | str:
+        try:
+            return torch.from_numpy(decode(self.places[i], self.prepare).copy()).permute(2, 0, 1)
+        except ValueError as error:
+            return str(error)  # all of them are told at the end, not one per try
+
+
+def _collate(items: list) -> tuple[Tensor | None, list[str]]:
+    wrong = [item for item in items if isinstance(item, str)]
+    return None if wrong else torch.stack(items), wrong
+
+
+class FeatureStore:
+    """Features of one encoder, kept on disk.
+
+    Args:
+        encoder: frozen.
+        cache: folder of the features; None keeps nothing.
+        precision: `no` is float32; `bf16` is faster where the machine has it, and moves scores a little.
+        batch: the first to be tried; halved as often as memory runs out.
+        workers: processes that decode; None: as many as there are cores, at most 8, on a GPU, else none.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        cache: Path | None = CACHE / "features",
+        precision: str = "no",
+        batch: int = 256,
+        workers: int | None = None,
+    ):
+        if precision not in ("no", "bf16"):
+            raise ValueError(f"unknown precision {precision!r}; expected no or bf16")
+        self.encoder, self.cache, self.precision, self.batch = encoder, cache, precision, batch
+        self.device = encoder.mean.device
+        on_gpu = self.device.type != "cpu"
+        self.workers = workers if workers is not None else min(8, cpu_count() or 1) if on_gpu else 0
+        self._fingerprint = ""
+        self.pictures, self.seconds, self.waited = 0, 0.0, 0.0  # embedded so far, in all, and without data
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the visual weights and of how pictures are prepared."""
+        if not self._fingerprint:
+            encoder, whole = self.encoder, blake2b(digest_size=16)
+            facts = (encoder.px, encoder.interpolation, encoder.squash, encoder.mean.tolist(), encoder.std.tolist())
+            whole.update(repr((*facts, str(encoder.config), self.precision)).encode())
+            for name, value in sorted(encoder.open_clip_state().items()):
+                if name.startswith("visual."):
+                    whole.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
+            self._fingerprint = whole.hexdigest()
+        return self._fingerprint
+
+    def __call__(self, places: Sequence[Place], kind: str = "global") -> Float[Tensor, "n d"]:
+        """Unit-length features [n, d] of the pictures, in float32 on the CPU.
+
+        Args:
+            kind: a key of `FEATURES`.
+
+        Raises:
+            ValueError: for an unknown kind, or naming every picture that cannot be read.
+        """
+        if kind not in FEATURES:
+            raise ValueError(f"unknown features {kind!r}; expected one of {', '.join(FEATURES)}")
+        if self.cache is None:
+            return self._embed(places, kind)
+        path = Path(self.cache) / f"{self.fingerprint}-{content_hash(places)}-{kind}.safetensors"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_suffix(f".{time.time_ns()}")
+            save_file({"features": self._embed(places, kind)}, draft)
+            draft.rename(path)  # whole or not at all
+        return load_file(path)["features"]
+
+    @torch.no_grad()
+    def _embed(self, places: Sequence[Place], kind: str) -> Tensor:
+        own = partial(prepare, px=self.encoder.px, interpolation=self.encoder.interpolation, squash=self.encoder.squash)
+        loader = DataLoader(
+            _Pictures(places, own), self.batch, collate_fn=_collate, num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
+        parts, wrong, start = [], [], time.perf_counter()
+        batches = iter(loader)
+        while True:
+            waiting = time.perf_counter()
+            images, unread = next(batches, (None, None))
+            self.waited += time.perf_counter() - waiting
+            if unread is None:
+                break
+            wrong += unread
+            if images is not None and not wrong:
+                parts.append(self._forward(images, kind))
+        self.seconds += time.perf_counter() - start
+        self.pictures += len(places)
+        if wrong:
+            raise ValueError(f"{len(wrong)} of {len(places)} pictures cannot be read:\n- " + "\n- ".join(wrong))
+        return torch.cat(parts)
+
+    def _forward(self, images: Tensor, kind: str) -> Tensor:
+        """One batch, in as many parts as memory asks for."""
+        cast = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        while True:
+            try:
+                with cast:
+                    found = [
+                        FEATURES[kind](self.encoder.features(part.to(self.device, non_blocking=True).float() / 255))
+                        for part in images.split(self.batch)
+                    ]
+                return F.normalize(torch.cat(found).float(), dim=-1).cpu()
+            except torch.OutOfMemoryError:
+                if self.batch == 1:
+                    raise
+                self.batch //= 2

@@ -1,0 +1,36 @@
+"""Retrieval both ways: is a picture's caption among the nearest texts, and a caption's picture among the nearest?"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def recall_at(
+    images: Float[Tensor, "n d"],
+    texts: Float[Tensor, "m d"],
+    owner: Int[Tensor, " m"],
+    ks: tuple[int, ...] = (1, 5, 10),
+) -> dict[str, float]:
+    """R@k in [0, 1], both ways, as for Flickr30K and COCO with their five captions a picture.
+
+    Args:
+        images, texts: unit vectors.
+        owner: of each text, the picture that it describes.
+
+    Returns:
+        "image to text R@k": the share of pictures with one of their own captions among the k nearest texts;
+        "text to image R@k": the share of captions whose picture is among the k nearest.
+    """
+    found = {}
+    near_texts = torch.cat(
+        [(part @ texts.T).topk(min(max(ks), len(texts)), dim=1).indices for part in images.split(256)]
+    )
+    near_images = torch.cat(
+        [(part @ images.T).topk(min(max(ks), len(images)), dim=1).indices for part in texts.split(1024)]
+    )
+    own_text = owner[near_texts] == torch.arange(len(images))[:, None]
+    own_image = near_images == owner[:, None]
+    for way, hits in (("image to text", own_text), ("text to image", own_image)):
+        for k in ks:
+            found[f"{way} R@{k}"] = hits[:, :k].any(1).float().mean().item()
+    return found
