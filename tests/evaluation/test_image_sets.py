@@ -1,41 +1,12 @@
-import io
-import tarfile
-
 import numpy as np
 import pytest
 import torch
+from picture_files import pixels, png, write_folders, write_tar
 from PIL import Image
 
 from diva_lab.encoders import embed, load_encoder
 from diva_lab.evaluation.features import FEATURES, FeatureStore
 from diva_lab.evaluation.image_sets import TEMPLATES, Place, canonical, content_hash, read_set
-
-
-def pixels(i: int, size=(32, 32)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(i).integers(256, size=(*size, 3), dtype=np.uint8))
-
-
-def png(i: int) -> bytes:
-    file = io.BytesIO()
-    pixels(i).save(file, "png")
-    return file.getvalue()
-
-
-def write_tar(path, members: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def write_folders(root, classes=("big_cat", "dog"), each=3, split=""):
-    for k, kind in enumerate(classes):
-        (root / split / kind).mkdir(parents=True)
-        for i in range(each):
-            pixels(10 * k + i).save(root / split / kind / f"{i}.png")
-    return root
 
 
 @pytest.fixture(scope="module")
