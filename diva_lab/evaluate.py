@@ -268,7 +268,7 @@ def evaluate(
                 write(pd.DataFrame(rows, columns=COLUMNS + FACTS), Path(out))
         if store.pictures:
             print(
-                f"{name}: {store.pictures} pictures, {store.pictures / store.seconds:.0f} a second, "
+                f"{Path(name).name}: {store.pictures} pictures, {store.pictures / store.seconds:.0f} a second, "
                 f"{store.waited / store.seconds:.0%} of the time waiting for data"
             )
     table = pd.DataFrame(rows, columns=COLUMNS + FACTS)

@@ -80,8 +80,8 @@ def test_no_committed_file_names_a_path_of_one_machine():
 # --- notebooks --------------------------------------------------------------------------------------------------
 
 
-def test_there_are_five_notebooks_numbered_from_zero():
-    assert [path.name[:3] for path in NOTEBOOKS] == ["00_", "01_", "02_", "03_", "04_"]
+def test_the_notebooks_are_numbered_from_zero():
+    assert [path.name[:3] for path in NOTEBOOKS] == [f"{k:02}_" for k in range(6)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

@@ -72,10 +72,9 @@ class ImageSet:
         if not 0 < n < len(self):
             return self
         chosen = np.sort(np.random.default_rng(seed).choice(len(self), n, replace=False))
-        return replace(
-            self, places=[self.places[i] for i in chosen], labels=self.labels[chosen] if len(self.labels) else self.labels,
-            captions=tuple(self.captions[i] for i in chosen) if self.captions else (),
-        )  # fmt: skip
+        labels = self.labels[chosen] if len(self.labels) else self.labels
+        captions = tuple(self.captions[i] for i in chosen) if self.captions else ()
+        return replace(self, places=[self.places[i] for i in chosen], labels=labels, captions=captions)
 
 
 def content_hash(places: Sequence[Place]) -> str:
