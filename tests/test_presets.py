@@ -1,12 +1,20 @@
 import csv
 from dataclasses import asdict
 
+import nbformat
+import pandas as pd
 import pytest
+import yaml
 
-from diva_lab.presets import BACKBONES, PRESETS, preset
-from diva_lab.runs import DATA
-from diva_lab.train import changed, main
+from diva_lab import figures
+from diva_lab.objectives import OBJECTIVES
+from diva_lab.parameters import INJECTED
+from diva_lab.presets import BACKBONES, FILES, PRESETS, preset, stages, write
+from diva_lab.runs import DATA, list_runs
+from diva_lab.train import aligned, changed, main, parsed
 from diva_lab.training import Settings
+from diva_lab.workbook import NOTEBOOKS, declared
+from diva_lab.world import draw_scenes
 
 TABLE = list(csv.DictReader((DATA / "published" / "recipes.csv").read_text().splitlines()))
 ROWS = [row for row in TABLE if row["recipe"] in ("diva", "dcr")]
@@ -49,15 +57,46 @@ def test_a_preset_that_is_not_there_is_refused(arguments, message):
 
 
 def test_settings_are_changed_by_name():
-    found = changed(Settings(), ["steps=3", "lr=1e-3", "objective=diva", "flips=False"])
+    found = changed(Settings(), parsed(["steps=3", "lr=1e-3", "objective=diva", "flips=False"]))
     assert (found.steps, found.lr, found.objective, found.flips) == (3, 1e-3, "diva", False)
     for bad in ("step=3", "steps", "steps=many"):
         with pytest.raises(ValueError, match="step"):
-            changed(Settings(), [bad])
+            parsed([bad])
+    with pytest.raises(ValueError, match="unknown setting 'step'"):
+        changed(Settings(), {"step": 3})
+
+
+# --- stages -----------------------------------------------------------------------------------------------------
+
+TINY = {"encoder": "tiny", "denoiser": "tiny", "steps": 1, "batch": 2, "accumulate": 1, "vae_px": 0}
+
+
+def test_stage_2_starts_from_the_projector_that_stage_1_aligned(tmp_path):
+    found = aligned("openai-l14-dcr", tmp_path, stage1=TINY | {"lr": 1e-3}, stage2=TINY)
+    (run,) = list_runs(tmp_path).to_dict("records")
+    assert (run["stage"], run["done"], run["lr"]) == ("align", True, 1e-3)
+    assert found == changed(preset("openai-l14-dcr"), TINY | {"projector": str(tmp_path / run["run"])})
+
+
+@pytest.mark.parametrize(
+    ("name", "stage2"),
+    [("openai-l14-diva", {}), ("openai-l14-dcr", {"projector": "a run"})],
+    ids=["one stage", "named"],
+)
+def test_nothing_is_aligned_where_the_recipe_has_no_stage_1_or_a_projector_is_named(name, stage2, tmp_path):
+    assert aligned(name, tmp_path, stage2=stage2) == changed(preset(name), stage2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_wrong_setting_of_either_stage_stops_before_anything_is_trained(stage, tmp_path):
+    with pytest.raises(ValueError, match="unknown setting 'step'"):
+        aligned("openai-l14-dcr", tmp_path, **{stage: {"step": 1}})
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_command_runs_both_stages_and_then_only_says_where(tmp_path, capsys):
-    tiny = ["encoder=tiny", "denoiser=tiny", "steps=1", "batch=2", "accumulate=1", "vae_px=0"]
+    tiny = [f"{name}={value}" for name, value in TINY.items()]
     command = ["--preset", "openai-l14-dcr", "--shards", "world", "--out", str(tmp_path), "--set", *tiny]
     assert main(command) == 0
     first = capsys.readouterr().out.splitlines()[-1]
@@ -68,3 +107,67 @@ def test_one_command_runs_both_stages_and_then_only_says_where(tmp_path, capsys)
 def test_an_error_is_one_line(tmp_path, capsys):
     assert main(["--preset", "nothing", "--shards", "world", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: unknown preset 'nothing'") and not list(tmp_path.iterdir())
+
+
+# --- notebook 02 ------------------------------------------------------------------------------------------------
+
+NOTEBOOK = NOTEBOOKS / "02_encoder_tuning.ipynb"
+
+
+def test_the_files_are_what_the_presets_make(tmp_path):
+    write(tmp_path)
+    made, kept = ({path.name: path.read_text() for path in folder.iterdir()} for folder in (tmp_path, FILES))
+    assert made == kept, "python -m diva_lab.presets"
+    assert made.keys() == {f"{name}.yaml" for name in PRESETS}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_file_holds_parameters_of_the_notebook_and_all_of_its_preset(name):
+    found = yaml.safe_load((FILES / f"{name}.yaml").read_text())
+    assert found.keys() <= declared(NOTEBOOK)
+    where = {key: found[key] for key in ("encoder", "denoiser")}
+    for stage in stages(found["preset"]):
+        assert changed(Settings(), {"projector": "shipped"} | where | found[f"stage{stage}"]) == preset(name, stage)
+
+
+def run_notebook(tmp_path, **parameters) -> pd.DataFrame:
+    """Notebook 02 with papermill's cell, up to where it shows what it trained; few pictures, no report."""
+    parameters = {"runs_root": str(tmp_path)} | parameters
+    given = "\n".join([INJECTED, *(f"{name} = {value!r}" for name, value in parameters.items())])
+    few = "draw_scenes, world_report = lambda n, seed: scenes(8, seed), lambda encoder: report"
+    scope = {"In": [], "scenes": draw_scenes, "report": dict.fromkeys(figures.MEASURES, 0.5)}
+    cells = {cell.id: cell.source for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"}
+    for source in (cells["02-01"], given, cells["02-02"], few, *(cells[f"02-0{i}"] for i in (3, 5, 6, 7))):
+        scope["In"].append(source)
+        exec(source, scope)
+    return list_runs(tmp_path)
+
+
+def test_the_notebook_runs_a_file_s_recipe_with_what_is_given_beside_it(tmp_path):
+    found = yaml.safe_load((FILES / "openai-l14-dcr.yaml").read_text())
+    found["stage1"] |= TINY
+    found["stage2"] |= TINY
+    runs = run_notebook(tmp_path, **found | {"encoder": "tiny", "denoiser": "tiny", "steps": 2})
+    assert runs["done"].all() and runs["latent"].eq("sample").all()
+    numbers = {(run["stage"], run["objective"]): (run["steps"], run["lr"]) for run in runs.to_dict("records")}
+    assert numbers == {
+        ("align", "diva"): (1, 1e-4), ("tune", "none"): (2, 1e-5), ("tune", "dcr"): (2, 1e-5),
+        ("perturb", "perturb-norm"): (2, 1e-5), ("perturb", "perturb-drift"): (2, 1e-5),
+    }  # fmt: skip
+
+
+def test_the_notebook_without_a_preset_compares_all_objectives_of_the_tiny_models(tmp_path):
+    runs = run_notebook(tmp_path, steps=1)
+    assert set(runs["objective"]) == {"none", *OBJECTIVES, "perturb-norm", "perturb-drift"}
+    assert runs[["encoder", "denoiser", "projector", "steps"]].drop_duplicates().values.tolist() == [
+        ["tiny", "tiny", "shipped", 1]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [({"preset": "resnet-dcr"}, "preset='resnet-dcr': expected one of ''"), ({"stage2": {"steps": 1}}, "name one")],
+)
+def test_the_notebook_refuses_a_preset_that_is_not_there_and_settings_of_none(parameters, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run_notebook(tmp_path, **parameters)
