@@ -1,4 +1,7 @@
-"""Small random models in the real on-disk formats, for tests: open_clip's, transformers' and Stable Diffusion's."""
+"""Small random models in the real on-disk formats, for tests: open_clip's, transformers' and Stable Diffusion's.
+
+And real ones without weights: shapes alone.
+"""
 
 import json
 from pathlib import Path
@@ -21,6 +24,7 @@ from transformers import (
     SiglipModel,
 )  # fmt: skip
 
+from diva_lab.encoders import ENCODERS
 from diva_lab.pretrain import CONTEXT, clip_config, save_tokenizer
 from diva_lab.world import World
 
@@ -96,3 +100,9 @@ def write_diffusion(folder: Path, seed: int = 0, prediction_type: str = "epsilon
         1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
     ).save_pretrained(folder / "scheduler")
     return folder
+
+
+def on_meta(name: str) -> torch.nn.Module:
+    """An open_clip model of `ENCODERS` at its real size, without weights."""
+    with torch.device("meta"):  # open_clip's own `device` alone builds on the CPU first
+        return open_clip.create_model(ENCODERS[name][0], load_weights=False, device="meta")

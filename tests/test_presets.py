@@ -1,15 +1,25 @@
+import copy
 import csv
+import functools
+from collections import Counter
 from dataclasses import asdict
+from unittest import mock
 
 import nbformat
 import pandas as pd
 import pytest
+import torch
 import yaml
+from small_models import on_meta
 
 from diva_lab import figures
+from diva_lab.benchmark import SCALES, build
+from diva_lab.conditions import Conditioner
+from diva_lab.denoisers import Denoiser
+from diva_lab.encoders import Encoder, block_of, make_trainable
 from diva_lab.objectives import OBJECTIVES
 from diva_lab.parameters import INJECTED
-from diva_lab.presets import BACKBONES, FILES, PRESETS, preset, stages, write
+from diva_lab.presets import BACKBONES, FILES, PRESETS, PX, preset, stages, write
 from diva_lab.runs import DATA, list_runs
 from diva_lab.train import aligned, changed, main, parsed
 from diva_lab.training import Settings
@@ -107,6 +117,66 @@ def test_one_command_runs_both_stages_and_then_only_says_where(tmp_path, capsys)
 def test_an_error_is_one_line(tmp_path, capsys):
     assert main(["--preset", "nothing", "--shards", "world", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: unknown preset 'nothing'") and not list(tmp_path.iterdir())
+
+
+# --- shapes at real size, without weights -----------------------------------------------------------------------
+
+TOWERS = {"l14": (24, 768, 14), "h14": (32, 1024, 14), "so400m": (27, 1152, 14)}  # blocks, dimension, pixels a patch
+TOKENS = {"global": 1, "recap": 77, "recap-all": 257, "recap-half": 1 + 729 // 2, "recap-pool6": 1 + 256 // 6,
+          "recap-pool10": 1 + 729 // 10}  # fmt: skip
+
+
+def tower(backbone: str) -> tuple[int, int, int]:
+    return next(sizes for name, sizes in TOWERS.items() if name in backbone)
+
+
+@functools.cache
+def encoder_of(backbone: str) -> Encoder:
+    with torch.device("meta"):
+        return Encoder(on_meta(backbone), None)
+
+
+@functools.cache
+def sd21() -> Denoiser:
+    """Stable Diffusion 2.1-base by its configuration; `benchmark` builds it for another size of pictures."""
+    scale = SCALES["sd21"]
+    with mock.patch.dict(scale.unet, sample_size=64), torch.device("meta"):
+        return build("sd21", torch.device("meta"))[1]
+
+
+def test_the_denoiser_is_of_the_size_that_was_published():
+    assert (sd21().px, sd21().width) == (512, 1024)
+    counts = {name: sum(p.numel() for p in getattr(sd21(), name).parameters()) for name in ("unet", "vae")}
+    assert counts == {"unet": 865_910_724, "vae": 83_653_863}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_lora_reaches_every_matrix_of_a_real_tower_and_each_has_its_block(backbone):
+    encoder, (blocks, _, _) = copy.deepcopy(encoder_of(backbone)), tower(backbone)
+    with torch.device("meta"):
+        make_trainable(encoder, rank=16)
+    opened = [name for name, p in encoder.named_parameters() if p.requires_grad]
+    head = 6 if "siglip" in backbone else 1  # attention pooling: q, k, v, out, two of its MLP; or the projection
+    wanted = {f"block{i}": 2 * 6 for i in range(blocks)} | {"head": 2 * head}  # q, k, v, out, two of the MLP; A and B
+    assert Counter(map(block_of, opened)) == wanted
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if preset(name).denoiser == "sd21-base"])
+def test_a_presets_models_fit_one_another_at_real_size(name):
+    settings, denoiser = preset(name), sd21()
+    encoder, (_, dim, patch) = encoder_of(settings.encoder), tower(settings.encoder)
+    side = settings.vae_px or denoiser.px
+    with torch.no_grad(), torch.device("meta"), mock.patch.object(denoiser, "px", side):
+        images = torch.empty(2, 3, encoder.px, encoder.px)
+        features, empty = encoder.features(images), torch.empty(77, denoiser.width)
+        conditioner = Conditioner(settings.condition, encoder.dim, denoiser.width, projection=settings.projection)
+        context, latents = conditioner(features, empty), denoiser.latents(images)
+        full = empty + context if context.shape[1] == 1 else context  # as `Denoiser.predict` has it
+        predicted = denoiser.unet(latents, torch.zeros(2), full).sample
+    assert encoder.px == PX.get(settings.encoder, 224)
+    assert features.embedding.shape == (2, dim) and features.patches.shape == (2, (encoder.px // patch) ** 2, dim)
+    assert context.shape == (2, TOKENS[settings.condition], 1024)
+    assert latents.shape == predicted.shape == (2, 4, side // 8, side // 8)
 
 
 # --- notebook 02 ------------------------------------------------------------------------------------------------
