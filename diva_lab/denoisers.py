@@ -32,6 +32,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 from transformers.utils import logging
 
 from diva_lab.frozen import LEVERS
+from diva_lab.machine import fetched
 from diva_lab.runs import DATA
 
 DENOISERS = {  # name -> folder or hub id
@@ -44,6 +45,10 @@ DENOISERS = {  # name -> folder or hub id
     "sd35-medium": "stabilityai/stable-diffusion-3.5-medium",
 }
 LIGHT = {"light": ("sd21-base", 16), "light-tiny": ("tiny", 2)}  # name -> whose VAE, attention heads of width 64
+HUB_FILES = [  # of a hub's folder: neither half precision, nor other formats, nor Stable Diffusion 3's T5
+    "*.json", "*/*.txt", "*/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
+    "text_encoder_2/model.safetensors",
+]  # fmt: skip
 TARGETS = ("noise", "velocity")
 
 
@@ -374,6 +379,8 @@ def load_denoiser(
         )
     logging.disable_progress_bar()
     try:
+        if not Path(source).exists() and source.count("/") == 1:  # by folder: offline, AutoTokenizer asks for more
+            source = fetched(source, ["vae/*"] if heads else HUB_FILES)
         if heads:
             vae = AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32)
             return Light(vae, heads, px).to(device)

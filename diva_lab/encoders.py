@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from diva_lab.formats import load_released, read_transformers, use_activation
-from diva_lab.machine import SHORT
+from diva_lab.machine import SHORT, absent, fetched
 from diva_lab.runs import DATA
 
 # name -> (open_clip model, pretrained tag); a `local-dir:` model brings its own weights and tokenizer
@@ -218,14 +218,37 @@ def _source(name: str) -> tuple[str, str | None]:
         return model, tag
     raise ValueError(
         f"unknown encoder {name!r}; expected one of {', '.join(ENCODERS)}, an open_clip name as 'ViT-B-32:openai', "
-        "or a folder that holds open_clip_config.json or config.json and its weights"
+        "a folder that holds open_clip_config.json or config.json and its weights, or a hub id as 'owner/name'"
     )
+
+
+def _folder(name: str) -> str:
+    """The folder of a hub id, `owner/name` or `hf-hub:owner/name`; any other name as it is."""
+    repository = name.removeprefix("hf-hub:")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or Path(name).exists():
+        return name
+    try:
+        return fetched(repository, ["*.json", "*.txt", "*.model", "*.safetensors"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"encoder {name!r}: no such folder, and {error}") from error
+
+
+def _remedy(model_name: str, tag: str | None) -> str:
+    """What to do where open_clip does not find a model or its tokenizer."""
+    schema, _, folder = model_name.partition(":")
+    if schema == "local-dir":
+        return f"expected {folder} to hold open_clip_config.json, open_clip_model.safetensors and the tokenizer's files"
+    weights = open_clip.get_pretrained_cfg(model_name, tag or "").get("hf_hub", "").rpartition("/")[0]
+    if not weights:
+        return f'fetch with network: python -c "import open_clip; open_clip.create_model{model_name, tag}"'
+    tokenizer = open_clip.get_model_config(model_name)["text_cfg"].get("hf_tokenizer_name")
+    return absent(*dict.fromkeys(filter(None, (weights, tokenizer))))
 
 
 def _create(name: str, model_name: str, tag: str | None, weights: bool) -> tuple[nn.Module, object]:
     """open_clip's model, with its weights if asked, and its tokenizer; `name` is what the user called it."""
     try:
-        logging.disable(logging.WARNING)  # open_clip logs every step of its search
+        logging.disable(logging.ERROR)  # open_clip logs every step of its search, and what we raise
         known = {"pretrained": tag, "require_pretrained": True} if weights else {"load_weights": False}
         model = open_clip.create_model(model_name, **known)
         if tag and not weights:  # which open_clip reads along with the weights
@@ -234,28 +257,25 @@ def _create(name: str, model_name: str, tag: str | None, weights: bool) -> tuple
             set_model_preprocess_cfg(model, open_clip.get_model_preprocess_cfg(model) | preprocess)
         return model, open_clip.get_tokenizer(model_name)
     except (RuntimeError, OSError) as error:
-        schema, _, folder = model_name.partition(":")
-        remedy = (
-            f"Expected {folder} to hold open_clip_config.json, open_clip_model.safetensors and the tokenizer's files"
-            if schema == "local-dir"
-            else f'Fetch them once with network: python -c "import open_clip; open_clip.create_model{model_name, tag}"'
-        )
-        raise FileNotFoundError(f"encoder {name!r}: no weights for open_clip model {model_name!r}. {remedy}") from error
+        remedy = _remedy(model_name, tag)
+        raise FileNotFoundError(f"encoder {name!r}: no weights for open_clip model {model_name!r}; {remedy}") from error
     finally:
         logging.disable(logging.NOTSET)
 
 
 def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encoder:
-    """A frozen encoder by its name in `ENCODERS`, by open_clip's `model:tag`, or from a folder.
+    """A frozen encoder by its name in `ENCODERS`, by open_clip's `model:tag`, from a folder, or by hub id.
 
-    A folder is open_clip's (open_clip_config.json), or transformers' of a CLIP or SigLIP (config.json). With
-    `NAME@FILE` the weights come from a released .pth of that architecture: see `formats.load_released`.
+    A folder is open_clip's (open_clip_config.json), or transformers' of a CLIP or SigLIP (config.json), and so is what
+    the hub holds under an id, `owner/name` or `hf-hub:owner/name`. With `NAME@FILE` the weights come from a released
+    .pth of that architecture: see `formats.load_released`.
 
     Raises:
         ValueError: for an unknown name; lists the known ones. For a file of weights that does not fit.
         FileNotFoundError: where the weights are not on this machine and cannot be fetched.
     """
     name, _, released = str(name).partition("@")
+    name = _folder(name)
     if name not in ENCODERS and Path(name, "config.json").exists() and not Path(name, "open_clip_config.json").exists():
         try:
             model, tokenizer, config = read_transformers(name)

@@ -18,6 +18,13 @@ from diva_lab.runs import Run
 from diva_lab.training import tuned_encoder
 
 
+def _free(folder: Path) -> Path:
+    """`folder`, if there is nothing there."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty; name a new folder")
+    return folder
+
+
 def save_encoder(encoder: Encoder, folder: str | Path) -> dict[str, Path]:
     """Write an encoder in both formats; the second only where transformers has the architecture (CLIP, SigLIP).
 
@@ -27,9 +34,7 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> dict[str, Path]:
     Raises:
         FileExistsError: where `folder` holds something already; nothing is overwritten.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty; name a new folder")
+    folder = _free(Path(folder))
     state = encoder.open_clip_state()
     written = {"open_clip": write_open_clip(folder / "open_clip", state, encoder.config, encoder.tokenizer)}
     with suppress(NotImplementedError):
@@ -40,12 +45,11 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> dict[str, Path]:
 def model_card(run: Run, formats: list[str]) -> str:
     """Markdown: what the encoder was trained for, on what, by which run, and what it scored."""
     settings, facts, scores = run.settings, run.environment, run.evaluations()
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines = [
-        f"# {settings['encoder']} tuned by {settings['objective']}",
+        f"# {settings['encoder']} tuned by {settings['objective']} on {settings['images']}",
         "",
-        f"Formats here: {', '.join(formats)}. Run `{run.id}`, git {facts['git']}, {facts['time']}, "
-        + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-        + ".",
+        f"Formats here: {', '.join(formats)}. Run `{run.id}`, git {facts['git']}, {facts['time']}, {versions}.",
         "",
         "| setting | value |",
         "|---|---|",
@@ -70,9 +74,10 @@ def export(run: Run, folder: str | Path) -> Path:
     """
     if not run.done or run.settings.get("stage") not in ("tune", "perturb"):
         raise ValueError(f"{run.folder}: expected the folder of a finished run of tune() or perturb()")
+    folder = _free(Path(folder))
     written = save_encoder(tuned_encoder(run), folder)
-    (Path(folder) / "README.md").write_text(model_card(run, list(written)))
-    return Path(folder)
+    (folder / "README.md").write_text(model_card(run, list(written)))
+    return folder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         if not (args.run / "settings.json").is_file():
             raise FileNotFoundError(f"{args.run}: no run here; expected a folder with settings.json, as runs/ID")
         print(export(Run(args.run), args.folder))
-    except (FileNotFoundError, FileExistsError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
     return 0
 

@@ -1,8 +1,11 @@
-"""The machine underneath: which device, whether bfloat16 pays, and random generators from plain numbers."""
+"""The machine underneath: which device, whether bfloat16 pays, where models lie, random generators from numbers."""
 
 import hashlib
+from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 
 SHORT = 128  # tokens up to which plain softmax attention beats the fused kernel's backward on a CPU
 
@@ -23,6 +26,24 @@ def fast_bf16(device: torch.device | str) -> bool:
 def autocast(device: torch.device | str = "cpu") -> torch.autocast:
     """bfloat16 autocast where `fast_bf16`, a no-op elsewhere."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast_bf16(device))
+
+
+def absent(*repositories: str) -> str:
+    """Where models of the hub, as `owner/name`, were looked for, and what fetches them."""
+    folders = ", ".join(str(Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}")) for name in repositories)
+    return f"looked in {folders}; fetch with network: {' && '.join(f'hf download {name}' for name in repositories)}"
+
+
+def fetched(repository: str, files: list[str]) -> str:
+    """The folder of a hub repository, its `files` (patterns) from the cache or, with network, from the hub.
+
+    Raises:
+        FileNotFoundError: where it is in neither; says where it was looked for and what fetches it.
+    """
+    try:
+        return snapshot_download(repository, allow_patterns=files)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"no {repository} here; {absent(repository)}") from error
 
 
 def generator(*numbers: int | str) -> torch.Generator:

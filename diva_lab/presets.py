@@ -2,10 +2,20 @@
 
 The numbers are those of data/published/recipes.csv; here they become `Settings`. The papers trained in 8 processes;
 with another number of them `accumulate` changes so that a step still sees as many pictures.
+
+`python -m diva_lab.presets` writes each as notebooks/presets/NAME.yaml, which `papermill -f` takes for notebook 02.
 """
 
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
 from diva_lab.encoders import ENCODERS
+from diva_lab.runs import ROOT
 from diva_lab.training import Settings
+
+FILES = ROOT / "notebooks" / "presets"
 
 BACKBONES = tuple(name for name in ENCODERS if name != "tiny")
 PX = {"openai-l14-336": 336, "siglip-so400m-384": 384, "dfn-h14-378": 378}  # the others see 224
@@ -38,12 +48,17 @@ PICTURES = {"diva": 640, "dcr": 256, "genhancer": 256}  # a step
 PRESETS = tuple(f"{backbone}-{recipe}" for backbone in BACKBONES for recipe in RECIPES)
 
 
+def stages(name: str) -> tuple[int, ...]:
+    """The stages of a preset: DIVA as published trains encoder and projector together, in stage 2 alone."""
+    return (2,) if name.endswith("-diva") else (1, 2)
+
+
 def preset(name: str, stage: int = 2, processes: int = 1) -> Settings:
     """A recipe's settings.
 
     Args:
         name: one of `PRESETS`: a backbone of `ENCODERS`, a dash, and a key of `RECIPES`.
-        stage: 1 aligns the projector, 2 tunes the encoder; DIVA as published has stage 2 alone.
+        stage: one of `stages(name)`: 1 aligns the projector, 2 tunes the encoder.
         processes: as many as will train together.
 
     Raises:
@@ -52,7 +67,7 @@ def preset(name: str, stage: int = 2, processes: int = 1) -> Settings:
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
     backbone, _, recipe = name.rpartition("-")
-    if stage not in ((2,) if recipe == "diva" else (1, 2)):
+    if stage not in stages(name):
         raise ValueError(f"preset {name!r} has no stage {stage}")
     px = PX.get(backbone, 224)
     chosen = RECIPES[recipe]
@@ -68,3 +83,35 @@ def preset(name: str, stage: int = 2, processes: int = 1) -> Settings:
     return Settings(
         **{"encoder": backbone, "denoiser": "sd21-base", "accumulate": accumulate, "save_every": 500} | chosen
     )
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+HEAD = """\
+# papermill notebooks/02_encoder_tuning.ipynb out/02.ipynb --cwd notebooks -f notebooks/presets/{name}.yaml \\
+#     -p images '/data/cc3m/{{0000..0331}}.tar'
+# Written by `python -m diva_lab.presets`. In a copy any setting may be changed; `-p` changes one of the first level.
+"""
+
+
+def parameters(name: str) -> dict:
+    """Notebook 02's parameters for a preset: all its settings but the pictures, the seed and where stage 1 lies."""
+    chosen = {stage: asdict(preset(name, stage)) for stage in stages(name)}
+    found = {"preset": name, "encoder": chosen[2]["encoder"], "denoiser": chosen[2]["denoiser"]}
+    for stage, settings in chosen.items():
+        apart = {"encoder", "denoiser", "images", "seed"} | ({"projector"} if stage == 2 and 1 in chosen else set())
+        found[f"stage{stage}"] = {key: value for key, value in settings.items() if key not in apart}
+    return found
+
+
+def write(folder: Path = FILES) -> None:
+    """Write `folder`/NAME.yaml for every preset; files of presets that are no more are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.yaml"):
+        old.unlink()
+    for name in PRESETS:
+        (folder / f"{name}.yaml").write_text(HEAD.format(name=name) + yaml.safe_dump(parameters(name), sort_keys=False))
+
+
+if __name__ == "__main__":
+    write()

@@ -14,28 +14,61 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from diva_lab.presets import PRESETS, preset
+from diva_lab.presets import PRESETS, preset, stages
 from diva_lab.runs import RUNS
 from diva_lab.training import Settings, align, tune
 
+KNOWN = {field.name: field.type for field in fields(Settings)}
 
-def changed(settings: Settings, changes: list[str]) -> Settings:
-    """Settings with `name=value` changes; values are Python's, anything else is text.
+
+def parsed(changes: list[str]) -> dict[str, object]:
+    """Settings from `name=value`; values are Python's, anything else is text.
 
     Raises:
         ValueError: for an unknown name, a change without `=`, or a value that the setting does not take.
     """
-    known = {field.name: field.type for field in fields(Settings)}
     values = {}
     for change in changes:
         name, equals, text = change.partition("=")
-        if not equals or name not in known:
-            raise ValueError(f"--set {change}: expected NAME=VALUE with a name of {', '.join(known)}")
+        if not equals or name not in KNOWN:
+            raise ValueError(f"--set {change}: expected NAME=VALUE with a name of {', '.join(KNOWN)}")
         try:
-            values[name] = text if known[name] is str else ast.literal_eval(text)
+            values[name] = text if KNOWN[name] is str else ast.literal_eval(text)
         except (ValueError, SyntaxError) as error:
-            raise ValueError(f"--set {change}: expected a value of type {known[name].__name__}") from error
-    return replace(settings, **values)
+            raise ValueError(f"--set {change}: expected a value of type {KNOWN[name].__name__}") from error
+    return values
+
+
+def changed(settings: Settings, changes: dict[str, object]) -> Settings:
+    """`settings` with others by name.
+
+    Raises:
+        ValueError: for an unknown name, or a value that the setting does not take.
+    """
+    if unknown := changes.keys() - KNOWN.keys():
+        raise ValueError(f"unknown setting {min(unknown)!r}; expected some of {', '.join(KNOWN)}")
+    return replace(settings, **changes)
+
+
+def aligned(
+    name: str, root: str | Path = RUNS, processes: int = 1, stage1: dict | None = None, stage2: dict | None = None
+) -> Settings:
+    """A preset's settings for `tune`, after stage 1 where it has one and `stage2` names no projector.
+
+    Args:
+        name: one of `PRESETS`.
+        root: where the run of stage 1 is made; a finished one is taken as it is.
+        processes: as many as train together.
+        stage1, stage2: settings to change, by name; `stage1` is not read where there is no stage 1.
+
+    Raises:
+        ValueError: for an unknown preset or setting, of either stage, before anything is trained.
+    """
+    changes = {1: stage1 or {}, 2: stage2 or {}}
+    chosen = {stage: changed(preset(name, stage, processes), changes[stage]) for stage in stages(name)}
+    if 1 in chosen and "projector" not in changes[2]:
+        return replace(chosen[2], projector=str(align(chosen[1], root).folder))
+    return chosen[2]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,13 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # as `accelerate launch` says
     try:
-        two = not args.preset.endswith("-diva") and not args.projector
-        for stage in (1, 2) if two else (2,):
-            settings = changed(replace(preset(args.preset, stage, processes), images=args.shards), args.set)
-            if stage == 1:
-                args.projector = str(align(settings, args.out).folder)
-                continue
-            run = tune(replace(settings, projector=args.projector or settings.projector), args.out)
+        both = {"images": args.shards} | parsed(args.set)
+        projector = {"projector": args.projector} if args.projector else {}
+        run = tune(aligned(args.preset, args.out, processes, both, both | projector), args.out)
     except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

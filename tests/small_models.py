@@ -1,4 +1,7 @@
-"""Small random models in the real on-disk formats, for tests: open_clip's, transformers' and Stable Diffusion's."""
+"""Small random models in the real on-disk formats, for tests: open_clip's, transformers' and Stable Diffusion's.
+
+And real ones without weights: shapes alone.
+"""
 
 import json
 from pathlib import Path
@@ -29,6 +32,7 @@ from transformers import (
     SiglipModel,
 )  # fmt: skip
 
+from diva_lab.encoders import ENCODERS
 from diva_lab.pretrain import CONTEXT, clip_config, save_tokenizer
 from diva_lab.world import World
 
@@ -133,3 +137,9 @@ def write_diffusion3(folder: Path, seed: int = 0) -> Path:
         parts |= {f"text_encoder{end}": encoder, f"tokenizer{end}": tokenizer}
     StableDiffusion3Pipeline(text_encoder_3=None, tokenizer_3=None, **parts).save_pretrained(folder)
     return folder
+
+
+def on_meta(name: str) -> torch.nn.Module:
+    """An open_clip model of `ENCODERS` at its real size, without weights."""
+    with torch.device("meta"):  # open_clip's own `device` alone builds on the CPU first
+        return open_clip.create_model(ENCODERS[name][0], load_weights=False, device="meta")

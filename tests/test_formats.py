@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from one_step import pictures
-from small_models import write_transformers_clip
+from small_models import on_meta, write_transformers_clip
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from diva_lab.encoders import ENCODERS, load_encoder
@@ -125,11 +125,6 @@ REAL = {  # encoder -> image tower, px, text tower, context, dimension
     "siglip-so400m": (SO400M[0], 224, SO400M[1], 16, 1152), "siglip-so400m-384": (SO400M[0], 384, SO400M[1], 64, 1152),
     "dfn-h14": (H14[0], 224, *H14[1:]), "dfn-h14-378": (H14[0], 378, *H14[1:]),
 }  # fmt: skip
-
-
-def on_meta(name: str) -> torch.nn.Module:
-    with torch.device("meta"):
-        return open_clip.create_model(ENCODERS[name][0], load_weights=False, device="meta")
 
 
 @pytest.mark.parametrize("name", REAL)

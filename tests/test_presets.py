@@ -1,12 +1,30 @@
+import copy
 import csv
+import functools
+from collections import Counter
 from dataclasses import asdict
+from unittest import mock
 
+import nbformat
+import pandas as pd
 import pytest
+import torch
+import yaml
+from small_models import on_meta
 
-from diva_lab.presets import BACKBONES, PRESETS, preset
-from diva_lab.runs import DATA
-from diva_lab.train import changed, main
+from diva_lab import figures
+from diva_lab.benchmark import SCALES, build
+from diva_lab.conditions import Conditioner
+from diva_lab.denoisers import LIGHT, Denoiser, Light
+from diva_lab.encoders import Encoder, block_of, make_trainable
+from diva_lab.objectives import COMPARED
+from diva_lab.parameters import INJECTED
+from diva_lab.presets import BACKBONES, FILES, PRESETS, PX, preset, stages, write
+from diva_lab.runs import DATA, list_runs
+from diva_lab.train import aligned, changed, main, parsed
 from diva_lab.training import Settings
+from diva_lab.workbook import NOTEBOOKS, declared
+from diva_lab.world import draw_scenes
 
 TABLE = list(csv.DictReader((DATA / "published" / "recipes.csv").read_text().splitlines()))
 
@@ -49,15 +67,46 @@ def test_a_preset_that_is_not_there_is_refused(arguments, message):
 
 
 def test_settings_are_changed_by_name():
-    found = changed(Settings(), ["steps=3", "lr=1e-3", "objective=diva", "flips=False"])
+    found = changed(Settings(), parsed(["steps=3", "lr=1e-3", "objective=diva", "flips=False"]))
     assert (found.steps, found.lr, found.objective, found.flips) == (3, 1e-3, "diva", False)
     for bad in ("step=3", "steps", "steps=many"):
         with pytest.raises(ValueError, match="step"):
-            changed(Settings(), [bad])
+            parsed([bad])
+    with pytest.raises(ValueError, match="unknown setting 'step'"):
+        changed(Settings(), {"step": 3})
+
+
+# --- stages -----------------------------------------------------------------------------------------------------
+
+TINY = {"encoder": "tiny", "denoiser": "tiny", "steps": 1, "batch": 2, "accumulate": 1, "vae_px": 0}
+
+
+def test_stage_2_starts_from_the_projector_that_stage_1_aligned(tmp_path):
+    found = aligned("openai-l14-dcr", tmp_path, stage1=TINY | {"lr": 1e-3}, stage2=TINY)
+    (run,) = list_runs(tmp_path).to_dict("records")
+    assert (run["stage"], run["done"], run["lr"]) == ("align", True, 1e-3)
+    assert found == changed(preset("openai-l14-dcr"), TINY | {"projector": str(tmp_path / run["run"])})
+
+
+@pytest.mark.parametrize(
+    ("name", "stage2"),
+    [("openai-l14-diva", {}), ("openai-l14-dcr", {"projector": "a run"})],
+    ids=["one stage", "named"],
+)
+def test_nothing_is_aligned_where_the_recipe_has_no_stage_1_or_a_projector_is_named(name, stage2, tmp_path):
+    assert aligned(name, tmp_path, stage2=stage2) == changed(preset(name), stage2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_wrong_setting_of_either_stage_stops_before_anything_is_trained(stage, tmp_path):
+    with pytest.raises(ValueError, match="unknown setting 'step'"):
+        aligned("openai-l14-dcr", tmp_path, **{stage: {"step": 1}})
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_command_runs_both_stages_and_then_only_says_where(tmp_path, capsys):
-    tiny = ["encoder=tiny", "denoiser=tiny", "steps=1", "batch=2", "accumulate=1", "vae_px=0"]
+    tiny = [f"{name}={value}" for name, value in TINY.items()]
     command = ["--preset", "openai-l14-dcr", "--shards", "world", "--out", str(tmp_path), "--set", *tiny]
     assert main(command) == 0
     first = capsys.readouterr().out.splitlines()[-1]
@@ -68,3 +117,134 @@ def test_one_command_runs_both_stages_and_then_only_says_where(tmp_path, capsys)
 def test_an_error_is_one_line(tmp_path, capsys):
     assert main(["--preset", "nothing", "--shards", "world", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: unknown preset 'nothing'") and not list(tmp_path.iterdir())
+
+
+# --- shapes at real size, without weights -----------------------------------------------------------------------
+
+TOWERS = {"l14": (24, 768, 14), "h14": (32, 1024, 14), "so400m": (27, 1152, 14)}  # blocks, dimension, pixels a patch
+TOKENS = {"global": 1, "recap": 77, "recap-all": 257, "recap-half": 1 + 729 // 2, "recap-pool6": 1 + 256 // 6,
+          "recap-pool10": 1 + 729 // 10}  # fmt: skip
+
+
+def tower(backbone: str) -> tuple[int, int, int]:
+    return next(sizes for name, sizes in TOWERS.items() if name in backbone)
+
+
+@functools.cache
+def encoder_of(backbone: str) -> Encoder:
+    with torch.device("meta"):
+        return Encoder(on_meta(backbone), None)
+
+
+@functools.cache
+def sd21() -> Denoiser:
+    """Stable Diffusion 2.1-base by its configuration; `benchmark` builds it for another size of pictures."""
+    scale = SCALES["sd21"]
+    with mock.patch.dict(scale.unet, sample_size=64), torch.device("meta"):
+        return build("sd21", torch.device("meta"))[1]
+
+
+@functools.cache
+def light() -> Denoiser:
+    with torch.device("meta"):
+        return Light(sd21().vae, LIGHT["light"][1])
+
+
+def test_the_denoiser_is_of_the_size_that_was_published():
+    assert (sd21().px, sd21().width) == (512, 1024)
+    counts = {name: sum(p.numel() for p in getattr(sd21(), name).parameters()) for name in ("network", "vae")}
+    assert counts == {"network": 865_910_724, "vae": 83_653_863}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_lora_reaches_every_matrix_of_a_real_tower_and_each_has_its_block(backbone):
+    encoder, (blocks, _, _) = copy.deepcopy(encoder_of(backbone)), tower(backbone)
+    with torch.device("meta"):
+        make_trainable(encoder, rank=16)
+    opened = [name for name, p in encoder.named_parameters() if p.requires_grad]
+    head = 6 if "siglip" in backbone else 1  # attention pooling: q, k, v, out, two of its MLP; or the projection
+    wanted = {f"block{i}": 2 * 6 for i in range(blocks)} | {"head": 2 * head}  # q, k, v, out, two of the MLP; A and B
+    assert Counter(map(block_of, opened)) == wanted
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_presets_models_fit_one_another_at_real_size(name):
+    settings = preset(name)
+    denoiser = {"sd21-base": sd21, "light": light}[settings.denoiser]()
+    encoder, (_, dim, patch) = encoder_of(settings.encoder), tower(settings.encoder)
+    side = settings.vae_px or denoiser.px
+    with torch.no_grad(), torch.device("meta"), mock.patch.object(denoiser, "px", side):
+        images = torch.empty(2, 3, encoder.px, encoder.px)
+        features, empty = encoder.features(images), torch.empty(1 if denoiser.scratch else 77, denoiser.width)
+        conditioner = Conditioner(settings.condition, encoder.dim, denoiser.width, projection=settings.projection)
+        context, latents = conditioner(features, empty), denoiser.latents(images)
+        full = empty + context if context.shape[1] == 1 else context  # as `Denoiser.predict` has it
+        predicted = denoiser._run(latents, torch.zeros(2, dtype=torch.long), full, 1)
+    assert encoder.px == PX.get(settings.encoder, 224)
+    assert features.embedding.shape == (2, dim) and features.patches.shape == (2, (encoder.px // patch) ** 2, dim)
+    assert context.shape == (2, TOKENS[settings.condition], 1024)
+    assert latents.shape == predicted.shape == (2, 4, side // 8, side // 8)
+
+
+# --- notebook 02 ------------------------------------------------------------------------------------------------
+
+NOTEBOOK = NOTEBOOKS / "02_encoder_tuning.ipynb"
+
+
+def test_the_files_are_what_the_presets_make(tmp_path):
+    write(tmp_path)
+    made, kept = ({path.name: path.read_text() for path in folder.iterdir()} for folder in (tmp_path, FILES))
+    assert made == kept, "python -m diva_lab.presets"
+    assert made.keys() == {f"{name}.yaml" for name in PRESETS}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_file_holds_parameters_of_the_notebook_and_all_of_its_preset(name):
+    found = yaml.safe_load((FILES / f"{name}.yaml").read_text())
+    assert found.keys() <= declared(NOTEBOOK)
+    where = {key: found[key] for key in ("encoder", "denoiser")}
+    for stage in stages(found["preset"]):
+        assert changed(Settings(), {"projector": "shipped"} | where | found[f"stage{stage}"]) == preset(name, stage)
+
+
+def run_notebook(tmp_path, **parameters) -> pd.DataFrame:
+    """Notebook 02 with papermill's cell, up to where it shows what it trained; few pictures, no report."""
+    parameters = {"runs_root": str(tmp_path)} | parameters
+    given = "\n".join([INJECTED, *(f"{name} = {value!r}" for name, value in parameters.items())])
+    few = "draw_scenes, world_report = lambda n, seed: scenes(8, seed), lambda encoder: report"
+    scope = {"In": [], "scenes": draw_scenes, "report": dict.fromkeys(figures.MEASURES, 0.5)}
+    cells = {cell.id: cell.source for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"}
+    for source in (cells["02-01"], given, cells["02-02"], few, *(cells[f"02-0{i}"] for i in (3, 5, 6, 7))):
+        scope["In"].append(source)
+        exec(source, scope)
+    return list_runs(tmp_path)
+
+
+def test_the_notebook_runs_a_file_s_recipe_with_what_is_given_beside_it(tmp_path):
+    found = yaml.safe_load((FILES / "openai-l14-dcr.yaml").read_text())
+    found["stage1"] |= TINY
+    found["stage2"] |= TINY
+    runs = run_notebook(tmp_path, **found | {"encoder": "tiny", "denoiser": "tiny", "steps": 2})
+    assert runs["done"].all() and runs["latent"].eq("sample").all()
+    numbers = {(run["stage"], run["objective"]): (run["steps"], run["lr"]) for run in runs.to_dict("records")}
+    assert numbers == {
+        ("align", "diva"): (1, 1e-4), ("tune", "none"): (2, 1e-5), ("tune", "dcr"): (2, 1e-5),
+        ("perturb", "perturb-norm"): (2, 1e-5), ("perturb", "perturb-drift"): (2, 1e-5),
+    }  # fmt: skip
+
+
+def test_the_notebook_without_a_preset_compares_all_objectives_of_the_tiny_models(tmp_path):
+    runs = run_notebook(tmp_path, steps=1)
+    assert set(runs["objective"]) == {"none", *COMPARED, "perturb-norm", "perturb-drift"}
+    assert runs[["encoder", "denoiser", "projector", "steps"]].drop_duplicates().values.tolist() == [
+        ["tiny", "tiny", "shipped", 1]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [({"preset": "resnet-dcr"}, "preset='resnet-dcr': expected one of ''"), ({"stage2": {"steps": 1}}, "name one")],
+)
+def test_the_notebook_refuses_a_preset_that_is_not_there_and_settings_of_none(parameters, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run_notebook(tmp_path, **parameters)
