@@ -19,7 +19,7 @@ in [0, 1].
 from diva_lab.evaluation.alignment import recovered_fraction
 from diva_lab.evaluation.clustering import cluster_scores, matched_accuracy
 from diva_lab.evaluation.intervals import bootstrap_mean, paired_t, wilson
-from diva_lab.evaluation.pairs import pair_decisions, read_pairs, score_pairs, summarise
+from diva_lab.evaluation.pairs import compare_pairs, pair_decisions, read_pairs, score_pairs, summarise
 from diva_lab.evaluation.probes import linear_probes
 from diva_lab.evaluation.world import world_pairs, world_report
 from diva_lab.evaluation.zeroshot import class_embeddings, zeroshot_accuracy
@@ -28,6 +28,7 @@ __all__ = [
     "bootstrap_mean",
     "class_embeddings",
     "cluster_scores",
+    "compare_pairs",
     "linear_probes",
     "matched_accuracy",
     "pair_decisions",
