@@ -1,7 +1,7 @@
-"""Image sources: the tiny world, a folder of pictures, webdataset tars; and the augmentation of a batch.
+"""Image sources: the tiny world, a folder, webdataset tars, Hugging Face datasets; and the augmentation of a batch.
 
-A source hands out uint8 pictures [n, 3, px, px]. Which ones come at a step depends on (seed, step) alone, so a resumed
-run sees what the uninterrupted one would have seen.
+A source hands out uint8 pictures [n, 3, px, px]. Which ones come depends on the seed and the position alone, so a
+resumed run sees what the uninterrupted one would have seen. A picture that cannot be read is skipped and listed.
 """
 
 import glob
@@ -10,7 +10,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice
 from pathlib import Path
 
@@ -24,102 +24,198 @@ from torch import Tensor
 from diva_lab.world import World, draw_scenes
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+PATIENCE = 100  # unreadable samples in a row that are taken for a broken source
+
+Sample = tuple[bytes | Path | ValueError, str]  # a picture's file, or why there is none; its name
+Batch = tuple[Tensor, list[tuple[str, str]]]  # pictures; name and reason of what was skipped on the way to them
 
 
-def decode(data: bytes | str | Path, name: str, px: int) -> UInt8[np.ndarray, "px px 3"]:
+class Images:
+    """Endless batches of pictures.
+
+    Attributes:
+        position: samples taken for the batches handed out so far, broken ones included.
+        skipped: name and reason of each broken one among them; may be cleared once it is read.
+    """
+
+    def __init__(self, batches: Iterator[Batch], position: int):
+        self.batches, self.position = batches, position
+        self.skipped: list[tuple[str, str]] = []
+
+    def __iter__(self) -> "Images":
+        return self
+
+    def __next__(self) -> UInt8[Tensor, "n 3 px px"]:
+        images, broken = next(self.batches)
+        self.position += len(images) + len(broken)
+        self.skipped += broken
+        return images
+
+
+def decode(data: bytes | Path | ValueError, px: int) -> UInt8[np.ndarray, "px px 3"]:
     """One picture as RGB, upright, its shorter side resized to `px`, cut at the centre.
 
     Raises:
-        ValueError: if the bytes are no picture that can be read; names `name`.
+        ValueError: if it cannot be read; says why.
     """
+    if isinstance(data, ValueError):
+        raise data
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+        with Image.open(io.BytesIO(data if isinstance(data, bytes) else data.read_bytes())) as image:
             return np.asarray(
                 ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (px, px), Image.Resampling.BICUBIC)
             )
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{name}: not a picture that can be read ({error}); expected a whole {', '.join(SUFFIXES)} file. "
-            "Remove or replace it and start again: nothing done so far is lost"
-        ) from error
+    except Exception as error:  # Pillow's readers let through whatever a broken file makes them raise
+        reason = str(error).partition(" <_io.")[0]  # without an address in memory
+        raise ValueError(f"{type(error).__name__}: {reason}") from error
 
 
 def _tensor(pictures: list[np.ndarray] | np.ndarray) -> UInt8[Tensor, "n 3 px px"]:
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
 
 
-def _world_batches(world: World, n: int, seed: int, first: int, rank: int) -> Iterator[Tensor]:
+def _world_batches(world: World, n: int, seed: int, first: int, rank: int) -> Iterator[Batch]:
     place = (rank,) if rank else ()
-    for step in count(first):
-        yield _tensor(world.render(draw_scenes(n, (world.seed, 40, seed, step, *place))))
+    for step in count(first // n):
+        yield _tensor(world.render(draw_scenes(n, (world.seed, 40, seed, step, *place)))), []
 
 
-def _decoded(samples: Iterator[tuple[bytes | Path, str]], px: int, n: int) -> Iterator[Tensor]:
-    """Batches of `n`, decoded by threads, the next one while the last is used; an unreadable picture is met in turn."""
+def _decoded(samples: Iterator[Sample], px: int, n: int, source: str) -> Iterator[Batch]:
+    """Batches of `n`, decoded by threads, the next one while the last is used."""
+    row: list[tuple[str, str]] = []  # the broken ones since the last readable picture
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        ahead: deque[Future] = deque()
+        ahead = deque((name, pool.submit(decode, data, px)) for data, name in islice(samples, 2 * n))
         while True:
-            while len(ahead) < 2 * n:
-                ahead.append(pool.submit(decode, *next(samples), px))
-            yield _tensor([ahead.popleft().result() for _ in range(n)])
+            pictures, broken = [], []
+            while len(pictures) < n:
+                name, picture = ahead.popleft()
+                data, following = next(samples)
+                ahead.append((following, pool.submit(decode, data, px)))
+                try:
+                    pictures.append(picture.result())
+                    row = []
+                except ValueError as error:
+                    row.append((name, str(error)))
+                    broken.append(row[-1])
+                    if len(row) == PATIENCE:
+                        raise ValueError(
+                            f"images={source!r}: {PATIENCE} samples in a row ({len(set(row))} different ones) cannot "
+                            f"be read, the first is {row[0][0]} ({row[0][1]}); expected whole {', '.join(SUFFIXES)} "
+                            "files. Replace or remove what is broken and start again: nothing done so far is lost"
+                        ) from error
+            yield _tensor(pictures), broken
 
 
-def _own(samples: Iterator, n: int, rank: int, processes: int) -> Iterator:
-    """Of every `processes` batches of `n` samples the one of number `rank`."""
-    return (sample for i, sample in enumerate(samples) if i // n % processes == rank)
+def _order(length: int, seed: int, first: int, rank: int, processes: int) -> Iterator[int]:
+    """Numbers below `length` in a new order each epoch, dealt to the processes in turn; without a process's `first`."""
+    epoch = -1
+    for place in count(first * processes + rank, processes):
+        if place // length != epoch:
+            epoch = place // length
+            order = np.random.default_rng((seed, epoch)).permutation(length)
+        yield order[place % length]
 
 
-def _files(files: list[Path], seed: int, first: int) -> Iterator[tuple[Path, str]]:
-    """The files in a new order each epoch, from the sample number `first` on."""
-    for epoch in count(first // len(files)):
-        order = np.random.default_rng((seed, epoch)).permutation(len(files))
-        for place in order[first % len(files) if epoch == first // len(files) else 0 :]:
-            yield files[place], str(files[place])
-
-
-def _members(shards: list[str], seed: int, first: int, rank: int, processes: int) -> Iterator[tuple[bytes, str]]:
+def _members(shards: list[str], seed: int, first: int, rank: int, processes: int) -> Iterator[Sample]:
     """The pictures in a process's tars, from the sample number `first` on.
 
-    The order of the shards is new each epoch, every process takes its part of it, and the samples are shuffled.
+    The order of the shards is new each epoch, every process takes its part of it, and the samples are shuffled. Of a
+    tar that is cut off what follows the cut counts as one broken sample.
     """
     import webdataset as wds
 
-    def samples() -> Iterator[tuple[bytes, str]]:
+    def read(order: np.ndarray) -> Iterator[Sample]:
+        for tar in (shards[i] for i in order):
+            try:
+                for sample in wds.tarfile_to_samples()([{"url": tar}]):
+                    name = next((key for key in sample if f".{key}".lower().endswith(SUFFIXES)), None)
+                    if name is not None:
+                        yield sample[name], f"{tar}: {sample['__key__']}.{name}"
+            except Exception as error:  # of tarfile, of what unpacks it, of webdataset
+                yield ValueError(f"{type(error).__name__}: not a whole tar"), tar
+
+    def samples() -> Iterator[Sample]:
         for epoch in count():
             order = np.random.default_rng((seed, epoch)).permutation(len(shards))[rank::processes]
-            data = wds.WebDataset([shards[i] for i in order], shardshuffle=False, empty_check=False)
-            found = False
-            for sample in data.shuffle(1000, seed=(seed * 100_003 + epoch) * processes + rank):
-                name = next((key for key in sample if f".{key}".lower().endswith(SUFFIXES)), None)
-                if name is not None:
-                    found = True
-                    yield sample[name], f"{sample['__url__']}: {sample['__key__']}.{name}"
-            if not found:
+            sample = None
+            for sample in wds.shuffle(1000, seed=(seed * 100_003 + epoch) * processes + rank)(read(order)):
+                yield sample
+            if sample is None:
                 raise FileNotFoundError(f"no picture in {', '.join(shards)}; expected members like 000001.jpg")
 
     return islice(samples(), first, None)
 
 
+def _dataset(source: str):
+    """The `datasets.Dataset` that `hf:FOLDER_OR_ID[:SPLIT]` names, only its pictures, not decoded."""
+    import datasets
+    from huggingface_hub import snapshot_download
+
+    name, _, split = source.removeprefix("hf:").partition(":")
+    folder = Path(name).expanduser()
+    try:
+        if not folder.is_dir():
+            folder = Path(snapshot_download(name, repo_type="dataset"))
+    except (OSError, ValueError) as error:  # what the hub's client raises is one of the two
+        raise FileNotFoundError(
+            f"images={source!r}: no folder {name}, and no dataset of this id on the hub or in its cache "
+            f"({type(error).__name__}); fetch it, with network: hf download --repo-type dataset {name}"
+        ) from error
+    saved = any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    try:
+        found = datasets.load_from_disk(folder) if saved else datasets.load_dataset(str(folder))
+    except Exception as error:  # of datasets, of pyarrow, of what reads a card
+        raise ValueError(
+            f"images={source!r}: datasets cannot load {folder} ({type(error).__name__}: {error}); expected what "
+            "Dataset.save_to_disk wrote, parquet files, or a folder of pictures"
+        ) from error
+    splits = found if isinstance(found, dict) else {str(found.split or "train"): found}
+    split = split or (next(iter(splits)) if len(splits) == 1 else "train")
+    if split not in splits:
+        raise ValueError(
+            f"images={source!r}: no split {split!r}; expected one of {', '.join(splits)}, as hf:NAME:SPLIT"
+        )
+    rows = splits[split]
+    column = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
+    if column is None:
+        raise ValueError(f"images={source!r}: only {', '.join(rows.features)}; expected a column of datasets.Image")
+    return rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+
+
+def _cell(row: dict) -> bytes | Path | ValueError:
+    """The file in the only column of a row."""
+    (image,) = row.values()
+    data, path = (image["bytes"], image["path"]) if image else (None, None)
+    return data or (Path(path) if path else ValueError("no picture in this row"))
+
+
 def open_images(
     source: str | Path, px: int, n: int, seed: int, first: int = 0, rank: int = 0, processes: int = 1
-) -> Iterator[UInt8[Tensor, "n 3 px px"]]:
-    """Endless batches of `n` pictures, starting with that of step `first`; each process has its own.
+) -> Images:
+    """Endless batches of `n` pictures, uint8 [n, 3, px, px], from the sample `first` on; each process has its own.
 
     Args:
-        source: `world` or `world:SEED`; a folder, searched at every depth; or webdataset tars as a path, a glob
-            (`cc3m/*.tar`) or a brace range (`cc3m/{0000..0331}.tar`).
+        source: `world` or `world:SEED`; a folder, searched at every depth; webdataset tars as a path, a glob
+            (`cc3m/*.tar`) or a brace range (`cc3m/{0000..0331}.tar`); or `hf:FOLDER_OR_ID[:SPLIT]`, a Hugging Face
+            dataset that was saved to disk, a folder that `datasets.load_dataset` reads, or one of the hub. Its pictures
+            are the first column of type `datasets.Image`, its split is `train` or the only one.
         px: side of the pictures in pixels; the world renders at 32.
+        first: `position` of the process's `Images` when it was left, with the same `n`.
 
     Raises:
-        FileNotFoundError: where there is no such folder or tar, or no picture in it.
-        ValueError: when a picture cannot be read, naming it.
+        FileNotFoundError: where there is no such folder, tar or dataset, or no picture in it.
+        ValueError: for a source that cannot be understood, and when a hundred samples in a row cannot be read.
     """
     source = str(source)
-    if source.partition(":")[0] == "world":
-        if not source.partition(":")[2].isdecimal() and source != "world":
+    kind, _, rest = source.partition(":")
+    if kind == "world":
+        if not rest.isdecimal() and source != "world":
             raise ValueError(f"images={source!r}: expected 'world' or 'world:SEED' with a whole number, as 'world:3'")
-        return _world_batches(World(int(source.partition(":")[2] or 0)), n, seed, first, rank)
-    if source.endswith(".tar"):
+        return Images(_world_batches(World(int(rest or 0)), n, seed, first, rank), first)
+    if kind == "hf":
+        rows = _dataset(source)
+        samples = ((_cell(rows[i]), f"{source}: row {i}") for i in _order(len(rows), seed, first, rank, processes))
+    elif source.endswith(".tar"):
         import braceexpand
 
         shards = [path for part in braceexpand.braceexpand(source) for path in sorted(glob.glob(part))]
@@ -127,14 +223,20 @@ def open_images(
             raise FileNotFoundError(f"images={source!r}: no such tar; expected webdataset shards")
         if len(shards) < processes:
             raise ValueError(f"images={source!r}: {len(shards)} tars for {processes} processes; expected one each")
-        return _decoded(_members(shards, seed, first * n, rank, processes), px, n)
-    folder = Path(source)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"images={source!r}: no such folder; expected 'world', a folder of pictures, or tars")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not files:
-        raise FileNotFoundError(f"images={source!r}: no picture in this folder; expected {', '.join(SUFFIXES)} files")
-    return _decoded(_own(_files(files, seed, first * n * processes), n, rank, processes), px, n)
+        samples = _members(shards, seed, first, rank, processes)
+    else:
+        folder = Path(source)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"images={source!r}: no such folder; expected 'world', a folder of pictures, tars, or 'hf:DATASET'"
+            )
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not files:
+            raise FileNotFoundError(
+                f"images={source!r}: no picture in this folder; expected {', '.join(SUFFIXES)} files"
+            )
+        samples = ((files[i], str(files[i])) for i in _order(len(files), seed, first, rank, processes))
+    return Images(_decoded(samples, px, n, source), first)
 
 
 def augment(

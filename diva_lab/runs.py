@@ -4,7 +4,9 @@
     runs/ID/environment.json   git sha, versions, machine, time
     runs/ID/metrics.jsonl      one line a step: loss, terms, gradients, seconds of training so far
     runs/ID/evaluations.jsonl  what `evaluate` returned, at the steps at which it was asked
-    runs/ID/checkpoint/        the trained weights (safetensors) and the optimizer's state, after `step` steps
+    runs/ID/skipped.jsonl      one line a picture that could not be read: step, name, reason; up to the last checkpoint
+    runs/ID/checkpoint/        the trained weights (safetensors), and after `step` steps the optimizer's state and each
+                               process's position in its pictures
 
 A run's id is made of its settings: asked for twice, a finished run is returned and a killed one goes on.
 """
@@ -16,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -98,8 +101,8 @@ class Run:
         (self.folder / "done").touch()
         return self
 
-    def log(self, kind: str, **values: float | int) -> None:
-        """Append one line to `metrics` or `evaluations`."""
+    def log(self, kind: str, **values: float | int | str) -> None:
+        """Append one line to `metrics`, `evaluations` or `skipped`."""
         with open(self.folder / f"{kind}.jsonl", "a") as file:
             file.write(json.dumps(values) + "\n")
 
@@ -115,13 +118,25 @@ class Run:
         """One row for each time that `evaluate` was asked: step and what it returned."""
         return self._table("evaluations")
 
-    def save(self, step: int, weights: dict[str, torch.Tensor], optimizer: dict, seconds: float) -> None:
+    def skipped(self) -> pd.DataFrame:
+        """One row for each picture that could not be read: step, name, reason."""
+        return self._table("skipped")
+
+    def save(
+        self,
+        step: int,
+        weights: dict[str, torch.Tensor],
+        optimizer: dict,
+        seconds: float,
+        positions: Sequence[int] = (),
+    ) -> None:
         """Write a checkpoint; the old one stays until the new one is whole."""
         new, old = self.folder / "checkpoint.new", self.folder / "checkpoint"
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, new / "weights.safetensors")
-        torch.save({"step": step, "seconds": seconds, "optimizer": optimizer}, new / "optimizer.pt")
+        state = {"step": step, "seconds": seconds, "optimizer": optimizer, "positions": list(positions)}
+        torch.save(state, new / "optimizer.pt")
         aside = self.folder / "checkpoint.old"
         shutil.rmtree(aside, ignore_errors=True)
         if old.exists():
@@ -144,17 +159,18 @@ class Run:
         return load_file(self._checkpoint / "weights.safetensors")
 
     def resume(self) -> dict | None:
-        """The last checkpoint's step, seconds and optimizer state, records cut back to it; None if there is none."""
+        """What `save` was last given but for the weights, records cut back to it; None if there is no checkpoint."""
         if self._checkpoint is None:
-            for kind in ("metrics", "evaluations"):
+            for kind in ("metrics", "skipped", "evaluations"):
                 (self.folder / f"{kind}.jsonl").unlink(missing_ok=True)
             return None
         state = torch.load(self._checkpoint / "optimizer.pt", weights_only=True)
-        for kind, last in (("metrics", state["step"] - 1), ("evaluations", state["step"])):
-            path = self.folder / f"{kind}.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last]
-            path.write_text("".join(f"{line}\n" for line in kept))
+        for kind in ("metrics", "skipped", "evaluations"):
+            path, last = self.folder / f"{kind}.jsonl", state["step"] - (kind != "evaluations")
+            if path.exists():
+                lines = path.read_text().splitlines()
+                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last]
+                path.write_text("".join(f"{line}\n" for line in kept))
         return state
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -42,7 +43,7 @@ class Settings:
 
     Attributes:
         encoder, denoiser: names of the registries, or folders.
-        images: `world`, `world:SEED`, a folder, or webdataset tars.
+        images: `world`, `world:SEED`, a folder, webdataset tars, or `hf:` and a Hugging Face dataset.
         objective: of stage 2; stage 1 reconstructs by `diva`'s loss (DCR's paper; its code runs the full DCR loss), or
             by `genhancer`'s.
         condition: what the denoiser is told of the picture.
@@ -296,7 +297,8 @@ def _train(
     """Minimise the objective over all parameters of encoder and conditioner that ask for a gradient.
 
     Under `accelerate launch` each process takes pictures and draws of its own, gradients are averaged over processes
-    before anything is measured or clipped, and the first process alone writes.
+    before anything is measured or clipped, and the first process alone writes. A checkpoint keeps every process's
+    position in its pictures, because each skips its own broken ones.
     """
     AcceleratorState._reset_state()  # one process may hold runs of different precision, one after the other
     precision = settings.precision
@@ -323,13 +325,14 @@ def _train(
         )
     optimizer = accelerator.prepare(optimizer)
 
-    first, seconds = 0, 0.0
+    first, seconds, positions = 0, 0.0, []
     with accelerator.main_process_first():
         state = run.resume()
     if state is not None:
-        first, seconds = state["step"], state["seconds"]
+        first, seconds, positions = state["step"], state["seconds"], state.get("positions", [])
         optimizer.load_state_dict(state["optimizer"])
         modules.load_state_dict(run.weights(), strict=False)
+    accelerator.wait_for_everyone()  # `resume` cuts records back: nobody writes before all have done it
 
     def watch(step: int) -> None:
         if evaluate is not None and rank == 0:
@@ -341,8 +344,20 @@ def _train(
         return accelerator.reduce(values, "mean") if processes > 1 else values
 
     px = max(encoder.px, denoiser.px)
-    batches = first * settings.accumulate
-    source = open_images(settings.images, px, settings.batch, settings.seed, batches, rank, processes)
+    position = first * settings.accumulate * settings.batch  # where no picture was broken
+    if len(positions) == processes:
+        position = positions[rank]
+    source = open_images(settings.images, px, settings.batch, settings.seed, position, rank, processes)
+    skipped: list[dict] = []  # since the last checkpoint
+
+    def save(step: int) -> None:
+        places, lines = gather_object([source.position]), gather_object(skipped)
+        if rank == 0:
+            for line in lines:
+                run.log("skipped", **line)
+            run.save(step, parameters, optimizer.state_dict(), seconds, places)
+        skipped.clear()
+
     if first == 0:
         watch(0)
     with _progress(settings.steps, first, run.id) as tell:
@@ -385,6 +400,8 @@ def _train(
             if loss != loss:
                 raise FloatingPointError(f"run {run.id}: the loss is not a number at step {step}; try a smaller lr")
             seconds += time.perf_counter() - start
+            skipped += [{"step": step, "name": name, "reason": reason} for name, reason in source.skipped]
+            source.skipped.clear()
             facts = {"loss": loss, **line, "grad_norm": norm.item(), **measure(total), "seconds": seconds}
             if rank == 0:
                 run.log("metrics", step=step, **facts)
@@ -393,10 +410,12 @@ def _train(
             last = done == settings.steps
             if last or (settings.evaluate_every and done % settings.evaluate_every == 0):
                 watch(done)
-            if rank == 0 and (last or (settings.save_every and done % settings.save_every == 0)):
-                run.save(done, parameters, optimizer.state_dict(), seconds)
-    if settings.steps == 0 and rank == 0:
-        run.save(0, parameters, optimizer.state_dict(), seconds)
+            if last or (settings.save_every and done % settings.save_every == 0):
+                save(done)
+    if settings.steps == 0:
+        save(0)
+    if rank == 0 and len(broken := run.skipped()):
+        print(f"{run.id}: {len(broken)} broken pictures were skipped, see {run.folder / 'skipped.jsonl'}", flush=True)
     accelerator.wait_for_everyone()
     return run.finish()
 

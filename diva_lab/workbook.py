@@ -139,14 +139,18 @@ def select(notebooks: Path, only: str | None) -> list[Path]:
 
 
 def locate(images: str) -> str:
-    """`images` as the notebooks can use it: `world[:SEED]` as it is, a folder or tars with an absolute path.
+    """`images` as the notebooks can use it: `world[:SEED]` and a hub id as they are, all else with an absolute path.
 
     Raises:
         FileNotFoundError, ValueError: if there is no picture that can be read; see `diva_lab.images.open_images`.
     """
     from diva_lab.images import open_images
 
-    source = images if images.partition(":")[0] == "world" else str(Path(images).expanduser().absolute())
+    kind, _, rest = images.partition(":")
+    if kind == "hf" and Path(rest.partition(":")[0]).expanduser().is_dir():
+        source = f"hf:{Path(rest).expanduser().absolute()}"
+    else:
+        source = images if kind in ("world", "hf") else str(Path(images).expanduser().absolute())
     next(open_images(source, px=32, n=1, seed=0))
     return source
 
@@ -167,7 +171,9 @@ def _positive(text: str) -> int:
 
 def main(argv: list[str] | None = None, notebooks: Path = NOTEBOOKS) -> int:
     parser = argparse.ArgumentParser(prog="python -m diva_lab.workbook", description=__doc__.split("\n")[0])
-    parser.add_argument("--images", help="folder of pictures, or webdataset tars, to tune on (default: the tiny world)")
+    parser.add_argument(
+        "--images", help="folder of pictures, webdataset tars or hf:DATASET to tune on (default: the tiny world)"
+    )
     parser.add_argument("--seeds", type=_seeds, help="how many seeds to train with, like 3, or which ones, like 0,1,2")
     parser.add_argument("--steps", type=_positive, help="steps of training in each run")
     parser.add_argument("--out", type=Path, help="folder to write (default: runs/ and the time)")

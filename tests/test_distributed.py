@@ -6,11 +6,15 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+from datasets import Dataset, Features
+from datasets import Image as DatasetImage
 from one_step import pictures
 from PIL import Image
 from two_processes import SETTINGS
@@ -34,24 +38,51 @@ def launch(*words: str, timeout: float = 240) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def test_two_processes_step_by_the_average_of_their_gradients(tmp_path, monkeypatch):
-    done = launch(str(tmp_path / "both"))
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> tuple[Run, list[Run], str]:
+    """A run of two processes on tars with broken pictures, what each of them would do alone, what was printed."""
+    root = tmp_path_factory.mktemp("together")
+    (root / "broken.png").write_bytes(b"words")
+    for k, pixels in enumerate(pictures(8)):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(root / "whole.png")
+        with tarfile.open(root / f"{k % 2}.tar", "a") as tar:
+            tar.add(root / "whole.png", f"{k}.png")
+            for copy in range(1 + 2 * (k % 2)):
+                tar.add(root / "broken.png", f"{k}broken{copy}.png")
+    settings = replace(SETTINGS, images=str(root / "{0..1}.tar"))
+    done = launch(str(root / "both"), settings.images)
     assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "both").iterdir()
-    assert list(Run(folder).evaluations()["rank"]) == [0, 0] and len(Run(folder).metrics()) == 1  # one of them writes
+    (folder,) = (root / "both").iterdir()
+    halves = []
+    for rank in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "open_images", lambda *args, rank=rank: open_images(*args[:5], rank, 2))
+            if rank:
+                patch.setattr(training, "generator", lambda *parts: generator(*parts, 1))
+            halves.append(tune(settings, root / str(rank)))
+    return Run(folder), halves, done.stdout
 
-    halves = [tune(SETTINGS, tmp_path / "first")]
-    monkeypatch.setattr(training, "open_images", lambda *args: open_images(*args[:5], 1, 2))
-    monkeypatch.setattr(training, "generator", lambda *parts: generator(*parts, 1))
-    halves.append(tune(SETTINGS, tmp_path / "second"))
+
+def test_two_processes_step_by_the_average_of_their_gradients(together):
+    both, halves, _ = together
+    assert list(both.evaluations()["rank"]) == [0, 0] and len(both.metrics()) == 1  # one of them writes
     before = visual_weights(load_encoder("tiny"))
-    for name, weight in Run(folder).weights().items():
+    for name, weight in both.weights().items():
         start = before[name.removeprefix("encoder.")]
         one, two = (run.weights()[name] - start for run in halves)
         torch.testing.assert_close(weight - start, (one + two) / 2, atol=1e-6, rtol=1e-3)
     losses = [run.metrics()["loss"].item() for run in halves]
     assert losses[0] != losses[1]
-    assert Run(folder).metrics()["loss"].item() == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert both.metrics()["loss"].item() == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+
+def test_what_each_process_skipped_and_where_it_is_are_kept(together):
+    both, halves, printed = together
+    one, two = (run.skipped() for run in halves)
+    assert len(one) != len(two) and set(one["name"]).isdisjoint(two["name"])
+    pd.testing.assert_frame_equal(both.skipped(), pd.concat([one, two], ignore_index=True))
+    assert both.resume()["positions"] == [run.resume()["positions"][0] for run in halves]
+    assert printed.count(f"{len(one) + len(two)} broken pictures were skipped") == 1
 
 
 def test_a_killed_process_ends_the_job_with_an_error(tmp_path):
@@ -70,10 +101,14 @@ def shown(source: str, batches: int, rank: int, processes: int, first: int = 0) 
     return [image.numpy().tobytes() for batch in found for image in batch]
 
 
-@pytest.fixture(scope="module", params=["folder", "tars"])
+@pytest.fixture(scope="module", params=["folder", "tars", "hf"])
 def source(request, tmp_path_factory):
-    """Sixteen pictures, as files of a folder or as four tars."""
+    """Sixteen pictures, as files of a folder, as four tars, or as a Hugging Face dataset."""
     root = tmp_path_factory.mktemp("pictures")
+    if request.param == "hf":
+        found = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in pictures(16)]
+        Dataset.from_dict({"image": found}, Features({"image": DatasetImage()})).save_to_disk(root)
+        return f"hf:{root}"
     for k, pixels in enumerate(pictures(16)):
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         if request.param == "folder":
@@ -97,7 +132,7 @@ def test_an_epoch_of_all_processes_is_every_picture_once(source):
 
 def test_a_process_that_is_resumed_goes_on_where_it_was(source):
     for rank in range(2):
-        assert shown(source, 6, rank, 2)[4:] == shown(source, 4, rank, 2, first=2)
+        assert shown(source, 6, rank, 2)[4:] == shown(source, 4, rank, 2, first=4)
 
 
 def test_the_world_shows_each_process_other_pictures():

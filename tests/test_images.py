@@ -1,14 +1,17 @@
 import io
 import itertools
 import tarfile
+import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
-from diva_lab.images import SUFFIXES, augment, open_images
+from diva_lab.images import PATIENCE, SUFFIXES, augment, open_images
 from diva_lab.world import World
 
 COUNT = 7  # pictures in the folder and in the tars; each has a grey of its own
@@ -19,6 +22,15 @@ def picture(grey: int, size: tuple[int, int] = (24, 20), kind: str = "PNG") -> b
     file = io.BytesIO()
     Image.new("RGB", size, (grey,) * 3).save(file, kind)
     return file.getvalue()
+
+
+def write_dataset(path: Path, files: list[bytes | None], split: str | None = None) -> datasets.Dataset:
+    """A Hugging Face dataset of captions and pictures, saved to disk."""
+    features = datasets.Features({"caption": datasets.Value("string"), "picture": datasets.Image()})
+    cells = [data and {"bytes": data, "path": None} for data in files]
+    made = datasets.Dataset.from_dict({"caption": ["words"] * len(files), "picture": cells}, features, split=split)
+    made.save_to_disk(path)
+    return made
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -41,7 +53,13 @@ def sources(tmp_path_factory) -> dict[str, str]:
     for shard, ks in enumerate((range(4), range(4, COUNT))):
         members = {f"{k:03}.{end}": d for k in ks for end, d in (("png", picture(GREYS[k])), ("txt", b"a caption"))}
         write_tar(root / f"shard-{shard}.tar", members)
-    return {"world": "world:3", "folder": str(root / "folder"), "tar": str(root / "shard-{0..1}.tar")}
+    write_dataset(root / "dataset", [picture(grey) for grey in GREYS])
+    return {
+        "world": "world:3",
+        "folder": str(root / "folder"),
+        "tar": str(root / "shard-{0..1}.tar"),
+        "hf": f"hf:{root / 'dataset'}",
+    }
 
 
 def greys(source: str, batches: int, seed: int = 0, n: int = 3) -> list[int]:
@@ -49,7 +67,7 @@ def greys(source: str, batches: int, seed: int = 0, n: int = 3) -> list[int]:
     return [int(picture.float().mean().round()) for batch in stream for picture in batch]
 
 
-KINDS = pytest.mark.parametrize("kind", ["world", "folder", "tar"])
+KINDS = pytest.mark.parametrize("kind", ["world", "folder", "tar", "hf"])
 
 
 @KINDS
@@ -66,14 +84,17 @@ def test_the_same_seed_and_step_give_the_same_batch_and_another_seed_another(sou
 
 
 @KINDS
-def test_a_stream_that_starts_at_a_later_step_equals_the_one_that_went_on(sources, kind):
-    whole = list(itertools.islice(open_images(sources[kind], 32, 3, seed=4), 9))
-    for first in (1, 4, 7):
-        later = itertools.islice(open_images(sources[kind], 32, 3, 4, first), 9 - first)
-        assert torch.equal(torch.stack(list(later)), torch.stack(whole[first:]))
+def test_a_stream_that_starts_at_a_later_position_equals_the_one_that_went_on(sources, kind):
+    stream = open_images(sources[kind], 32, 3, seed=4)
+    whole, positions = zip(*((next(stream), stream.position) for _ in range(9)), strict=True)
+    assert positions == tuple(range(3, 30, 3)) and stream.skipped == []
+    for step in (1, 4, 7):
+        later = open_images(sources[kind], 32, 3, 4, positions[step - 1])
+        assert torch.equal(torch.stack(list(itertools.islice(later, 9 - step))), torch.stack(whole[step:]))
+        assert later.position == positions[-1]
 
 
-@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize("kind", ["folder", "tar", "hf"])
 def test_each_picture_is_seen_once_an_epoch_in_another_order_each_time(sources, kind):
     seen = np.array(greys(sources[kind], COUNT)).reshape(3, COUNT)  # three epochs
     assert (np.sort(seen) == GREYS).all()
@@ -119,12 +140,112 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
     refused(tmp_path, FileNotFoundError, str(tmp_path), "no picture", *SUFFIXES)
 
 
-@pytest.mark.parametrize("data", [b"", b"words", picture(9, (64, 64), "JPEG")[:-300]], ids=["empty", "text", "cut"])
-def test_an_unreadable_picture_is_named(tmp_path, data):
-    (tmp_path / "broken.jpg").write_bytes(data)
-    refused(tmp_path, ValueError, str(tmp_path / "broken.jpg"), "not a picture")
-    tar = write_tar(tmp_path / "one.tar", {"000.jpg": data})
-    refused(tar, ValueError, "one.tar", "000.jpg", "not a picture")
+BROKEN = {"empty": b"", "text": b"words", "cut": picture(9, (64, 64), "JPEG")[:-300]}
+READABLE = range(8)  # pictures beside the broken ones
+
+
+def with_broken(root: Path, kind: str) -> tuple[str, set[str]]:
+    """A source of readable and of broken pictures, and the names of the broken ones."""
+    files = {f"{k:03}.jpg": picture(GREYS[k % COUNT]) for k in READABLE} | {f"{k}.jpg": d for k, d in BROKEN.items()}
+    if kind == "folder":
+        for name, data in files.items():
+            (root / name).write_bytes(data)
+        (root / "gone.jpg").symlink_to(root / "nowhere")
+        return str(root), {str(root / f"{name}.jpg") for name in (*BROKEN, "gone")}
+    if kind == "tar":
+        tar = write_tar(root / "one.tar", files)
+        cut = write_tar(root / "two.tar", {"cut.jpg": bytes(20_000)})
+        cut.write_bytes(cut.read_bytes()[:9000])
+        return str(root / "*.tar"), {f"{tar}: {name}.jpg" for name in BROKEN} | {str(cut)}
+    write_dataset(root, [*files.values(), None])
+    first = len(READABLE)
+    return f"hf:{root}", {f"hf:{root}: row {first + k}" for k in range(len(BROKEN) + 1)}
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "hf"])
+def test_unreadable_pictures_are_skipped_counted_and_listed(tmp_path, kind):
+    source, names = with_broken(tmp_path, kind)
+    stream, listed, whole = open_images(source, 16, 2, seed=1), [], []
+    for step in range(12):  # three epochs
+        whole.append(next(stream))
+        assert stream.position == 2 * (step + 1) + len(stream.skipped)  # nothing that was only read ahead
+        listed.append((stream.position, list(stream.skipped)))
+    assert {name for name, _ in stream.skipped} == names and 2 * len(names) < len(stream.skipped) <= 4 * len(names)
+    assert all(reason and " at 0x" not in reason for _, reason in stream.skipped)
+    for step in (2, 5, 9):
+        position, before = listed[step - 1]
+        later = open_images(source, 16, 2, 1, position)
+        assert torch.equal(torch.stack(list(itertools.islice(later, 12 - step))), torch.stack(whole[step:]))
+        assert before + later.skipped == stream.skipped and later.position == stream.position
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "hf"])
+def test_a_source_without_one_readable_picture_is_refused_naming_the_first(tmp_path, kind):
+    data = {f"{k}.jpg": b"words" for k in range(3)}
+    if kind == "folder":
+        for name, words in data.items():
+            (tmp_path / name).write_bytes(words)
+    source = {
+        "folder": lambda: str(tmp_path),
+        "tar": lambda: str(write_tar(tmp_path / "one.tar", data)),
+        "hf": lambda: write_dataset(tmp_path, list(data.values())) and f"hf:{tmp_path}",
+    }[kind]()
+    words = (repr(source), f"{PATIENCE} samples in a row (3 different ones)", "UnidentifiedImageError", "start again")
+    refused(source, ValueError, *words, str(tmp_path))
+
+
+def test_a_tar_that_is_none_is_refused(tmp_path):
+    (tmp_path / "one.tar").write_bytes(b"words" * 1000)
+    refused(tmp_path / "one.tar", ValueError, "(1 different ones)", "ReadError: not a whole tar")
+
+
+def test_a_long_row_of_unreadable_pictures_is_refused_and_a_shorter_one_is_not(tmp_path):
+    for broken in ((PATIENCE - 1) // 2, 2 * PATIENCE):  # an epoch's last and the next one's first may make one row
+        folder = tmp_path / str(broken)
+        folder.mkdir()
+        (folder / "whole.png").write_bytes(picture(9))
+        for k in range(broken):
+            (folder / f"{k}.png").write_bytes(b"words")
+    assert len(list(itertools.islice(open_images(tmp_path / "49", 16, 1, seed=0), 10))) == 10
+    with pytest.raises(ValueError, match=f"{PATIENCE} samples in a row"):
+        list(itertools.islice(open_images(tmp_path / "200", 16, 1, seed=0), 3))
+
+
+def test_datasets_that_were_saved_and_folders_that_load_dataset_reads_give_their_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "parquet").mkdir()
+    made = write_dataset(tmp_path / "saved", [picture(grey) for grey in GREYS], split="test")
+    made.to_parquet(tmp_path / "parquet" / "test.parquet")
+    datasets.DatasetDict({"train": made.select(range(3)), "test": made}).save_to_disk(tmp_path / "both")
+    for k, grey in enumerate(GREYS):
+        path = tmp_path / "pictures" / "test" / str(k % 2) / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(grey))
+    whole = greys(f"hf:{tmp_path / 'saved'}", 7)
+    assert sorted(whole) == sorted(3 * GREYS)
+    for name in ("parquet", "saved:test", "both:test"):
+        assert greys(f"hf:{tmp_path / name}", 7) == whole
+    assert sorted(greys(f"hf:{tmp_path / 'pictures'}", 7)) == sorted(whole)
+    assert sorted(greys(f"hf:{tmp_path / 'both'}", 1)) == GREYS[:3]  # its split `train`
+
+
+def test_a_dataset_that_cannot_be_had_is_refused_saying_how_to_fetch_it(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    start = time.monotonic()
+    refused("hf:nobody/nothing", FileNotFoundError, "nobody/nothing", "hf download --repo-type dataset nobody/nothing")
+    refused("hf:no/such/folder", FileNotFoundError, "no folder no/such/folder")
+    assert time.monotonic() - start < 5
+
+
+def test_a_dataset_without_pictures_or_without_the_split_is_refused(tmp_path):
+    datasets.Dataset.from_dict({"caption": ["words"]}).save_to_disk(tmp_path / "words")
+    refused(f"hf:{tmp_path / 'words'}", ValueError, "only caption; expected a column of datasets.Image")
+    write_dataset(tmp_path / "none", [])
+    refused(f"hf:{tmp_path / 'none'}", ValueError, "datasets cannot load", str(tmp_path / "none"))
+    write_dataset(tmp_path / "test", [picture(9)], split="test")
+    refused(f"hf:{tmp_path / 'test'}:val", ValueError, "no split 'val'", "expected one of test")
+    (tmp_path / "empty").mkdir()
+    refused(f"hf:{tmp_path / 'empty'}", ValueError, "datasets cannot load", str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("source", ["world:x", "world:", "world:-1", "world:1.5", "world:²"])

@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import fields, replace
 
 import jaxtyping
@@ -11,6 +12,7 @@ from diva_lab import training
 from diva_lab.conditions import CONDITIONS
 from diva_lab.denoisers import TARGETS, load_denoiser
 from diva_lab.encoders import embed, load_encoder, visual_weights
+from diva_lab.images import Images, open_images
 from diva_lab.objectives import OBJECTIVES, TIMESTEPS
 from diva_lab.runs import Run
 from diva_lab.training import CONTROLS, Settings, align, build_conditioner, perturb, tune, tuned_encoder
@@ -192,6 +194,55 @@ def test_killed_and_resumed_training_equals_the_uninterrupted_one_bit_for_bit(sm
     assert list(whole.metrics()["step"]) == [0, 1, 2, 3, 4]
     assert list(whole.evaluations()["step"]) == [0, 1, 2, 3, 4, 5]
     assert resumed.metrics()["seconds"].is_monotonic_increasing
+
+
+def test_broken_pictures_are_skipped_and_a_resumed_run_still_equals_the_uninterrupted_one(
+    small_settings, folder, tmp_path, capsys
+):
+    pictures = shutil.copytree(folder, tmp_path / "pictures")
+    for k in range(5):
+        (pictures / f"broken{k}.png").write_bytes(b"words")
+    settings = replace(small_settings, steps=5, save_every=2, evaluate_every=1, lr=1e-2, images=str(pictures))
+    settings = replace(settings, objective="diva", accumulate=2)
+    whole = tune(settings, tmp_path / "whole", Watch())
+    skipped = whole.skipped()
+    assert f"{whole.id}: {len(skipped)} broken pictures were skipped" in capsys.readouterr().out
+
+    stream = open_images(pictures, 32, settings.batch, settings.seed)  # the bare source skips the same ones
+    expected = [(step, *found) for step in range(5) for found in skipped_by(stream, settings.accumulate)]
+    assert list(skipped.itertuples(index=False, name=None)) == expected
+    assert skipped["step"].lt(2).any() and skipped["step"].gt(2).any()
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(settings, tmp_path / "killed", Watch(stop=4))
+    killed = Run(tmp_path / "killed" / whole.id)
+    assert list(killed.skipped()["step"]) == [step for step in skipped["step"] if step < 2]
+    killed.log("skipped", step=2, name="met between the records and the checkpoint", reason="")
+    resumed = tune(settings, tmp_path / "killed", Watch())
+    assert same_weights(whole, resumed)
+    same_records(whole, resumed)
+    pd.testing.assert_frame_equal(resumed.skipped(), skipped)
+
+
+def skipped_by(stream: Images, batches: int) -> list[tuple[str, str]]:
+    """What a source skips in its next batches."""
+    before = len(stream.skipped)
+    for _ in range(batches):
+        next(stream)
+    return stream.skipped[before:]
+
+
+def test_a_checkpoint_without_positions_is_resumed_by_its_step(small_settings, folder, tmp_path):
+    settings = replace(small_settings, steps=2, save_every=1, evaluate_every=1, images=str(folder), accumulate=2)
+    whole = tune(settings, tmp_path / "whole", Watch())
+    with pytest.raises(KeyboardInterrupt):
+        tune(settings, tmp_path / "killed", Watch(stop=3))
+    path = tmp_path / "killed" / whole.id / "checkpoint" / "optimizer.pt"
+    state = torch.load(path)
+    assert state.pop("positions") == [settings.accumulate * settings.batch]
+    torch.save(state, path)
+    assert same_weights(whole, tune(settings, tmp_path / "killed", Watch()))
+    assert whole.skipped().empty and not (whole.folder / "skipped.jsonl").exists()
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -7,10 +7,11 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from datasets import Dataset
 from PIL import Image
 
 from diva_lab.runs import Run
-from diva_lab.workbook import COLUMNS, MEASURES, _seeds, declared, main, select, summary
+from diva_lab.workbook import COLUMNS, MEASURES, _seeds, declared, locate, main, select, summary
 from diva_lab.world import DETAILS
 
 
@@ -215,6 +216,10 @@ def test_a_folder_of_pictures_reaches_the_notebooks_by_its_absolute_path(noteboo
     assert main(["--out", "out", "--only", "01", "--images", "photos"], notebooks) == 0
     (settings,) = (tmp_path / "out").glob("*/settings.json")
     assert json.loads(settings.read_text())["images"] == str(tmp_path / "photos")
+    assert locate("world:3") == "world:3"
+    Dataset.from_dict({"image": [Image.new("RGB", (40, 40))]}).save_to_disk(tmp_path / "dataset")
+    for source in ("hf:dataset", "hf:dataset:train"):
+        assert locate(source) == source.replace("dataset", str(tmp_path / "dataset"))
 
 
 def test_a_folder_without_pictures_is_refused(notebooks, tmp_path, capsys):

@@ -1,8 +1,8 @@
-"""One of two processes that train together: `torchrun --nproc-per-node 2 two_processes.py OUT [die]`."""
+"""One of two processes that train together: `torchrun --nproc-per-node 2 two_processes.py OUT IMAGES|die`."""
 
 import os
 import sys
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 
@@ -17,16 +17,18 @@ SETTINGS = Settings(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    settings = SETTINGS
     if "die" in sys.argv:
         settings = training.replace(SETTINGS, steps=50)
         opened = training.open_images
 
         def dying(*args):
-            yield from islice(opened(*args), 3)
-            os._exit(9)
+            source = opened(*args)
+            source.batches = chain(islice(source.batches, 3), map(os._exit, [9]))
+            return source
 
         if os.environ["RANK"] == "1":
             training.open_images = dying
+    else:
+        settings = training.replace(SETTINGS, images=sys.argv[2])
     run = tune(settings, sys.argv[1], evaluate=lambda encoder: {"rank": int(os.environ["RANK"])})
     print(run.id, run.done)

@@ -47,7 +47,7 @@ def gradient_cosines(run: Run, batches: int = 10) -> pd.DataFrame:
     weights = {name.removeprefix("encoder."): w for name, w in run.weights().items() if name.startswith("encoder.")}
     encoder.load_state_dict(weights, strict=False)
     parameters = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
-    first = settings.steps * settings.accumulate
+    first = settings.steps * settings.accumulate * settings.batch
     source = open_images(settings.images, max(encoder.px, denoiser.px), settings.batch, settings.seed, first)
     gradients = []
     for number in range(batches):
