@@ -28,7 +28,7 @@ from diva_lab.evaluation.features import FEATURES, FeatureStore
 from diva_lab.evaluation.image_sets import ImageSet, Place, canonical, read_set
 from diva_lab.evaluation.intervals import bootstrap_mean, wilson
 from diva_lab.evaluation.knn import knn_accuracy
-from diva_lab.evaluation.pairs import score_pairs, summarise
+from diva_lab.evaluation.pairs import TABLE, score_pairs, summarise
 from diva_lab.evaluation.probes import linear_probes
 from diva_lab.evaluation.retrieval import recall_at
 from diva_lab.evaluation.world import world_report
@@ -184,6 +184,11 @@ def open_encoder(name: str | Path, device: torch.device | str = "cpu") -> Encode
     return load_encoder(str(name), device)
 
 
+def _header(path: Path) -> list[str]:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return file.readline().strip().split(",")
+
+
 def folders(root: Path, benchmark: str) -> list[Path]:
     """The folders under a root that a benchmark is meant for; `root` itself where it is one.
 
@@ -199,18 +204,19 @@ def folders(root: Path, benchmark: str) -> list[Path]:
         raise FileNotFoundError(f"--root {root}: no such folder")
 
     def pairs(path: Path) -> bool:
-        return (path / "Questions.csv").is_file()
+        return (path / "Questions.csv").is_file() or path.suffix == ".csv"
 
     def captioned(path: Path) -> bool:
         return any(word in canonical(path.name) for word in ("flickr", "coco"))
 
-    inside = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    tables = [path for path in root.glob("*.csv") if set(TABLE) <= set(_header(path))]
+    inside = sorted([path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")] + tables)
     if name == "mmvp-vlm":
         found = [path for path in (root, *inside) if pairs(path)]
     else:
         found = [path for path in inside if not pairs(path) and captioned(path) == (name == "retrieval")]
     if only:
-        found = [path for path in inside if only in (path.name, canonical(path.name))]
+        found = [path for path in inside if only in (path.name, path.stem, canonical(path.stem))]
     if not found:
         raise FileNotFoundError(f"{root}: no folder {only or 'here'} for {name}; see diva_lab.evaluation.image_sets")
     return found
@@ -257,7 +263,7 @@ def evaluate(
         same |= {"weights": store.fingerprint[:12], "git": facts["git"], "torch": facts["versions"]["torch"]}
         for benchmark, folder in work:
             benchmark = benchmark.partition(":")[0]
-            label = "world" if benchmark == "world" else canonical(folder.name)
+            label = "world" if benchmark == "world" else canonical(folder.stem)
             try:
                 found = list(BENCHMARKS[benchmark](Task(encoder, store, folder, features, seed, strict, pictures)))
             except (ValueError, OSError) as error:

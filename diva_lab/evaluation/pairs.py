@@ -31,6 +31,7 @@ EXPECTED = (
     f"folders {', '.join(map(repr, IMAGE_FOLDERS))}, which holds <type>/<id>.jpg (or .jpeg, .png)"
 )
 
+TABLE = ("image1", "image2", "text1", "text2", "pattern")  # columns of pairs of one's own
 PER_TYPE = 15  # pairs of a type, by which circulating scripts tell the category
 DISPLAY = {name.partition(" ")[0].lower(): name for name in PATTERNS.values()} | {"camera": PATTERNS["viewpoint"]}
 
@@ -49,10 +50,14 @@ def read_pairs(folder: str | Path, strict: bool = False) -> pd.DataFrame:
     type, under its `display_name`. With `strict` the pattern is what the circulating scripts make of it: the k-th type
     for the k-th fifteen pairs, and both pictures are looked for in the folder of the first's type.
 
+    A csv with the columns `TABLE` may stand for the folder: a pair a row, its images relative to the csv.
+
     Raises one error that lists everything wrong with the folder: FileNotFoundError where files are missing and
     nothing else is wrong, ValueError otherwise.
     """
     folder = Path(folder)
+    if folder.suffix == ".csv":
+        return _read_table(folder)
     images = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), None)
     questions, wrong, missing, paths = {}, [], [], {}
     if (folder / "Questions.csv").is_file():
@@ -88,6 +93,26 @@ def read_pairs(folder: str | Path, strict: bool = False) -> pd.DataFrame:
         pairs[f"id_{n}"] = ids
         pairs[f"statement_{n}"] = [questions[i][1] for i in ids]
         pairs[f"image_{n}"] = [paths[i] for i in ids]
+    return pairs
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise ValueError(f"{path}: not a csv in UTF-8: {error}") from error
+    if not set(TABLE) <= set(rows.columns) or rows.empty:
+        raise ValueError(f"{path}: expected rows under {', '.join(TABLE)}; found {len(rows)} under {', '.join(rows)}")
+    pairs = pd.DataFrame({"pattern": rows["pattern"].map(display_name)})
+    for n in (1, 2):
+        pairs[f"id_{n}"] = [2 * k + n for k in range(len(rows))]
+        pairs[f"statement_{n}"] = rows[f"text{n}"]
+        pairs[f"image_{n}"] = [path.parent / name for name in rows[f"image{n}"]]
+    empty = [f"row {k + 1}: an empty cell" for k in range(len(rows)) if not rows.loc[k, list(TABLE)].all()]
+    images = [*pairs["image_1"], *pairs["image_2"]]
+    missing = [f"no image {image}" for image in dict.fromkeys(images) if not image.is_file()]
+    if empty or missing:
+        raise (ValueError if empty else FileNotFoundError)("\n- ".join([f"{path}: found", *empty, *missing]))
     return pairs
 
 

@@ -243,6 +243,40 @@ def test_known_first_words_have_their_display_names(tmp_path):
     assert {"Viewpoint and Perspective", "Own Type"} <= set(read_pairs(folder)["pattern"])
 
 
+# --- pairs of one's own -----------------------------------------------------------------------------------------
+
+
+def own_pairs(root):
+    folder = write_pairs(root / "mmvp", World(), 2, seed=3)
+    rows = read_pairs(folder)
+    table = pd.DataFrame({"image1": rows["image_1"], "image2": rows["image_2"], "pattern": rows["pattern"]})
+    table[["image1", "image2"]] = table[["image1", "image2"]].map(lambda path: path.relative_to(root))
+    table = table.assign(text1=rows["statement_1"], text2=rows["statement_2"], source="mine")
+    table.to_csv(root / "mine.csv", index=False)
+    return table
+
+
+def test_a_table_of_pairs_is_scored_as_the_folder_is(tmp_path):
+    own_pairs(tmp_path)
+    table = evaluate(["tiny"], ["mmvp-vlm"], tmp_path, cache=None).set_index("set")
+    assert table.loc["mine", "value"].tolist() == table.loc["mmvp", "value"].tolist() and len(table.loc["mine"]) == 13
+    assert folders(tmp_path, "mmvp-vlm:mine") == [tmp_path / "mine.csv"]
+
+
+def test_a_table_of_pairs_with_holes_is_refused_with_all_of_them(tmp_path):
+    table = own_pairs(tmp_path)
+    table.loc[2, "text1"], table.loc[4, "image2"] = "", "nowhere.png"
+    table.to_csv(tmp_path / "mine.csv", index=False)
+    with pytest.raises(ValueError, match=r"(?s)row 3: an empty cell.*no image .*nowhere\.png"):
+        read_pairs(tmp_path / "mine.csv")
+    table.drop(columns="pattern").to_csv(tmp_path / "mine.csv", index=False)
+    with pytest.raises(ValueError, match="expected rows under image1, image2, text1, text2, pattern"):
+        read_pairs(tmp_path / "mine.csv")
+    (tmp_path / "mine.csv").write_bytes(b"image1,\xff\xfe")
+    with pytest.raises(ValueError, match="not a csv in UTF-8"):
+        read_pairs(tmp_path / "mine.csv")
+
+
 # --- CIFAR-10 ---------------------------------------------------------------------------------------------------
 
 
