@@ -349,14 +349,25 @@ def compare(
     return rows
 
 
-def measure_step(what: str, scale: str, batch: int, rounds: int, precision: str, compiled: bool) -> dict:
-    """All figures of one step: seconds, ratios to the reference, peak bytes, FLOPs, differences."""
+def measure_step(
+    what: str, scale: str, batch: int, rounds: int, precision: str, compiled: bool, only: Sequence[str] = ()
+) -> dict:
+    """All figures of one step: seconds, ratios to the reference, peak bytes, FLOPs, differences.
+
+    Raises:
+        ValueError: where `only` names no variant; lists them.
+    """
     device = default_device()
     half = precision == "bf16" or (precision == "auto" and fast_bf16(device))
     dtype = torch.bfloat16 if half else torch.float32
     makers = variants(what, scale, device, dtype, batch)
-    made = {name: make() for name, make in makers.items() if compiled or not name.endswith("compiled")}
-    px = made["exact"].encoder.px
+    if unknown := set(only) - set(makers):
+        raise ValueError(f"no variant {', '.join(unknown)}; expected some of: {'; '.join(makers)}")
+    wanted = {"reference", *only} if only else set(makers)
+    made = {
+        name: make() for name, make in makers.items() if name in wanted and (compiled or not name.endswith("compiled"))
+    }
+    px = made["reference"].encoder.px
     world = next(open_images("world", 32, batch, 0))
     images = F.interpolate(world.float(), (px, px)).round().byte().to(device)
     works = {name: partial(variant.step, images) for name, variant in made.items()}
@@ -441,6 +452,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=("auto", "bf16", "no"), default="auto")
     parser.add_argument("--images", default="world", help="input: the source to load from")
     parser.add_argument("--compile", action="store_true", help="compiled variants too, minutes more")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="only these variants and the reference")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args(argv)
@@ -453,7 +465,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.what == "evaluate":
         found |= measure_evaluate(args.scale, args.batch, args.rounds)
     else:
-        found |= measure_step(args.what, args.scale, args.batch, args.rounds, args.precision, args.compile)
+        found |= measure_step(args.what, args.scale, args.batch, args.rounds, args.precision, args.compile, args.only)
     found |= environment()
     print(show(found))
     if args.json:

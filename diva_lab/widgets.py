@@ -27,7 +27,7 @@ def say(text: str) -> None:
 
 def open_pair(pair: pd.Series, px: int = 32) -> UInt8[np.ndarray, "2 px px 3"]:
     """The two pictures of a row of `read_pairs`, brought to `px` by `px`."""
-    return np.stack([decode(pair[name], str(pair[name]), px) for name in ("image_1", "image_2")])
+    return np.stack([decode(pair[name], px) for name in ("image_1", "image_2")])
 
 
 def pair_explorer(

@@ -21,6 +21,14 @@ def test_every_way_to_take_a_step_has_the_references_loss_and_gradients(what, tm
     assert found["variants"]["exact"]["memory"] < 1
 
 
+def test_some_variants_are_chosen_by_name(tmp_path):
+    arguments = ["diva-step", "--batch", "2", "--rounds", "1", "--json", str(tmp_path / "out.json"), "--only"]
+    main([*arguments, "exact"])
+    assert list(json.loads((tmp_path / "out.json").read_text())["variants"]) == ["reference", "exact"]
+    with pytest.raises(ValueError, match="no variant fast; expected some of: reference; exact"):
+        main([*arguments, "fast"])
+
+
 def test_evaluation_gives_the_embeddings_of_a_bare_loop(tmp_path):
     main(["evaluate", "--scale", "small", "--batch", "4", "--rounds", "1", "--json", str(tmp_path / "out.json")])
     assert json.loads((tmp_path / "out.json").read_text())["largest_difference"] < 1e-5
