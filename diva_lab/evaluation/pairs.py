@@ -133,7 +133,7 @@ def score_pairs(encoder, folder: str | Path) -> pd.DataFrame:
     texts = encoder.encode_text([PREFIX + statement for statement in statements]).float().cpu()  # [m, D]
     row = {statement: i for i, statement in enumerate(statements)}
     texts = torch.stack([texts[[row[s] for s in pairs[f"statement_{n}"]]] for n in (1, 2)], dim=1)  # [n, 2, D]
-    images = torch.stack([_embed_files(encoder, pairs[f"image_{n}"]) for n in (1, 2)], dim=1)  # [n, 2, D]
+    images = torch.stack([embed_files(encoder, pairs[f"image_{n}"]) for n in (1, 2)], dim=1)  # [n, 2, D]
     similarity = (texts @ images.transpose(1, 2)).numpy()  # [n, texts, images]
     decisions = pair_decisions(similarity)
     cosines = {f"t{t + 1}i{i + 1}": similarity[:, t, i] for t in (0, 1) for i in (0, 1)}
@@ -141,7 +141,7 @@ def score_pairs(encoder, folder: str | Path) -> pd.DataFrame:
     return pairs[["pattern", "id_1", "id_2"]].assign(**cosines, **chosen)
 
 
-def _embed_files(encoder, paths: Iterable[Path]) -> Float[Tensor, "n d"]:
+def embed_files(encoder, paths: Iterable[Path]) -> Float[Tensor, "n d"]:
     """Embeddings of image files in their own sizes; neighbours of one size share a batch."""
     runs = itertools.groupby(map(_read, paths), key=lambda picture: picture.shape)
     return torch.cat([embed(encoder, torch.stack(list(run)), batch=64) for _, run in runs])
