@@ -22,13 +22,15 @@ import numpy as np
 import pandas as pd
 import torch
 
+from diva_lab.emoji import EMOJI, SETS
 from diva_lab.encoders import Encoder, load_encoder
 from diva_lab.evaluation.clustering import cluster_scores
+from diva_lab.evaluation.emoji import emoji_report
 from diva_lab.evaluation.features import FEATURES, FeatureStore
 from diva_lab.evaluation.image_sets import ImageSet, Place, canonical, read_set
 from diva_lab.evaluation.intervals import bootstrap_mean, wilson
 from diva_lab.evaluation.knn import knn_accuracy
-from diva_lab.evaluation.pairs import TABLE, score_pairs, summarise
+from diva_lab.evaluation.pairs import TABLE, read_pairs, score_pairs, summarise
 from diva_lab.evaluation.probes import linear_probes
 from diva_lab.evaluation.retrieval import recall_at
 from diva_lab.evaluation.world import world_report
@@ -165,6 +167,18 @@ def world(task: Task) -> Iterator[dict]:
             yield _row(metric, value, 3000, *ends, category=category if category not in ("", "mean") else "all")
 
 
+def emoji(task: Task) -> Iterator[dict]:
+    """EmojiPairs, with names (`emoji`, on both sets and on each) and without (`emoji-match`)."""
+    report = emoji_report(task.encoder, seed=task.seed)
+    sizes = read_pairs(EMOJI / next(iter(SETS)))["pattern"].value_counts()
+    for name, value in report.items():
+        if not name.endswith(("/low", "/high")):
+            metric, _, category = name.rpartition("/")
+            n, category = (int(sizes.sum()), "all") if category == "mean" else (int(sizes[category]), category)
+            yield _row(metric, value, n, report[f"{name}/low"], report[f"{name}/high"], 0.25, category)
+
+
+ANYWHERE = ("world", "emoji")  # they ship with the workbook and need no root
 BENCHMARKS: dict[str, Callable[[Task], Iterator[dict]]] = {
     "mmvp-vlm": mmvp_vlm,
     "zero-shot": zero_shot,
@@ -173,6 +187,7 @@ BENCHMARKS: dict[str, Callable[[Task], Iterator[dict]]] = {
     "knn": knn,
     "retrieval": retrieval,
     "world": world,
+    "emoji": emoji,
 }
 
 
@@ -198,7 +213,7 @@ def folders(root: Path, benchmark: str) -> list[Path]:
     name, _, only = benchmark.partition(":")
     if name not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}")
-    if name == "world":
+    if name in ANYWHERE:
         return [root]
     if not root.is_dir():
         raise FileNotFoundError(f"--root {root}: no such folder")
@@ -263,7 +278,7 @@ def evaluate(
         same |= {"weights": store.fingerprint[:12], "git": facts["git"], "torch": facts["versions"]["torch"]}
         for benchmark, folder in work:
             benchmark = benchmark.partition(":")[0]
-            label = "world" if benchmark == "world" else canonical(folder.stem)
+            label = benchmark if benchmark in ANYWHERE else canonical(folder.stem)
             try:
                 found = list(BENCHMARKS[benchmark](Task(encoder, store, folder, features, seed, strict, pictures)))
             except (ValueError, OSError) as error:

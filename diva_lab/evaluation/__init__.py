@@ -2,6 +2,7 @@
 
     intervals.py    what a score is worth: Wilson, bootstrap within groups, paired t over seeds
     pairs.py        MMVP-VLM by its published rule                            (P-Ability)
+    emoji.py        EmojiPairs: that rule on real drawings, and a match of pictures to pictures   (P-Ability)
     probes.py       linear probes of each detail on the global embedding      (P-Ability)
     zeroshot.py     zero-shot classification                                  (D-Ability)
     clustering.py   k-means: NMI, ACC, ARI                                    (D-Ability)
@@ -18,6 +19,7 @@ in [0, 1].
 
 from diva_lab.evaluation.alignment import recovered_fraction
 from diva_lab.evaluation.clustering import cluster_scores, matched_accuracy
+from diva_lab.evaluation.emoji import emoji_report, match_pairs
 from diva_lab.evaluation.intervals import bootstrap_mean, paired_t, wilson
 from diva_lab.evaluation.pairs import compare_pairs, pair_decisions, read_pairs, score_pairs, summarise
 from diva_lab.evaluation.probes import linear_probes
@@ -29,7 +31,9 @@ __all__ = [
     "class_embeddings",
     "cluster_scores",
     "compare_pairs",
+    "emoji_report",
     "linear_probes",
+    "match_pairs",
     "matched_accuracy",
     "pair_decisions",
     "paired_t",

@@ -184,7 +184,7 @@ def score_pairs(
         strict: as `read_pairs`.
     """
     pairs = read_pairs(folder, strict)
-    features = features or (lambda files: _embed_files(encoder, files))
+    features = features or (lambda files: embed_files(encoder, files))
     statements = sorted({*pairs["statement_1"], *pairs["statement_2"]})
     texts = encoder.encode_text([PREFIX + statement for statement in statements]).float().cpu()  # [m, D]
     row = {statement: i for i, statement in enumerate(statements)}
@@ -197,7 +197,7 @@ def score_pairs(
     return pairs[["pattern", "id_1", "id_2"]].assign(**cosines, **chosen)
 
 
-def _embed_files(encoder, paths: Iterable[Path]) -> Float[Tensor, "n d"]:
+def embed_files(encoder, paths: Iterable[Path]) -> Float[Tensor, "n d"]:
     """Embeddings of image files in their own sizes; neighbours of one size share a batch."""
     runs = itertools.groupby(map(_read, paths), key=lambda picture: picture.shape)
     return torch.cat([embed(encoder, torch.stack(list(run)), batch=64) for _, run in runs])

@@ -37,7 +37,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(root):
-    return evaluate(["tiny"], [name for name in BENCHMARKS if name != "world"], root, cache=None)
+    return evaluate(["tiny"], [name for name in BENCHMARKS if name != "world"], root, cache=None)  # that one is slow
 
 
 def value(table, benchmark, metric, category="all"):
@@ -81,6 +81,12 @@ def test_the_values_are_those_of_the_benchmarks_own_code(root, table):
         b, torch.tensor(train.labels), a, torch.tensor(test.labels)
     )
     assert value(table, "zero-shot", "top-1").chance == pytest.approx(1 / 3)
+
+
+def test_emoji_names_are_beyond_the_tiny_clip_and_the_table_says_so(table):
+    words, match = value(table, "emoji", "emoji"), value(table, "emoji", "emoji-match")
+    assert words.note == "not above chance" and match.note == "" and words.n == match.n >= 200
+    assert table[table.metric == "emoji-match"].query("category != 'all'").n.sum() == match.n
 
 
 def test_clustering_agrees_with_scikit_learn(root, table):

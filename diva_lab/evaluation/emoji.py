@@ -1,0 +1,76 @@
+"""EmojiPairs: what an encoder tells apart in real drawings, with words and without.
+
+Two sets of emoji draw the same minimal pairs (see `diva_lab.emoji`). With words: MMVP-VLM's rule on each set alone.
+Without: are the two members of a pair matched to themselves across the sets? No text tower is asked, so that what the
+eye has lost and what the words never said are told apart.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from diva_lab.emoji import EMOJI, SETS
+from diva_lab.evaluation.intervals import bootstrap_mean
+from diva_lab.evaluation.pairs import embed_files, pair_decisions, read_pairs, score_pairs, summarise
+
+
+@torch.no_grad()
+def match_pairs(encoder, first: str | Path, second: str | Path) -> pd.DataFrame:
+    """Match the members of each pair in the folder `first` to their counterparts in `second`, by pictures alone.
+
+    With a_i and b_i the unit embeddings of member i in the two folders, a_1 chooses b_1 where a_1·b_1 > a_1·b_2, a_2
+    chooses b_2 where a_2·b_2 >= a_2·b_1 (`pair_decisions`: a tie counts for member 2), and a pair is correct if both
+    choose their own. Independent random similarities score .25; an encoder to which a_1 and a_2 look alike scores
+    less, since both then choose the same picture.
+
+    Returns one row a pair, to be summarised: pattern, id_1, id_2, the cosines a1b1, a1b2, a2b1, a2b2, correct, tie,
+    image_to_text, here the same rule from `second` to `first`, and group, right both ways. Raises ValueError unless
+    both folders (see `read_pairs`) hold the same ids, patterns and statements.
+    """
+    pairs, others = read_pairs(first), read_pairs(second)
+    columns = ["pattern", "id_1", "id_2", "statement_1", "statement_2"]
+    if not pairs[columns].equals(others[columns]):
+        raise ValueError(f"{first} and {second} do not hold the same pairs")
+    a, b = (
+        torch.stack([embed_files(encoder, table[f"image_{n}"]) for n in (1, 2)], dim=1)  # [n, 2, D]
+        for table in (pairs, others)
+    )
+    similarity = (a @ b.transpose(1, 2)).numpy()  # [n, members of first, members of second]
+    decisions = pair_decisions(similarity)
+    cosines = {f"a{i + 1}b{j + 1}": similarity[:, i, j] for i in (0, 1) for j in (0, 1)}
+    chosen = {key: decisions[key] for key in ("correct", "tie", "image_to_text", "group")}
+    return pairs[["pattern", "id_1", "id_2"]].assign(**cosines, **chosen)
+
+
+def emoji_report(encoder, folder: str | Path = EMOJI, seed: int = 0) -> dict[str, float]:
+    """Both scores of `encoder` on EmojiPairs, as one flat record of fractions in [0, 1].
+
+    Args:
+        encoder: anything that `diva_lab.encoders.embed` takes and that has `encode_text`.
+        folder: holds both sets, `folder`/noto and `folder`/twemoji.
+        seed: of the bootstrap.
+
+    Returns:
+        "emoji/<set>/<pattern>" and "emoji/<set>/mean" for the two sets: names to pictures, MMVP-VLM's rule;
+        "emoji/<pattern>" and "emoji/mean": their average over the sets;
+        "emoji-match/<pattern>" and "emoji-match/mean": pictures to pictures, from noto to twemoji (`match_pairs`).
+        Each with "/low" and "/high" (95 %): Wilson's for a pattern of one set and of the match, otherwise bootstrap
+        over the pairs, a pair's two drawings kept together.
+    """
+    scores = {name: score_pairs(encoder, Path(folder) / name) for name in SETS}
+    reports = {f"emoji/{name}": summarise(table, seed=seed) for name, table in scores.items()}
+    reports["emoji-match"] = summarise(match_pairs(encoder, *(Path(folder) / name for name in SETS)), seed=seed)
+
+    patterns = next(iter(scores.values()))["pattern"]
+    correct = pd.Series(np.mean([table["correct"] for table in scores.values()], axis=0))  # 0, 1/2 or 1
+    groups = {name: [group.to_numpy()] for name, group in correct.groupby(patterns, sort=False)}
+    groups["mean"] = [group for (group,) in groups.values()]
+    reports["emoji"] = {}
+    for name, members in groups.items():
+        low, high = bootstrap_mean(members, seed=seed)
+        mean = float(np.mean([group.mean() for group in members]))
+        reports["emoji"] |= {name: mean, f"{name}/low": low, f"{name}/high": high}
+    names = [f"{name}{end}" for name in groups for end in ("", "/low", "/high")]
+    return {f"{prefix}/{name}": report[name] for prefix, report in reports.items() for name in names}
