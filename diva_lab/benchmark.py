@@ -298,6 +298,7 @@ def variants(
 
     def variant(loss: Callable, levers: Sequence[str] = tuple(LEVERS), fused: bool = True, **changes) -> Variant:
         own = [copy.deepcopy(module) for module in (encoder, conditioner)]
+        own[0].model.visual.set_grad_checkpointing(changes.get("rows", 0) > 0)  # as the training does
         parts = {part: copy.deepcopy(getattr(denoiser, part)) for part in PARTS}
         frozen = StableDiffusion(**parts, levers=levers).to(device)
         nn.Module.to(frozen.network, dtype)
@@ -312,6 +313,7 @@ def variants(
     if what == "dcr-step":
         made["exact, row by row"] = partial(variant, ours, rows=1)
         made["exact, two rows at a time"] = partial(variant, ours, rows=2)
+        made["exact, three rows at a time"] = partial(variant, ours, rows=3)
         made["sampled, K = 4"] = partial(variant, ours, negatives=4)
         made["no gradient through negatives"] = partial(variant, ours, negative_gradient=False)
         for name in LEVERS:

@@ -6,6 +6,7 @@
 Every draw of a step depends on (seed, step) alone, so a killed run goes on to the same bits on one machine.
 """
 
+import atexit
 import hashlib
 import math
 import sys
@@ -20,7 +21,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 from diva_lab.conditions import CONDITIONS, PROJECTIONS, Conditioner
@@ -60,7 +61,8 @@ class Settings:
         tau: temperature of both contrasts.
         target: DCR's ground truth, `noise` (paper) or `velocity` (released code).
         denominator: of DCR's softmax, `shared` (published) or `own`.
-        rows: noisy latents that DCR takes at a time, 0 for all; 1 needs the least memory. The result is the same.
+        rows: noisy latents that DCR takes at a time, 0 for all; 1 needs the least memory, and the encoder's blocks are
+            then computed again in the backward pass. The result is the same.
         negatives: other pictures that DCR contrasts each with, drawn anew each step; 0 for all (published).
         negative_gradient: whether it flows through DCR's negatives (published).
         flips: in the augmentation.
@@ -176,6 +178,7 @@ def build_encoder(settings: Settings, device: torch.device | str = "cpu") -> Enc
     """The encoder, its visual tower open for training as the settings say."""
     encoder = load_encoder(settings.encoder, device)
     make_trainable(encoder, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed)
+    encoder.model.visual.set_grad_checkpointing(settings.rows > 0)  # by rows, it is the encoder that holds most
     return encoder.to(device)
 
 
@@ -418,6 +421,13 @@ def _train(
         print(f"{run.id}: {len(broken)} broken pictures were skipped, see {run.folder / 'skipped.jsonl'}", flush=True)
     accelerator.wait_for_everyone()
     return run.finish()
+
+
+@atexit.register
+def _leave() -> None:
+    """End the process group: left to the interpreter's end, its threads may abort a process that has done its work."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _portable(settings: Settings) -> dict:
