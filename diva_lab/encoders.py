@@ -308,11 +308,13 @@ def embed(encoder: Encoder, images: UInt8[Tensor, "n 3 h w"], batch: int = 256) 
 # --- what is trained --------------------------------------------------------------------------------------------
 
 
-def make_trainable(encoder: Encoder, rank: int = 16, alpha: float = 16, dropout: float = 0.1, seed: int = 0) -> None:
+def make_trainable(
+    encoder: Encoder, rank: int = 16, alpha: float = 16, dropout: float = 0.1, seed: int = 0, bias: bool = True
+) -> None:
     """Open the visual tower for training, in place: LoRA of `rank` on every linear layer, or all weights if 0.
 
-    LoRA as DCR has it (r = 16, alpha = 16, dropout = .1, no biases): q, k, v, out, both MLP layers and the final
-    projection. The text tower stays frozen.
+    LoRA as DCR has it (r = 16, alpha = 16, dropout = .1): q, k, v, out, both MLP layers and the final projection; with
+    `bias` the biases of these layers too (peft's `lora_only`). The text tower stays frozen.
     """
     if rank == 0:
         encoder.model.visual.requires_grad_(True)
@@ -323,13 +325,14 @@ def make_trainable(encoder: Encoder, rank: int = 16, alpha: float = 16, dropout:
         for name, module in encoder.named_modules()
         if isinstance(module, nn.Linear) and (name == "proj" or name.startswith("model.visual."))
     ]
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")
+    kind = "lora_only" if bias else "none"
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias=kind)
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # LoRA's A is drawn from the global generator
         inject_adapter_in_model(config, encoder)
     encoder.eval()  # new layers come in training mode
     for name, p in encoder.named_parameters():
-        p.requires_grad_("lora_" in name)
+        p.requires_grad_("lora_" in name or (bias and name.endswith("base_layer.bias")))
 
 
 def merge_lora(encoder: Encoder) -> Encoder:
@@ -355,3 +358,20 @@ def block_of(name: str) -> str:
     if found := re.search(r"blocks\.(\d+)\.", name):
         return f"block{found.group(1)}"
     return "head" if re.search(r"ln_post|trunk\.norm|proj\b|head|attn_pool", name) else "stem"
+
+
+KINDS = {  # of layers: name -> pattern of their parameters' names, open_clip's and timm's; the first that fits
+    "norm": r"\.ln_|norm",
+    "embedding": r"conv1|class_embedding|pos|patch_embed|cls_token|latent",
+    "q": r"\.q(_proj)?\.",
+    "k": r"\.k(_proj)?\.",
+    "v": r"\.v(_proj)?\.",
+    "out": r"out_proj|attn(_pool)?\.proj",
+    "fc1": r"c_fc|fc1",
+    "fc2": r"c_proj|fc2",
+}
+
+
+def kind_of(name: str) -> str:
+    """The kind of layer that a parameter belongs to: a key of `KINDS`, or `projection` for the last one."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "projection")

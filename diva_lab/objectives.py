@@ -54,17 +54,48 @@ def dcr_loss(
     Raises:
         ValueError: for another `denominator`.
     """
-    if denominator not in ("shared", "own"):
-        raise ValueError(f"unknown denominator {denominator!r}; expected shared or own")
+    positives, negatives = _scores(rows, augmented, truth, tau)
+    return _denominators(positives, negatives, denominator).logsumexp(2).mean(1) - positives.mean(1)
+
+
+def _scores(rows: Tensor, augmented: Tensor, truth: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """s(a, .) / tau of the positives, view and truth [b, 2], and of the negatives [b, m - 1], in float32 at least."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     rows, augmented, truth = (F.normalize(x.to(dtype), dim=-1) for x in (rows, augmented, truth))
     anchor = rows[:, 0]  # [b, d]
-    negatives = (anchor[:, None] * rows[:, 1:]).sum(2) / tau  # [b, m - 1], in float32 as above
-    positives = torch.stack([(anchor * augmented).sum(1), (anchor * truth).sum(1)], dim=1) / tau  # [b, 2]
+    negatives = (anchor[:, None] * rows[:, 1:]).sum(2) / tau  # in float32 as above
+    return torch.stack([(anchor * augmented).sum(1), (anchor * truth).sum(1)], dim=1) / tau, negatives
+
+
+def _denominators(positives: Tensor, negatives: Tensor, denominator: str) -> Tensor:
+    """The scores that each denominator sums, [b, r, m + 1]: r = 1 shared one, or one a positive, the other at -inf."""
     if denominator == "shared":
-        return torch.cat([positives, negatives], dim=1).logsumexp(1) - positives.mean(1)
-    each = torch.cat([positives[:, :, None], negatives[:, None].expand(-1, 2, -1)], dim=2)  # [b, 2, m]
-    return (each.logsumexp(2) - positives).mean(1)
+        return torch.cat([positives, negatives], dim=1)[:, None]
+    if denominator == "own":
+        other = torch.eye(2, device=positives.device).log()  # 0 on the diagonal, -inf off it
+        return torch.cat([positives[:, None] + other, negatives[:, None].expand(-1, 2, -1)], dim=2)
+    raise ValueError(f"unknown denominator {denominator!r}; expected shared or own")
+
+
+def dcr_parts(
+    rows: Float[Tensor, "b m d"],
+    augmented: Float[Tensor, "b d"],
+    truth: Float[Tensor, "b d"],
+    tau: float = 0.1,
+    denominator: str = "shared",
+) -> Float[Tensor, "b 3"]:
+    """`dcr_loss` as three terms: the pull to the truth, the pull to the augmented view, the push from the negatives.
+
+    log sum_q exp(z_q) = sum_q pi_q (z_q - log pi_q) with pi the softmax of z. Each score z_q = s(a, q) / tau keeps its
+    own summand, less the positives' -z_p / 2, and pi is held fixed in the backward pass. So the three sum to the loss,
+    and their gradients, each that of the loss through its own scores alone, to the loss's gradient.
+    """
+    positives, negatives = _scores(rows, augmented, truth, tau)
+    each = _denominators(positives, negatives, denominator)  # [b, r, 2 + m - 1]
+    share = each.detach().softmax(2)
+    summands = (share * (each.nan_to_num(neginf=0.0) - share.clamp_min(1e-38).log())).mean(1)
+    pulls = summands[:, :2] - positives / 2  # [b, 2]: view, truth
+    return torch.stack([pulls[:, 1], pulls[:, 0], summands[:, 2:].sum(1)], dim=1)
 
 
 def dcr_chance(b: int, truth_cosine: float, tau: float = 0.1) -> float:
@@ -128,16 +159,42 @@ TIMESTEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # from a uniform a
 }
 
 
+def timestep_weights(kind: str) -> Tensor | None:
+    """Relative weights of equal parts of the timesteps, from `0,0,1,3`; None for a key of `TIMESTEPS`.
+
+    Raises:
+        ValueError: for what is neither, names the known ones.
+    """
+    if kind in TIMESTEPS:
+        return None
+    try:
+        weights = torch.tensor([float(number) for number in kind.split(",")])
+        if (weights >= 0).all() and 0 < weights.sum() < float("inf"):
+            return weights
+    except ValueError:
+        pass
+    raise ValueError(
+        f"unknown timesteps {kind!r}; expected one of {', '.join(TIMESTEPS)}, or weights of equal parts of all "
+        "timesteps as '0,0,1,3'"
+    )
+
+
 def draw_timesteps(kind: str, b: int, timesteps: int, generator: torch.Generator) -> Int[Tensor, " b"]:
-    """`b` timesteps in [0, timesteps).
+    """`b` timesteps in [0, timesteps), drawn by a key of `TIMESTEPS` or by `timestep_weights`.
 
     Raises:
         ValueError: for an unknown `kind`; lists the known ones.
     """
-    if kind not in TIMESTEPS:
-        raise ValueError(f"unknown timesteps {kind!r}; expected one of {', '.join(TIMESTEPS)}")
+    weights = timestep_weights(kind)
     u, z = torch.rand(b, generator=generator), torch.randn(b, generator=generator)
-    return (TIMESTEPS[kind](u, z) * timesteps).long().clamp(0, timesteps - 1)
+    if weights is None:
+        share = TIMESTEPS[kind](u, z)
+    else:
+        upper = weights.cumsum(0) / weights.sum()
+        part = torch.searchsorted(upper, u, right=True).clamp(max=len(weights) - 1)
+        width = weights[part] / weights.sum()
+        share = (part + 1 - (upper[part] - u) / width.clamp_min(1e-12)) / len(weights)
+    return (share * timesteps).long().clamp(0, timesteps - 1)
 
 
 # --- the objectives ---------------------------------------------------------------------------------------------
@@ -205,12 +262,13 @@ def naive(step: Step) -> dict[str, Tensor]:
     return contrastive(step) | diva(step)
 
 
-def dcr(step: Step) -> dict[str, Tensor]:
+def dcr(step: Step, guided: bool = False) -> dict[str, Tensor]:
     """DCR: contrast the predictions for one noisy latent under all pictures' conditions; b^2 + b evaluations.
 
     L_i reads the noisy latent of image i alone, so `settings.rows` of them are taken at a time, forward and backward as
     far as the conditions. Approximations, off by default: `settings.negatives` of the other pictures, drawn anew for
-    each, in place of all; without `settings.negative_gradient` none flows through them.
+    each, in place of all; without `settings.negative_gradient` none flows through them. With `settings.parts` the loss
+    comes as the three terms of `dcr_parts`.
     """
     settings, b = step.settings, len(step.images)
     x0 = step.latents()
@@ -219,12 +277,16 @@ def dcr(step: Step) -> dict[str, Tensor]:
     c_augmented = step.condition(step.encode(step.augment(step.images)))
     truth = step.denoiser.target(settings.target, x0, noise, t).flatten(1)
     others = draw_others(b, settings.negatives or b - 1, step.generator).to(c.device)
+    common = torch.zeros_like(truth)
+    if guided:
+        with torch.no_grad():
+            common = step.denoiser.predict(x_t, t, step.denoiser.empty.expand(b, -1, -1)).flatten(1)
 
     def predict(rows: slice, contexts: Tensor) -> Tensor:
         predicted = step.denoiser.predict(x_t[rows], t[rows], contexts.flatten(0, 1))
-        return predicted.flatten(1).unflatten(0, contexts.shape[:2])
+        return predicted.flatten(1).unflatten(0, contexts.shape[:2]) - common[rows, None]
 
-    def loss(rows: slice, own: Tensor, negatives: Tensor) -> Tensor:
+    def loss(rows: slice, own: Tensor, negatives: Tensor, form: Callable = dcr_loss) -> Tensor:
         if negatives.requires_grad:
             predicted = predict(rows, torch.cat([own, negatives], dim=1))
         else:
@@ -232,17 +294,32 @@ def dcr(step: Step) -> dict[str, Tensor]:
                 fixed = predict(rows, negatives)
             predicted = torch.cat([predict(rows, own), fixed], dim=1)
         kept = torch.cat([predicted[:, :1], predicted[:, 2:]], dim=1)
-        return dcr_loss(kept, predicted[:, 1], truth[rows], settings.tau, settings.denominator)
+        return form(kept, predicted[:, 1], (truth - common)[rows], settings.tau, settings.denominator)
 
+    own = torch.stack([c, c_augmented], dim=1)
     negatives = (c if settings.negative_gradient else c.detach())[others]  # [b, k, l, c]
-    return {"dcr": by_rows(loss, settings.rows, torch.stack([c, c_augmented], dim=1), negatives)}
+    if settings.parts:
+        return dict(zip(PARTS, loss(slice(None), own, negatives, dcr_parts).unbind(1), strict=True))
+    return {"dcr": by_rows(loss, settings.rows, own, negatives)}
 
 
+def dcr_guidance(step: Step) -> dict[str, Tensor]:
+    """Ours: DCR on what the *condition* contributes, not on the noise that all predictions share.
+
+    The prediction under the empty prompt, without gradient, is subtracted from anchor, positives and negatives before
+    they are normalised: the direction of classifier-free guidance. Raw predictions for one noisy latent have cosines
+    near 1 whatever the condition, which leaves a softmax at tau = .1 flat. b^2 + 2b evaluations.
+    """
+    return dcr(step, guided=True)
+
+
+PARTS = ("truth", "view", "push")  # DCR's terms, in the order of `dcr_parts`
 OBJECTIVES: dict[str, Callable[[Step], dict[str, Tensor]]] = {
     "diva": diva,
     "contrastive": contrastive,
     "naive": naive,
     "dcr": dcr,
+    "dcr-guidance": dcr_guidance,
     "genhancer": genhancer,
 }
 COMPARED = ("diva", "contrastive", "naive", "dcr")  # in the shipped results: those that share one denoiser

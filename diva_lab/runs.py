@@ -4,6 +4,7 @@
     runs/ID/environment.json   git sha, versions, machine, time
     runs/ID/metrics.jsonl      one line a step: loss, terms, gradients, seconds of training so far
     runs/ID/evaluations.jsonl  what `evaluate` returned, at the steps at which it was asked
+    runs/ID/probes.jsonl       what `probe` returned, at the same steps: one line a measure
     runs/ID/skipped.jsonl      one line a picture that could not be read: step, name, reason; up to the last checkpoint
     runs/ID/checkpoint/        the trained weights (safetensors), and after `step` steps the optimizer's state and each
                                process's position in its pictures
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
 RUNS = Path(os.environ.get("DIVA_LAB_RUNS", ROOT / "runs"))
 CACHE = Path(os.environ.get("DIVA_LAB_CACHE", Path.home() / ".cache" / "diva-lab"))
+RECORDS = {"metrics": 1, "skipped": 1, "evaluations": 0, "probes": 0}  # kind -> its last step less the checkpoint's
 PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "accelerate", "peft", "numpy")
 
 
@@ -56,6 +58,10 @@ def environment() -> dict:
     }
 
 
+def _text(settings: dict) -> str:
+    return json.dumps(settings, indent=1, sort_keys=True)
+
+
 @dataclass(frozen=True)
 class Run:
     """One run's folder. `settings` are those of the stage, and the key `stage` names it."""
@@ -63,16 +69,20 @@ class Run:
     folder: Path
 
     @classmethod
+    def at(cls, settings: dict, root: str | Path = RUNS) -> "Run":
+        """Where the run of these settings lies under `root`, made or not."""
+        name = [settings[key] for key in ("stage", "objective") if settings.get(key)]
+        digest = hashlib.sha256(_text(settings).encode()).hexdigest()[:8]
+        return cls(Path(root) / "-".join([*name, f"s{settings['seed']}", digest]))
+
+    @classmethod
     def open(cls, settings: dict, root: str | Path = RUNS) -> "Run":
         """The run of these settings under `root`, its folder made if there is none yet."""
-        text = json.dumps(settings, indent=1, sort_keys=True)
-        name = [settings[key] for key in ("stage", "objective") if settings.get(key)]
-        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        run = cls(Path(root) / "-".join([*name, f"s{settings['seed']}", digest]))
+        run = cls.at(settings, root)
         if not (run.folder / "settings.json").exists():
             run.folder.mkdir(parents=True, exist_ok=True)
             (run.folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
-            (run.folder / "settings.json").write_text(text + "\n")
+            (run.folder / "settings.json").write_text(_text(settings) + "\n")
         return run
 
     @property
@@ -102,7 +112,7 @@ class Run:
         return self
 
     def log(self, kind: str, **values: float | int | str) -> None:
-        """Append one line to `metrics`, `evaluations` or `skipped`."""
+        """Append one line to `metrics`, `evaluations`, `probes` or `skipped`."""
         with open(self.folder / f"{kind}.jsonl", "a") as file:
             file.write(json.dumps(values) + "\n")
 
@@ -117,6 +127,10 @@ class Run:
     def evaluations(self) -> pd.DataFrame:
         """One row for each time that `evaluate` was asked: step and what it returned."""
         return self._table("evaluations")
+
+    def probes(self) -> pd.DataFrame:
+        """One row for each measure and time that `probe` was asked: step and what it returned."""
+        return self._table("probes")
 
     def skipped(self) -> pd.DataFrame:
         """One row for each picture that could not be read: step, name, reason."""
@@ -161,12 +175,12 @@ class Run:
     def resume(self) -> dict | None:
         """What `save` was last given but for the weights, records cut back to it; None if there is no checkpoint."""
         if self._checkpoint is None:
-            for kind in ("metrics", "skipped", "evaluations"):
+            for kind in RECORDS:
                 (self.folder / f"{kind}.jsonl").unlink(missing_ok=True)
             return None
         state = torch.load(self._checkpoint / "optimizer.pt", weights_only=True)
-        for kind in ("metrics", "skipped", "evaluations"):
-            path, last = self.folder / f"{kind}.jsonl", state["step"] - (kind != "evaluations")
+        for kind, behind in RECORDS.items():
+            path, last = self.folder / f"{kind}.jsonl", state["step"] - behind
             if path.exists():
                 lines = path.read_text().splitlines()
                 kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last]

@@ -1,44 +1,80 @@
 """The results that ship: converged projectors, then every objective and control over several seeds.
 
     python -m diva_lab.study projectors       stage 1 to its plateau, for each condition -> data/tiny/projectors
-    python -m diva_lab.study rates            a learning rate for each objective, on pairs that are not reported
-    python -m diva_lab.study objectives       objectives and controls, paired over seeds -> data/results/objectives.csv
-    python -m diva_lab.study approximations   DCR's, against exact DCR -> data/results/approximations.csv
+    python -m diva_lab.study run [ROW ...]    rows of `ROWS`: a learning rate for each, then its seeds
+    python -m diva_lab.study collect          tables of all that has been run -> data/results
+    python -m diva_lab.study theory           both sides of the two theorems -> data/results/theory_*.csv
     python -m diva_lab.study table            the README's table of results, from objectives.csv
 
-Without a part, all of them. Each goes on where it was stopped: its runs are kept under runs/study.
+Without a part, all but the first. Each goes on where it was stopped: runs are kept under runs/study. What has not been
+run is missing from the tables, and named in data/results/missing.csv.
 """
 
 import argparse
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
+from diva_lab.encoders import Encoder, embed
 from diva_lab.evaluation.alignment import alignment_report
 from diva_lab.evaluation.comparison import paired_differences
+from diva_lab.evaluation.conflict import probe
 from diva_lab.evaluation.world import world_report
 from diva_lab.figures import MEASURES, NAMES
-from diva_lab.objectives import COMPARED
-from diva_lab.runs import DATA, ROOT, RUNS, Run, environment, sha256
-from diva_lab.training import PROJECTORS, SHIPPED, Settings, align, perturb, tune
-from diva_lab.workbook import summary
+from diva_lab.gradients import COMBINE
+from diva_lab.runs import DATA, ROOT, RUNS, Run, sha256
+from diva_lab.training import PROJECTORS, SHIPPED, Settings, align, perturb, planned, tune
 from diva_lab.world import World, draw_scenes
 
 STUDY = RUNS / "study"
 RESULTS = DATA / "results"
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
-APPROXIMATIONS = {  # of DCR: name -> settings
-    "exact": {},
-    "4 negatives": {"negatives": 4},
-    "no gradient through negatives": {"negative_gradient": False},
-}
-FAST = 1e-4  # a learning rate at which DCR changes the encoder much, beside the chosen one
+RATES = (1e-5, 3e-5, 1e-4, 3e-4)  # the same small budget for every row
+SNR_WEIGHTS = (
+    "1.19,1.00,1.17,1.51,1.31"  # in proportion to DCR's SNR in fifths of T at the original encoder (probes.csv)
+)
+STEPS, RATE_STEPS = 200, 60  # of a run, and of one that only chooses a learning rate
+SEEDS = {"objectives": (0, 1, 2, 3, 4), "rivals": (0, 1, 2), "variants": (0, 1, 2), "ours": (0, 1, 2)}
+PROBES = ("diva", "naive", "dcr", "dcr-guidance")  # rows whose first seed is probed
+NAIVE, DCR, OURS = ({"objective": name} for name in ("naive", "dcr", "dcr-guidance"))
+ROWS: dict[str, dict[str, dict]] = {  # tier -> row -> what differs from the defaults of `Settings`
+    "objectives": {"diva": {"objective": "diva"}, "contrastive": {"objective": "contrastive"}, "naive": NAIVE,
+                   "dcr": DCR, "dcr-guidance": OURS},
+    "rivals": {
+        **{f"naive, λ_rec {weight}": NAIVE | {"lambda_rec": float(weight)} for weight in (10, 100, 1000)},
+        **{f"naive, {how}": NAIVE | {"combine": how} for how in COMBINE if how != "sum"},
+    },
+    "variants": {
+        "dcr, velocity": DCR | {"target": "velocity"},
+        "dcr, 2 negatives": DCR | {"negatives": 2},
+        "dcr, 4 negatives": DCR | {"negatives": 4},
+        "dcr, still negatives": DCR | {"negative_gradient": False},
+        "dcr, own denominators": DCR | {"denominator": "own"},
+        "dcr, no flips": DCR | {"flips": False},
+        "dcr, high noise": DCR | {"timesteps": "high-noise"},
+        "dcr, logit-normal": DCR | {"timesteps": "logit-normal"},
+        "dcr, SNR-weighted": DCR | {"timesteps": SNR_WEIGHTS},
+        "dcr, recap": DCR | {"condition": "recap"},
+        "dcr, all weights": DCR | {"lora_rank": 0},
+        "dcr, end to end": DCR | {"projector": "new", "train_projector": True},
+        "diva, equal evaluations": {"objective": "diva", "steps": 900},  # 900 x 16 as 200 x 72
+        "diva, high noise": {"objective": "diva", "timesteps": "high-noise"},
+        "diva, recap": {"objective": "diva", "condition": "recap"},
+        "dcr, batch 16": DCR | {"batch": 16, "steps": 100},
+    },
+    "ours": {
+        "dcr-guidance, τ .3": OURS | {"tau": 0.3},
+        "dcr-guidance, τ 1": OURS | {"tau": 1.0},
+        "dcr-guidance, high noise": OURS | {"timesteps": "high-noise"},
+        "dcr-guidance, no flips": OURS | {"flips": False},
+    },
+}  # fmt: skip
 PLATEAU = 0.01  # the recovered fraction gained in 1000 steps below which stage 1 has converged
 
 
@@ -66,74 +102,168 @@ def projectors(condition: str, rounds: int = 6, steps: int = 500) -> Path:
     return path
 
 
-def rates(steps: int, names: Sequence[str] = tuple(COMPARED), seed: int = 100) -> dict[str, float]:
-    """For each objective the learning rate of the best mean of pair score and zero-shot, on the split `choose`."""
-    rows, chosen = [], {}
-    report = partial(world_report, split="choose")
-    for objective in names:
-        for lr in RATES:
-            run = tune(Settings(objective=objective, lr=lr, steps=steps, seed=seed), STUDY, report)
-            last = run.evaluations().iloc[-1]
-            rows.append({"objective": objective, "lr": lr, "run": run.id, **last.to_dict()})
-            print(objective, lr, f"pairs {last['pairs/mean']:.4f}, zero-shot {last['zeroshot']:.4f}", flush=True)
-        table = pd.DataFrame([row for row in rows if row["objective"] == objective])
-        chosen[objective] = float(table.loc[(table["pairs/mean"] + table["zeroshot"]).idxmax(), "lr"])
-    if set(names) == set(COMPARED):  # a slice keeps its runs; the whole call, which finds them, writes the table
-        _write(pd.DataFrame(rows).assign(chosen=lambda d: d["lr"] == d["objective"].map(chosen)), "rates.csv")
-    return chosen
+# a thin slice: every tier and every kind of record
+SMALL_ROWS = ("diva", "naive", "dcr", "naive, upgrad", "dcr, velocity", "dcr-guidance, τ .3")
 
 
-def objectives(seeds: Sequence[int], steps: int) -> Path:
-    """Every objective at its chosen rate, and the controls, for each seed; one row per objective and seed."""
-    table = pd.read_csv(RESULTS / "rates.csv")
-    lr = table[table["chosen"]].set_index("objective")["lr"].to_dict()
-    world, root = World(), STUDY / "objectives"
-    held_out = torch.from_numpy(world.render(draw_scenes(1000, (world.seed, 8)))).permute(0, 3, 1, 2)
-    runs: list[Run] = []
-    for seed in seeds:
-        for objective in ("none", *COMPARED):
-            settings = Settings(objective=objective, lr=lr.get(objective, 1e-4), steps=steps, seed=seed)
-            runs.append(tune(replace(settings, evaluate_every=max(1, steps // 2)), root, world_report))
-        runs += [perturb(runs[-1], held_out, match, root, world_report) for match in ("norm", "drift")]
-        result = summary(root)
-        rate = result["objective"].map(lr)
-        git = result["run"].map({run.id: run.environment["git"] for run in runs})
-        path = _write(result.assign(lr=rate, git=git, torch=environment()["versions"]["torch"]), "objectives.csv")
-        curves = [
-            run.evaluations().assign(objective=run.settings["objective"], seed=run.settings["seed"]) for run in runs
-        ]
-        _write(pd.concat(curves), "curves.csv")
-        terms = [
-            run.metrics().assign(objective=run.settings["objective"], seed=run.settings["seed"])
-            for run in runs
-            if run.settings["objective"] == "naive"
-        ]
-        _write(pd.concat(terms), "conflict.csv")
-    return path
+def remembered(report: Callable[[Encoder], dict[str, float]]) -> Callable[[Encoder], dict[str, float]]:
+    """`report`, which says again what it has said of an encoder with the same embeddings: all runs begin alike."""
+    known: dict[bytes, dict[str, float]] = {}
+    images = torch.from_numpy(World().render(draw_scenes(64, 0))).permute(0, 3, 1, 2)
+
+    def asked(encoder: Encoder) -> dict[str, float]:
+        key = embed(encoder, images).numpy().tobytes()
+        if key not in known:
+            known[key] = report(encoder)
+        return known[key]
+
+    return asked
 
 
-def approximations(seeds: Sequence[int], steps: int) -> Path:
-    """DCR exactly and by its approximations, at the chosen rate and at `FAST`; one row per rate, name and seed.
+@dataclass(frozen=True)
+class Study:
+    """Where a study's runs lie and how much of it is asked for; the defaults are those of the shipped results."""
 
-    Beside them, per rate and approximation, the differences to exact DCR: rows of approximations_differences.csv.
+    root: Path = STUDY
+    results: Path = RESULTS
+    steps: int = STEPS
+    rate_steps: int = RATE_STEPS
+    rates: tuple[float, ...] = RATES
+    seeds: int = 5  # at most so many a row
+    rows: tuple[str, ...] = tuple(name for tier in ROWS.values() for name in tier)
+    probe: Callable = probe
+
+    def tiers(self) -> Iterator[tuple[str, str, dict]]:
+        """Tier, name and settings of every row asked for."""
+        for tier, rows in ROWS.items():
+            yield from ((tier, name, changes) for name, changes in rows.items() if name in self.rows)
+
+    def seeds_of(self, tier: str) -> tuple[int, ...]:
+        return SEEDS[tier][: self.seeds]
+
+    def choosing(self, changes: dict) -> list[Settings]:
+        """The runs that choose a row's learning rate, on a seed and on pairs that are not reported."""
+        steps = round(self.rate_steps * changes.get("steps", self.steps) / self.steps) or 1
+        return [Settings(**changes | {"lr": lr, "steps": steps, "seed": 100}) for lr in self.rates]
+
+    def chosen(self, changes: dict) -> float | None:
+        """The learning rate of the best mean of pair score and zero-shot; None before all have been run."""
+        runs = [planned(settings, self.root) for settings in self.choosing(changes)]
+        if not all(run.done for run in runs):
+            return None
+        scores = [run.evaluations().iloc[-1][["pairs/mean", "zeroshot"]].sum() for run in runs]
+        return self.rates[int(np.argmax(scores))]
+
+    def settings(self, changes: dict, seed: int) -> Settings:
+        lr = self.chosen(changes)
+        return Settings(**{"steps": self.steps} | changes | {"lr": lr, "seed": seed})
+
+
+SMALL = Study(
+    RUNS / "study-small", RUNS / "study-small" / "results", 6, 3, (1e-5, 1e-4), 2, SMALL_ROWS,
+    partial(probe, batches=2, bins=2),
+)  # fmt: skip
+
+
+def run(study: Study) -> None:
+    """All rows asked for: their learning rates, then seed by seed; each with its probes and controls."""
+    choose, report = remembered(partial(world_report, split="choose")), remembered(world_report)
+    held_out = torch.from_numpy(World().render(draw_scenes(1000, (World().seed, 8)))).permute(0, 3, 1, 2)
+    for tier, name, changes in study.tiers():
+        for settings in study.choosing(changes):
+            tune(settings, study.root, choose)
+        for seed in study.seeds_of(tier):
+            settings = study.settings(changes, seed)
+            half = replace(settings, evaluate_every=max(1, settings.steps // 2))
+            made = tune(half, study.root, report, study.probe if name in PROBES and seed == 0 else None)
+            if name == "dcr":
+                for match in ("norm", "drift"):
+                    perturb(made, held_out, match, study.root, report)
+            last = made.evaluations().iloc[-1]
+            facts = f"pairs {last['pairs/mean']:.4f}, probes {last['probe/mean']:.4f}, zero-shot {last['zeroshot']:.4f}"
+            print(f"{name}, seed {seed}, lr {settings.lr:g}: {facts}", flush=True)
+
+
+def _facts(made: Run, name: str, tier: str) -> dict:
+    """What a row of a table says beside its measures."""
+    settings, made_in = made.settings, made.environment
+    facts = {"objective": name, "tier": tier, "seed": settings["seed"], "lr": settings["lr"], "run": made.id}
+    return facts | {"git": made_in["git"], "torch": made_in["versions"]["torch"]}
+
+
+def collect(study: Study) -> list[Path]:
+    """The tables of `study.results` from all runs that are done, and `missing.csv` for those that are not.
+
+    rates.csv: every rate tried, and which was chosen. objectives.csv: the first tier with its controls, one row an
+    objective and seed; ablations.csv: the others. curves.csv: every evaluation. conflict.csv: every step of the naive
+    sum and of its rivals. probes.csv: what the probes said. claims.csv: differences to `none` with intervals.
     """
-    table = pd.read_csv(RESULTS / "rates.csv")
-    chosen = table.loc[table["chosen"] & (table["objective"] == "dcr"), "lr"].item()
-    rows = []
-    for lr in (chosen, FAST):
-        for seed in seeds:
-            for name, changes in APPROXIMATIONS.items():
-                run = tune(Settings(objective="dcr", lr=lr, steps=steps, seed=seed, **changes), STUDY, world_report)
-                first, last = (run.evaluations().iloc[i].to_dict() for i in (0, -1))
-                print(lr, seed, name, f"pairs {last['pairs/mean']:.4f}, zero-shot {last['zeroshot']:.4f}", flush=True)
-                facts = {"lr": lr, "objective": name, "seed": seed, "run": run.id, "git": run.environment["git"]}
-                rows += [facts | last] + ([facts | {"objective": "none"} | first] if name == "exact" else [])
-    found = pd.DataFrame(rows)
-    differences = [
-        paired_differences(part, MEASURES, baseline="exact").assign(lr=lr) for lr, part in found.groupby("lr")
-    ]
-    _write(pd.concat(differences), "approximations_differences.csv")
-    return _write(found, "approximations.csv")
+    tables: dict[str, list] = {
+        name: [] for name in ("rates", "objectives", "ablations", "curves", "conflict", "probes")
+    }
+    missing, untouched = [], {}
+    for tier, name, changes in study.tiers():
+        lr = study.chosen(changes)
+        for settings in study.choosing(changes):
+            if (made := planned(settings, study.root)).done:
+                last = made.evaluations().iloc[-1]
+                row = _facts(made, name, tier) | {"chosen": settings.lr == lr, "steps": settings.steps}
+                tables["rates"].append(row | last[["pairs/mean", "probe/mean", "zeroshot"]].to_dict())
+        for seed in study.seeds_of(tier):
+            settings = None if lr is None else study.settings(changes, seed)
+            half = settings and replace(settings, evaluate_every=max(1, settings.steps // 2))
+            made = half and planned(half, study.root)
+            if made is None or not made.done:
+                missing.append({"tier": tier, "row": name, "seed": seed, "lr": lr})
+                continue
+            facts, evaluations, metrics = _facts(made, name, tier), made.evaluations(), made.metrics()
+            untouched.setdefault(seed, facts | {"objective": "none", "lr": np.nan} | _measures(evaluations, 0))
+            where = "objectives" if tier == "objectives" else "ablations"
+            cos = metrics["cos"].dropna() if "cos" in metrics else pd.Series(dtype=float)
+            extra = {"steps": half.steps, "seconds_per_step": metrics["seconds"].diff().median()}
+            if len(cos):
+                extra |= {"conflict_rate": (cos < 0).mean(), "cos": cos.mean()}
+            tables[where].append(facts | _measures(evaluations, -1) | extra)
+            if name == "dcr":
+                for match in ("norm", "drift"):
+                    control = controlled(made, match, study.root)
+                    if control is not None:
+                        row = _facts(control, f"perturb-{match}", tier) | _measures(control.evaluations(), -1)
+                        tables["objectives"].append(row | {"steps": half.steps})
+            tables["curves"].append(evaluations.assign(**facts))
+            if changes["objective"] == "naive" and seed < 3:
+                kept = metrics[[c for c in metrics if not c.startswith("cos/") or name == "naive"]]
+                tables["conflict"].append(kept.assign(objective=name, seed=seed, run=made.id))
+            if len(made.probes()):
+                tables["probes"].append(made.probes().assign(objective=name, seed=seed, run=made.id))
+    tables["objectives"] = [*untouched.values(), *tables["objectives"]]
+    study.results.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, parts in tables.items():
+        if not parts:
+            continue
+        table = pd.concat(parts) if isinstance(parts[0], pd.DataFrame) else pd.DataFrame(parts)
+        if name == "curves":
+            table = table[["objective", "tier", "seed", "step", *MEASURES]]
+        paths.append(_write(table, study.results / f"{name}.csv"))
+    paths.append(_write(pd.DataFrame(missing, columns=["tier", "row", "seed", "lr"]), study.results / "missing.csv"))
+    everything = pd.DataFrame([*tables["objectives"], *tables["ablations"]])
+    if len(everything):
+        paths.append(_write(paired_differences(everything, MEASURES), study.results / "claims.csv"))
+    return paths
+
+
+def _measures(evaluations: pd.DataFrame, place: int) -> dict[str, float]:
+    columns = [name for name in evaluations if name in MEASURES or name.startswith(("pairs/", "probe/"))]
+    return evaluations.iloc[place][[name for name in columns if not name.endswith(("/low", "/high"))]].to_dict()
+
+
+def controlled(like: Run, match: str, root: Path) -> Run | None:
+    """The finished run of `perturb` that was made like `like`, if there is one."""
+    for path in sorted(root.glob(f"perturb-perturb-{match}-s{like.settings['seed']}-*")):
+        if Run(path).done and Run(path).settings["like"] == like.id:
+            return Run(path)
+    return None
 
 
 def readme_table(results: pd.DataFrame) -> str:
@@ -170,38 +300,35 @@ def write_readme(path: Path = ROOT / "README.md") -> Path:
     return path
 
 
-def _write(table: pd.DataFrame, name: str) -> Path:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    table.to_csv(RESULTS / name, index=False, float_format="%.6g")
-    return RESULTS / name
+def _write(table: pd.DataFrame, path: Path) -> Path:
+    table.to_csv(path, index=False, float_format="%.6g")
+    return path
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m diva_lab.study", description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", help="projectors, rates, objectives, approximations, table; default: all")
+    parser.add_argument("part", nargs="?", choices=("projectors", "run", "collect", "theory", "table"))
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="run: names of rows or of tiers; default: all")
     parser.add_argument("--condition", choices=PROJECTORS, help="only this condition's projector")
-    parser.add_argument("--only", nargs="+", choices=tuple(COMPARED), default=tuple(COMPARED), help="rates: of these")
     parser.add_argument("--rounds", type=int, default=6, help="projectors: at most so many")
-    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--small", action="store_true", help="a thin slice of it, in a folder of its own")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    known = ("projectors", "rates", "objectives", "approximations", "table")
-    for part in args.parts:
-        if part not in known:
-            parser.error(f"unknown part {part!r}; expected {', '.join(known)}")
-    parts = args.parts or known
-    if "projectors" in parts:
+    study = SMALL if args.small else Study()
+    if args.rows:
+        rows = [name for row in args.rows for name in (ROWS.get(row, [row]))]
+        if unknown := set(rows) - set(Study().rows):
+            parser.error(f"unknown row {min(unknown)!r}; expected {', '.join((*ROWS, *Study().rows))}")
+        study = replace(study, rows=tuple(rows))
+    if args.part == "projectors":
         for condition in (args.condition,) if args.condition else PROJECTORS:
             print("written:", projectors(condition, args.rounds))
-    if "rates" in parts:
-        print("chosen:", rates(max(1, args.steps // 2), args.only))
-    if "objectives" in parts:
-        print("written:", objectives(args.seeds, args.steps))
-    if "approximations" in parts:
-        print("written:", approximations(args.seeds, args.steps))
-    if "table" in parts:
+    if args.part in (None, "run"):
+        run(study)
+    if args.part in (None, "collect"):
+        print("written:", *collect(replace(study, rows=Study().rows if not args.small else study.rows)))
+    if args.part == "table" or (args.part is None and not args.small):
         print("written:", write_readme())
 
 

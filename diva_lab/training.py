@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from diva_lab.conditions import CONDITIONS, PROJECTIONS, Conditioner
 from diva_lab.denoisers import TARGETS, Denoiser, load_denoiser
-from diva_lab.encoders import Encoder, embed, load_encoder, make_trainable, merge_lora, visual_weights
-from diva_lab.gradients import measure, term_gradients
+from diva_lab.encoders import Encoder, Features, embed, load_encoder, make_trainable, merge_lora, visual_weights
+from diva_lab.gradients import COMBINE, FEATURES, Gradient, combine, measure, term_gradients
 from diva_lab.images import augment, open_images
 from diva_lab.machine import default_device, fast_bf16, generator
-from diva_lab.objectives import OBJECTIVES, TIMESTEPS, Step
+from diva_lab.objectives import OBJECTIVES, Step, timestep_weights
 from diva_lab.runs import DATA, ROOT, RUNS, Run
 
 # The settings of the shipped projectors, which `make run` and the notebooks start from.
@@ -57,6 +57,7 @@ class Settings:
         schedule: of lr after `warmup` steps, `constant`, or `cosine` down to zero at the last step.
         clip: largest norm of the gradient, 0 for none.
         lora_rank: 0 tunes all visual weights.
+        lora_bias: whether the biases of LoRA's layers are tuned too.
         draws: DIVA's draws of (t, eps) an image.
         tau: temperature of both contrasts.
         target: DCR's ground truth, `noise` (paper) or `velocity` (released code).
@@ -66,7 +67,10 @@ class Settings:
         negatives: other pictures that DCR contrasts each with, drawn anew each step; 0 for all (published).
         negative_gradient: whether it flows through DCR's negatives (published).
         flips: in the augmentation.
-        timesteps: how t is drawn.
+        parts: DCR's pull to the truth, pull to the view and push as terms of their own, each with a backward pass.
+        combine: how the terms' gradients become one: their `sum`, or a method of surgery, a key of `COMBINE`.
+        align_by: stage 1's loss: `rec` (paper: L_rec, b evaluations) or `dcr` (released code: all of DCR's).
+        timesteps: how t is drawn: a key of `TIMESTEPS`, or relative weights of equal parts of them, as `0,0,1,3`.
         vae_px: side of the pictures that the denoiser encodes, 0 for its own.
         latent: the posterior's `mean` (DIVA) or a `sample` (DCR's code).
         keep_latents: pictures whose latents are kept in memory, encoded once: pays from the second epoch on.
@@ -97,6 +101,7 @@ class Settings:
     lora_rank: int = 16
     lora_alpha: float = 16.0
     lora_dropout: float = 0.1
+    lora_bias: bool = True
     draws: int = 2
     tau: float = 0.1
     lambda_con: float = 1.0
@@ -106,6 +111,9 @@ class Settings:
     rows: int = 0
     negatives: int = 0
     negative_gradient: bool = True
+    parts: bool = False
+    combine: str = "sum"
+    align_by: str = "rec"
     flips: bool = True
     timesteps: str = "uniform"
     vae_px: int = 0
@@ -118,7 +126,8 @@ class Settings:
 
     def __post_init__(self):
         choices = {
-            "objective": (*OBJECTIVES, *CONTROLS), "condition": CONDITIONS, "target": TARGETS, "timesteps": TIMESTEPS,
+            "objective": (*OBJECTIVES, *CONTROLS), "condition": CONDITIONS, "target": TARGETS, "combine": COMBINE,
+            "align_by": ("rec", "dcr"),
             "denominator": ("shared", "own"), "latent": ("mean", "sample"), "optimizer": ("adamw", "sgd"),
             "precision": ("auto", "bf16", "no"), "schedule": SCHEDULES, "projection": PROJECTIONS,
         }  # fmt: skip
@@ -131,6 +140,9 @@ class Settings:
                 object.__setattr__(self, field.name, str(value))
             elif type(value) is not field.type and not (field.type is float and type(value) is int):
                 raise ValueError(f"setting {field.name}={value!r}: expected {field.type.__name__}")
+        timestep_weights(self.timesteps)
+        if self.parts and self.rows:
+            raise ValueError(f"setting rows={self.rows}: parts=True takes all rows at once, rows=0")
         for name in ("batch", "accumulate", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"setting {name}={getattr(self, name)}: expected at least 1")
@@ -146,7 +158,7 @@ class Settings:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"setting {name}={getattr(self, name)}: expected 0 or more")
-        if self.objective in ("dcr", "contrastive", "naive") and self.batch < 2:
+        if self.objective in ("dcr", "dcr-guidance", "contrastive", "naive") and self.batch < 2:
             raise ValueError(f"setting batch={self.batch}: a contrast needs other pictures, at least 2")
 
     @classmethod
@@ -160,8 +172,10 @@ SCHEDULES = {  # name -> part of lr as a function of the part of the steps that 
     "constant": lambda done: 1.0,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
 }
+PROBE_SEED = 1_000_000  # added to the seed for the pictures of probe batches
 CONTROLS = ("none", "perturb-norm", "perturb-drift")  # rows beside the objectives: untouched, or moved at random
 Evaluate = Callable[..., dict[str, float]]
+Probe = Callable[[Callable[..., Step], dict[str, Tensor]], list[dict]]
 
 
 def rate(settings: Settings, step: int) -> float:
@@ -177,7 +191,9 @@ def rate(settings: Settings, step: int) -> float:
 def build_encoder(settings: Settings, device: torch.device | str = "cpu") -> Encoder:
     """The encoder, its visual tower open for training as the settings say."""
     encoder = load_encoder(settings.encoder, device)
-    make_trainable(encoder, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed)
+    make_trainable(
+        encoder, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed, settings.lora_bias
+    )
     encoder.model.visual.set_grad_checkpointing(settings.rows > 0)  # by rows, it is the encoder that holds most
     return encoder.to(device)
 
@@ -235,11 +251,21 @@ def make_step(
     denoiser: Denoiser,
     random: torch.Generator,
     settings: Settings,
+    shift: Tensor | None = None,
 ) -> Step:
-    """What an objective is given: pictures [b, 3, h, w] in [0, 1] and the models, all draws from `random`."""
+    """What an objective is given: pictures [b, 3, h, w] in [0, 1] and the models, all draws from `random`.
+
+    `shift` [b, d], zeros, is added to the global embedding of every view of a picture: the gradient with respect to it
+    is that with respect to the embeddings, without a backward pass through the encoder.
+    """
+
+    def encode(pictures: Tensor) -> Features:
+        features = encoder.features(pictures)
+        return features if shift is None else replace(features, embedding=features.embedding + shift)
+
     return Step(
         images=images,
-        encode=encoder.features,
+        encode=encode,
         condition=lambda features: conditioner(features, denoiser.empty, random),
         augment=lambda pictures: augment(pictures, random, settings.flips),
         denoiser=denoiser,
@@ -296,6 +322,7 @@ def _train(
     denoiser: Denoiser,
     objective: Callable[[Step], dict[str, Tensor]],
     evaluate: Callable[[], dict[str, float]] | None,
+    probe: Probe | None = None,
 ) -> Run:
     """Minimise the objective over all parameters of encoder and conditioner that ask for a gradient.
 
@@ -337,10 +364,24 @@ def _train(
         modules.load_state_dict(run.weights(), strict=False)
     accelerator.wait_for_everyone()  # `resume` cuts records back: nobody writes before all have done it
 
+    def at(number: int, **changes) -> Step:
+        """A step of probe batch `number`, other pictures than are trained on, with other settings where given."""
+        while len(shown) <= number:
+            shown.append(next(probed).to(device).float() / 255)
+        random = generator("probe", settings.seed, number)
+        return make_step(shown[number], encoder, conditioner, denoiser, random, replace(settings, **changes))
+
     def watch(step: int) -> None:
-        if evaluate is not None and rank == 0:
+        if rank == 0:
             modules.eval()
-            run.log("evaluations", step=step, **evaluate())
+            if evaluate is not None:
+                run.log("evaluations", step=step, **evaluate())
+            if probe is not None:
+                dtype = denoiser.network.dtype
+                nn.Module.to(denoiser.network, torch.float32)  # differences of gradients would drown in rounding
+                for row in probe(at, parameters):
+                    run.log("probes", step=step, **row)
+                nn.Module.to(denoiser.network, dtype)
         accelerator.wait_for_everyone()
 
     def averaged(values: Tensor) -> Tensor:
@@ -352,6 +393,7 @@ def _train(
         position = positions[rank]
     source = open_images(settings.images, px, settings.batch, settings.seed, position, rank, processes)
     skipped: list[dict] = []  # since the last checkpoint
+    probed, shown = open_images(settings.images, px, settings.batch, settings.seed + PROBE_SEED), []
 
     def save(step: int) -> None:
         places, lines = gather_object([source.position]), gather_object(skipped)
@@ -367,16 +409,18 @@ def _train(
         for step in range(first, settings.steps):
             start = time.perf_counter()
             modules.train()
-            total: dict[str, dict[str, Tensor]] = {}
+            total: dict[str, Gradient] = {}
             line: dict[str, float] = {}
+            shift = torch.zeros(settings.accumulate, settings.batch, encoder.dim, device=device, requires_grad=True)
             for micro in range(settings.accumulate):
                 random = generator("step", settings.seed, step, micro, *([rank] if rank else []))
                 torch.manual_seed(random.initial_seed())  # LoRA's dropout draws from the global generator
                 images = next(source).to(device).float() / 255
                 try:
                     with accelerator.autocast():
-                        terms = objective(make_step(images, encoder, conditioner, denoiser, random, settings))
-                    gradients = term_gradients(terms, parameters)
+                        made = make_step(images, encoder, conditioner, denoiser, random, settings, shift[micro])
+                        terms = objective(made)
+                    gradients = term_gradients(terms, parameters | {FEATURES: shift})
                 except torch.OutOfMemoryError as error:
                     raise RuntimeError(
                         f"run {run.id}: out of memory at step {step} with batch={settings.batch}, "
@@ -384,17 +428,20 @@ def _train(
                     ) from error
                 for name, gradient in gradients.items():
                     line[name] = line.get(name, 0) + terms[name].mean().item() / settings.accumulate
-                    sums = total.setdefault(name, {n: torch.zeros_like(p) for n, p in parameters.items()})
                     for n, g in gradient.items():
-                        sums[n] += g.to(sums[n].dtype) / settings.accumulate
+                        part = g / settings.accumulate if settings.accumulate > 1 else g
+                        total.setdefault(name, {})[n] = total[name][n] + part if n in total.get(name, {}) else part
+                del gradients, made, terms
             if processes > 1:
                 for gradient in total.values():
-                    flat = averaged(torch.cat([g.flatten() for g in gradient.values()]))
-                    parts = flat.split([g.numel() for g in gradient.values()])
-                    gradient |= {n: x.view_as(g) for (n, g), x in zip(gradient.items(), parts, strict=True)}
+                    flat = averaged(torch.cat([g.flatten() for n, g in gradient.items() if n != FEATURES]))
+                    parts = flat.split([p.numel() for p in parameters.values()])
+                    gradient |= {n: x.view_as(p) for (n, p), x in zip(parameters.items(), parts, strict=True)}
                 line = dict(zip(line, averaged(torch.tensor([*line.values()], device=device)).tolist(), strict=True))
-            for n, p in parameters.items():
-                p.grad = sum(gradient[n] for gradient in total.values())
+            measured = measure(total)
+            for n, g in combine(total, settings.combine).items():
+                parameters[n].grad = g
+            del total
             norm = nn.utils.clip_grad_norm_(parameters.values(), settings.clip or float("inf"))
             for group in optimizer.param_groups:
                 group["lr"] = rate(settings, step)
@@ -405,7 +452,7 @@ def _train(
             seconds += time.perf_counter() - start
             skipped += [{"step": step, "name": name, "reason": reason} for name, reason in source.skipped]
             source.skipped.clear()
-            facts = {"loss": loss, **line, "grad_norm": norm.item(), **measure(total), "seconds": seconds}
+            facts = {"loss": loss, **line, "grad_norm": norm.item(), **measured, "seconds": seconds}
             if rank == 0:
                 run.log("metrics", step=step, **facts)
                 tell(step, loss)
@@ -450,12 +497,13 @@ def align(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None
     A light denoiser has no weights before: it is trained with the projector (GenHancer).
 
     Args:
-        settings: LoRA is not used here; the loss is `genhancer`'s where that is the objective, else `diva`'s.
+        settings: LoRA is not used here; the loss is `genhancer`'s where that is the objective, else as `align_by` says.
             `projector="new"` starts from random weights.
         root: the run's folder is made under it; a finished run of the same settings is returned at once.
         evaluate: called as `evaluate(conditioner, encoder, denoiser)`, returns what is to be recorded.
     """
-    objective = "genhancer" if settings.objective == "genhancer" else "diva"
+    by_dcr = settings.align_by == "dcr" and settings.objective != "genhancer"
+    objective = "genhancer" if settings.objective == "genhancer" else "dcr" if by_dcr else "diva"
     settings = replace(settings, objective=objective, lora_rank=0)
     run = _open({**_portable(settings), "stage": "align"}, root)
     if run.done:
@@ -468,13 +516,22 @@ def align(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None
     return _train(run, settings, encoder, conditioner, denoiser, OBJECTIVES[objective], watch)
 
 
-def tune(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None = None) -> Run:
+def planned(settings: Settings, root: str | Path = RUNS) -> Run:
+    """Where the run of `tune` with these settings lies, done, begun, or not."""
+    return Run.at({**_portable(settings), "stage": "tune"}, root)
+
+
+def tune(
+    settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None = None, probe: Probe | None = None
+) -> Run:
     """Stage 2: tune the encoder under `settings.objective`, denoiser frozen, projector too unless asked.
 
     Args:
         settings: the objective `none` leaves the encoder as it is and only evaluates: the first control.
         root: the run's folder is made under it; a finished run of the same settings is returned at once.
         evaluate: called as `evaluate(encoder)`, returns what is to be recorded.
+        probe: called at the same steps, in float32 and without dropout, as `probe(at, parameters)`; `at(number,
+            **changes)` makes a `Step` of a batch of other pictures, with other settings where given. Returns records.
 
     Raises:
         ValueError, FileNotFoundError: for settings that name what does not exist.
@@ -498,7 +555,7 @@ def tune(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None 
         )
     conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(settings.train_projector)
     watch = evaluate and (lambda: evaluate(encoder))
-    return _train(run, settings, encoder, conditioner, denoiser, OBJECTIVES[settings.objective], watch)
+    return _train(run, settings, encoder, conditioner, denoiser, OBJECTIVES[settings.objective], watch, probe)
 
 
 @torch.no_grad()

@@ -1,65 +1,133 @@
-"""Is a conflict of gradients about the pictures? Cosines between the two terms of the naive sum, over pairs of batches.
+"""Conflict and signal of objectives' gradients: a rate with its interval, and what probe batches say.
 
-In training both gradients come from one batch. Here every gradient of the contrast meets every gradient of the
-reconstruction: where the batches differ, a cosine says what two draws of the terms have to do with each other when
-the pictures have nothing in common. That is the null distribution that METHOD section 6 asks for.
+In training both gradients come from one batch. In a probe every gradient meets those of other batches too: such a
+cosine says what two objectives have to do with each other when the pictures have nothing in common. That is the null
+distribution that METHOD section 6 asks for. Gradients of several batches also say how much of one is signal.
 """
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
 
-from diva_lab.denoisers import load_denoiser
-from diva_lab.evaluation.intervals import wilson
-from diva_lab.gradients import conflict, term_gradients
-from diva_lab.images import open_images
-from diva_lab.machine import autocast, default_device, generator
-from diva_lab.objectives import naive
-from diva_lab.runs import Run
-from diva_lab.training import Settings, build_conditioner, build_encoder, make_step
+from diva_lab.evaluation.intervals import paired_t
+from diva_lab.gradients import curvature, grams, groups_of, signal, term_gradients
+from diva_lab.objectives import OBJECTIVES, Step
 
-
-def conflict_rate(cosines: np.ndarray | pd.Series, level: float = 0.95) -> tuple[float, float, float]:
-    """Share of negative cosines with its Wilson interval (rate, low, high), steps taken as independent; NaN left out.
-
-    Raises ValueError where no cosine is left.
-    """
-    values = np.asarray(cosines, float)
-    values = values[np.isfinite(values)]
-    negative = int((values < 0).sum())
-    low, high = wilson(negative, len(values), level)
-    return negative / len(values), low, high
+PROBED = ("contrastive", "diva", "dcr")
 
 
-def gradient_cosines(run: Run, batches: int = 10) -> pd.DataFrame:
-    """cos(g_con of one batch, g_rec of another) at the weights that `run` of `tune` ended with, dropout off.
+def conflict_rate(
+    cosines: np.ndarray | pd.Series | Sequence[np.ndarray],
+    block: int = 10,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Share of negative cosines with its interval (rate, low, high); NaN left out.
+
+    Neighbouring steps share weights and momentum, so they are not independent: the interval is a circular block
+    bootstrap's (Politis and Romano, 1992), blocks of `block` steps drawn within each run.
 
     Args:
-        run: a finished run; its settings give encoder, denoiser, projector, batch size and the terms' weights.
-        batches: the pictures that would have come next, as many batches.
+        cosines: of one run in the order of its steps, or of several, one array each.
+
+    Raises:
+        ValueError: where no cosine is left.
+    """
+    runs = [cosines] if np.ndim(cosines[0] if len(cosines) else 0.0) == 0 else cosines
+    negative = [(part := np.asarray(run, float))[np.isfinite(part)] < 0 for run in runs]
+    negative = [part for part in negative if len(part)]
+    if not negative:
+        raise ValueError("no cosine is a number: there is nothing to take a rate of")
+    rng, total, n = np.random.default_rng(seed), np.zeros(draws), sum(map(len, negative))
+    for part in negative:
+        blocks = -(-len(part) // block)
+        starts = rng.integers(len(part), size=(draws, blocks))
+        places = (starts[:, :, None] + np.arange(block)).reshape(draws, -1)[:, : len(part)] % len(part)
+        total += part[places].sum(1)
+    low, high = np.quantile(total / n, [(1 - level) / 2, (1 + level) / 2])
+    return float(sum(part.sum() for part in negative) / n), float(low), float(high)
+
+
+def probe(
+    at: Callable[..., Step],
+    parameters: dict[str, Tensor],
+    objectives: Sequence[str] = PROBED,
+    batches: int = 6,
+    bins: int = 5,
+    size: float = 0.01,
+) -> list[dict]:
+    """Gradients of several objectives on the same batches, timesteps and noise, for `tune(probe=...)`.
+
+    Args:
+        at: see `tune`. Every objective sees the same pictures, t and noise (one draw an image).
+        parameters: of the encoder, by name.
+        objectives: keys of `OBJECTIVES`.
+        batches: k of them; the cosines of different batches are the null.
+        bins: equal parts of the timesteps, each probed alone, beside `all`, the run's own way to draw them.
+        size: length of the step over which the curvature is taken, in parameter space.
 
     Returns:
-        batches^2 rows: `con`, `rec` (numbers of the two batches; equal ones are what training sees) and `cos`, in
-        [-1, 1], NaN where a gradient is zero.
+        Records `bin`, `of` (an objective, or two as `a~b`), `measure`, `value`. Of an objective: `loss`, `norm`,
+        `snr`, `noise_scale` (pictures) and, in the bin `all`, `curvature`. Of two: `cos` of a batch's own gradients,
+        its mean over the batches with `cos/low` and `cos/high` (95 %, t), `other` (mean over different batches) and
+        `other/sd`, `magnitude`, `random/sd` (of random directions: n^-1/2), and `cos/<part>` as `gradients.conflict`.
     """
-    settings, device = Settings.of(run), default_device()
-    encoder, denoiser = build_encoder(settings, device), load_denoiser(settings.denoiser, device)
-    conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(False)
-    weights = {name.removeprefix("encoder."): w for name, w in run.weights().items() if name.startswith("encoder.")}
-    encoder.load_state_dict(weights, strict=False)
-    parameters = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
-    first = settings.steps * settings.accumulate * settings.batch
-    source = open_images(settings.images, max(encoder.px, denoiser.px), settings.batch, settings.seed, first)
-    gradients = []
-    for number in range(batches):
-        random = generator("cosines", settings.seed, number)
-        images = next(source).to(device).float() / 255
-        step = make_step(images, encoder, conditioner, denoiser, random, settings)
-        with autocast(device):
-            terms = naive(step)
-        gradients.append(term_gradients(terms, parameters))
-    rows = [
-        (i, j, conflict(one["con"], two["rec"])["cos"])
-        for i, one in enumerate(gradients)
-        for j, two in enumerate(gradients)
-    ]
-    return pd.DataFrame(rows, columns=["con", "rec", "cos"])
+    rows: list[dict] = []
+    kept: dict[str, list] = {}
+    for part in ("all", *range(bins)):
+        changes = {"draws": 1, "parts": False}
+        if part != "all":
+            changes["timesteps"] = ",".join(str(int(k == part)) for k in range(bins))
+
+        def gradient(name: str, number: int, changes: dict = changes):
+            loss = sum(OBJECTIVES[name](at(number, **changes)).values())
+            return loss.mean().item(), term_gradients({name: loss}, parameters)[name]
+
+        found = {}
+        for name in objectives:
+            if part == "all" or name != "contrastive":  # which has no timesteps
+                kept[name] = [gradient(name, number) for number in range(batches)]
+            found[name] = [g for _, g in kept[name]]
+        each = grams([g for name in objectives for g in found[name]])
+        place = {name: slice(i * batches, (i + 1) * batches) for i, name in enumerate(objectives)}
+        whole = torch.stack(list(each.values())).sum(0)
+        parts = {label: torch.stack([each[n] for n in names]).sum(0) for label, names in groups_of(list(each)).items()}
+
+        def add(of: str, part: object = part, **values: float) -> None:
+            rows.extend({"bin": str(part), "of": of, "measure": name, "value": value} for name, value in values.items())
+
+        for name in objectives:
+            own = whole[place[name], place[name]]
+            batch = len(at(0).images)
+            facts = {key: value for key, value in signal(own, batch).items() if key in ("snr", "noise_scale")}
+            add(name, loss=float(np.mean([loss for loss, _ in kept[name]])), norm=own.diagonal().sqrt().mean().item())
+            add(name, **facts)
+            if part == "all":
+                bend = curvature(found[name][0], lambda n=name: gradient(n, 0)[1], parameters, size)
+                add(name, curvature=bend)
+        for i, a in enumerate(objectives):
+            for b in objectives[i + 1 :]:
+                cosines = _cosines(whole, place[a], place[b])
+                own, other = cosines.diagonal(), cosines[~np.eye(batches, dtype=bool)]
+                mean, low, high = paired_t(own)
+                norms = [np.sqrt(whole.diagonal()[place[name]].numpy()) for name in (a, b)]
+                similar = 2 * norms[0] * norms[1] / (norms[0] ** 2 + norms[1] ** 2)
+                count = sum(p.numel() for p in parameters.values())
+                values = {"cos": mean, "cos/low": low, "cos/high": high, "other": other.mean()}
+                values |= {"other/sd": other.std(ddof=1), "magnitude": similar.mean(), "random/sd": count**-0.5}
+                values |= {
+                    f"cos/{label}": _cosines(gram, place[a], place[b]).diagonal().mean()
+                    for label, gram in parts.items()
+                }
+                add(f"{a}~{b}", **{name: float(value) for name, value in values.items()})
+    return rows
+
+
+def _cosines(gram: Tensor, a: slice, b: slice) -> np.ndarray:
+    """Cosines of two groups of gradients, [k, k]."""
+    norms = gram.diagonal().sqrt()
+    return (gram[a, b] / norms[a, None] / norms[None, b]).numpy()
