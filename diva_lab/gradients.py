@@ -41,8 +41,8 @@ def grams(gradients: Sequence[Gradient]) -> dict[str, Float[Tensor, "t t"]]:
     t = len(gradients)
     products = {}
     for name in gradients[0]:
-        rows = [g[name] for g in gradients]
-        upper = {(i, j): (rows[i] * rows[j]).sum(dtype=torch.float64) for i in range(t) for j in range(i, t)}
+        rows = [g[name].double() for g in gradients]  # products of small gradients would vanish in float32
+        upper = {(i, j): (rows[i] * rows[j]).sum() for i in range(t) for j in range(i, t)}
         products[name] = torch.stack([upper[min(i, j), max(i, j)] for i in range(t) for j in range(t)])
     together = torch.stack(list(products.values())).cpu().view(-1, t, t)  # one transfer
     return dict(zip(products, together, strict=True))

@@ -11,11 +11,13 @@ from torch import nn
 
 from diva_lab.encoders import (
     ENCODERS,
+    KINDS,
     SHORT,
     SplitAttention,
     block_of,
     embed,
     fuse_attention,
+    kind_of,
     load_encoder,
     make_trainable,
     merge_lora,
@@ -201,14 +203,17 @@ def test_fusing_undoes_splitting(small_clip):
 # --- training and going back ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rank", [0, 4])
-def test_only_the_visual_tower_is_opened_for_training(folder, rank):
+def test_only_the_visual_tower_is_opened_for_training(folder, rank, bias):
     encoder = load_encoder(folder)
-    make_trainable(encoder, rank)
+    make_trainable(encoder, rank, bias=bias)
     opened = trainable(encoder)
     assert opened and all(name.startswith(("model.visual.", "proj.")) for name in opened)
-    assert all(("lora_" in name) == (rank > 0) for name in opened)
-    if rank == 0:
+    if rank:
+        adapted = [name for name in dict(encoder.named_parameters()) if name.endswith("base_layer.bias")]
+        assert adapted and {name for name in opened if "lora_" not in name} == set(adapted if bias else ())
+    else:
         assert set(opened) == set(visual_weights(encoder))
 
 
@@ -218,7 +223,9 @@ def test_lora_reaches_every_matrix_of_the_tower(folder):
     linears = [name for name in linears if name == "proj" or name.startswith("model.visual.")]
     make_trainable(encoder, rank=4)
     opened = trainable(encoder)
-    assert set(opened) == {f"{name}.lora_{ab}.default.weight" for name in linears for ab in "AB"}
+    assert {n for n in opened if "lora_" in n} == {
+        f"{name}.lora_{ab}.default.weight" for name in linears for ab in "AB"
+    }
     if folder.name == "clip":
         assert len(linears) == 2 * 6 + 1  # q, k, v, out, two of the MLP; the projection
 
@@ -274,6 +281,18 @@ def test_taking_the_state_keeps_the_embeddings(small_clip, images):
     before = encoder.encode_image(images).detach()
     encoder.open_clip_state()
     torch.testing.assert_close(encoder.encode_image(images).detach(), before, atol=1e-6, rtol=0)
+
+
+def test_every_weight_is_of_a_kind(folder):
+    encoder = load_encoder(folder)
+    kinds = {kind_of(name) for name in visual_weights(encoder)}
+    assert kinds == {*KINDS, "projection"} if folder.name == "clip" else kinds <= {*KINDS, "projection"}
+    for kind in ("q", "k", "v"):
+        assert kind_of(f"model.visual.transformer.resblocks.3.attn.{kind}_proj.lora_A.default.weight") == kind
+        assert kind_of(f"model.visual.trunk.blocks.3.attn.qkv.{kind}.weight") == kind
+    named = {"attn.out_proj": "out", "mlp.c_fc": "fc1", "mlp.c_proj": "fc2", "ln_1": "norm"}
+    named |= {"attn.proj": "out", "mlp.fc1": "fc1", "mlp.fc2": "fc2", "norm1": "norm", "attn.q_norm": "norm"}
+    assert all(kind_of(f"model.visual.trunk.blocks.0.{name}.weight") == kind for name, kind in named.items())
 
 
 def test_every_weight_belongs_to_a_block(folder):

@@ -2,6 +2,7 @@ import shutil
 from dataclasses import fields, replace
 
 import jaxtyping
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -12,6 +13,7 @@ from diva_lab import training
 from diva_lab.conditions import CONDITIONS
 from diva_lab.denoisers import TARGETS, load_denoiser
 from diva_lab.encoders import embed, load_encoder, visual_weights
+from diva_lab.gradients import COMBINE
 from diva_lab.images import Images, open_images
 from diva_lab.objectives import OBJECTIVES, TIMESTEPS
 from diva_lab.runs import Run
@@ -58,7 +60,7 @@ def folder(tmp_path_factory):
 CHOICES = {
     "objective": (*OBJECTIVES, *CONTROLS), "condition": CONDITIONS, "timesteps": TIMESTEPS, "target": TARGETS,
     "denominator": ("shared", "own"), "latent": ("mean", "sample"), "optimizer": ("adamw", "sgd"),
-    "precision": ("auto", "bf16", "no"),
+    "precision": ("auto", "bf16", "no"), "combine": COMBINE, "align_by": ("rec", "dcr"),
 }  # fmt: skip
 
 
@@ -291,11 +293,12 @@ def test_a_finished_run_is_returned_without_training(small_settings, tmp_path, m
 def test_tuning_moves_the_visual_tower_and_nothing_else(small_settings, tmp_path, objective):
     settings = replace(small_settings, objective=objective, steps=2, lr=1e-2)
     run, original = tune(settings, tmp_path), load_encoder(settings.encoder)
-    assert all(name.startswith("encoder.") and "lora_" in name for name in run.weights())
+    tuned = [name for name in run.weights() if "lora_" in name or name.endswith("base_layer.bias")]
+    assert all(name.startswith("encoder.") for name in tuned) and tuned == list(run.weights())
     tuned = tuned_encoder(run)
     visual = visual_weights(tuned)
     for name, weight in original.state_dict().items():
-        assert torch.equal(tuned.state_dict()[name], weight) or (name in visual and weight.ndim == 2), name
+        assert torch.equal(tuned.state_dict()[name], weight) or name in visual, name
     assert (embed(tuned, pictures(3)) - embed(original, pictures(3))).abs().max() > 1e-4
     terms = set(run.metrics().columns) & {"rec", "con", "dcr"}
     assert {"loss", "seconds", "grad_norm", *(f"norm_{term}" for term in terms)} <= set(run.metrics().columns)
@@ -306,6 +309,53 @@ def test_the_terms_of_the_naive_sum_are_compared_in_every_step_and_block(small_s
     columns = tune(replace(small_settings, objective="naive"), tmp_path).metrics()
     assert {"cos", "magnitude", "norm_con", "norm_rec", "cos/block0", "cos/block1", "cos/head"} <= set(columns)
     assert columns["cos"].between(-1, 1).all() and columns["magnitude"].between(0, 1).all()
+
+
+def test_the_kinds_of_layers_and_the_embeddings_are_compared_too(small_settings, tmp_path):
+    columns = tune(replace(small_settings, objective="naive", accumulate=2), tmp_path).metrics()
+    assert {"cos/kind/q", "cos/kind/fc2", "cos/kind/projection", "cos/features"} <= set(columns)
+    assert columns["cos/features"].between(-1, 1).all()
+
+
+def test_dcrs_parts_are_terms_of_a_run(small_settings, tmp_path):
+    settings = replace(small_settings, objective="dcr", lora_dropout=0.0)
+    one, parts = (tune(replace(settings, parts=parts), tmp_path).metrics() for parts in (False, True))
+    assert {"truth~view:cos", "truth~push:cos", "view~push:cos", "norm_push", "view~push:cos/block0"} <= set(parts)
+    np.testing.assert_allclose(parts[["truth", "view", "push"]].sum(axis=1), one["loss"], rtol=1e-4)
+    np.testing.assert_allclose(parts["grad_norm"], one["grad_norm"], rtol=1e-2)
+    with pytest.raises(ValueError, match="all rows at once"):
+        replace(settings, parts=True, rows=1)
+
+
+@pytest.mark.parametrize("how", sorted(set(COMBINE) - {"sum"}))
+def test_surgery_is_an_option_of_every_sum(small_settings, tmp_path, how):
+    settings = replace(small_settings, objective="naive", steps=2, lr=1e-2)
+    plain, mended = (tune(replace(settings, combine=name), tmp_path) for name in ("sum", how))
+    one, two = (run.metrics().drop(columns="seconds").iloc[0] for run in (plain, mended))
+    assert one.drop("grad_norm").equals(two.drop("grad_norm"))  # measured before it is mended
+    weights = plain.weights()
+    assert any(not torch.equal(w, weights[name]) for name, w in mended.weights().items())
+
+
+def test_stage_one_can_be_asked_for_the_whole_loss_of_dcr(small_settings, tmp_path):
+    settings = replace(small_settings, objective="dcr", steps=1)
+    assert "dcr" in align(replace(settings, align_by="dcr"), tmp_path).metrics()
+    assert "rec" in align(settings, tmp_path).metrics()
+
+
+def test_a_killed_run_repeats_its_probes_as_it_does_its_evaluations(small_settings, tmp_path):
+    settings = replace(small_settings, evaluate_every=1, save_every=2)
+    calls = []
+
+    def probe(at, parameters):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return [{"bin": "all", "of": "dcr", "measure": "norm", "value": 1.0}]
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(settings, tmp_path, probe=probe)
+    assert tune(settings, tmp_path, probe=probe).probes()["step"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_aligning_moves_the_projector_and_nothing_else(small_settings, tmp_path):
@@ -349,7 +399,10 @@ def test_the_gradient_is_clipped_to_the_norm_asked_for(small_settings, tmp_path)
         settings = replace(small_settings, clip=clip, steps=1, optimizer="sgd", lr=1.0, weight_decay=0.0)
         run = tune(settings, tmp_path)
         assert run.metrics()["grad_norm"][0] > 1e-3  # as it was before clipping
-        return sum(w.square().sum() for name, w in run.weights().items() if "lora_B" in name).item() ** 0.5
+        zero = load_encoder(small_settings.encoder)  # LoRA's B begins at zero, the biases at the encoder's
+        start = {f"encoder.{n.replace('.bias', '.base_layer.bias')}": w for n, w in zero.named_parameters()}
+        moved = [w - start.get(n, 0.0) for n, w in run.weights().items() if "lora_A" not in n]
+        return sum(change.square().sum() for change in moved).item() ** 0.5
 
     assert moved(1e-3) == pytest.approx(1e-3, rel=1e-2) and moved(0.0) > 2e-3
 
@@ -399,7 +452,7 @@ def test_a_perturbation_has_the_norm_of_the_tuning_in_every_tensor(small_setting
     random, tuned = changes(tuned_encoder(run), small_settings), changes(tuned_encoder(like), small_settings)
     for name, change in tuned.items():
         torch.testing.assert_close(random[name].norm(), change.norm(), rtol=1e-3, atol=1e-6)
-    matrices = [name for name, change in tuned.items() if change.norm() > 0]
+    matrices = [name for name, change in tuned.items() if change.norm() > 0 and change.ndim == 2]
     assert len(matrices) == 13
     flat = [torch.cat([change[name].flatten() for name in matrices]) for change in (random, tuned)]
     assert abs(torch.cosine_similarity(*flat, dim=0)) < 0.05  # in another direction
