@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -133,12 +134,21 @@ def split_attention(tower: nn.Module) -> nn.Module:
         for letters in ("qkv", "kv"):
             if type(packed := getattr(module, letters, None)) is nn.Linear:
                 setattr(module, letters, SplitLinear(packed, letters))
+                if hasattr(module, "qkv_bias_separate"):  # EVA, BEiT: else they read `qkv.weight`, past any LoRA
+                    module.qkv_bias_separate = True
     return _replace(tower, nn.MultiheadAttention, SplitAttention)
 
 
 def fuse_attention(tower: nn.Module) -> nn.Module:
-    """Undo `split_attention`, in place."""
+    """Undo `split_attention`, in place; a bias that timm adds apart stays apart, which changes no weight."""
     return _replace(tower, (SplitAttention, SplitLinear), lambda module: module.packed())
+
+
+def _is_vit(visual: nn.Module) -> bool:
+    """Whether an image tower's patch tokens go through the norm and the projection that its embedding goes through."""
+    if isinstance(visual, TimmModel):
+        return hasattr(visual.trunk, "fc_norm")
+    return isinstance(visual, VisionTransformer) and visual.attn_pool is None
 
 
 class Encoder(nn.Module):
@@ -149,11 +159,20 @@ class Encoder(nn.Module):
             `nn.Linear`, so that LoRA reaches every matrix; `open_clip_state` gives the original layout back.
         tokenizer: list of n strings -> token ids [n, context length].
         config: open_clip's configuration of the model, as its folders hold it; what `save` writes beside the weights.
+
+    Raises:
+        ValueError: for an image tower that is no plain ViT.
     """
 
     def __init__(self, model: nn.Module, tokenizer, config: dict | None = None):
         super().__init__()
         self.model, self.tokenizer, self.config = model, tokenizer, config
+        if not _is_vit(model.visual):
+            kind = type(getattr(model.visual, "trunk", model.visual)).__name__
+            raise ValueError(
+                f"image tower {kind}: its patch tokens have no way into the space of the embedding; expected a plain "
+                "ViT of open_clip or timm, not a convolutional one or CoCa's"
+            )
         visual = split_attention(model.visual)
         self.proj: nn.Module = nn.Identity()
         if isinstance(getattr(visual, "proj", None), nn.Parameter):
@@ -185,8 +204,11 @@ class Encoder(nn.Module):
         out = self.model.visual.forward_intermediates(
             self.preprocess(images), indices=1, normalize_intermediates=True, output_fmt="NLC", stop_early=False
         )
-        project = self.model.visual.head if isinstance(self.model.visual, TimmModel) else self.proj
-        return Features(self.proj(out["image_features"]), project(out["image_intermediates"][-1]))
+        embedding, patches = out["image_features"], out["image_intermediates"][-1]
+        if not isinstance(self.model.visual, TimmModel):
+            return Features(self.proj(embedding), self.proj(patches))
+        trunk = self.model.visual.trunk  # what follows its pooling; EVA's projection is the trunk's own head
+        return Features(embedding, self.model.visual.head(trunk.head(trunk.fc_norm(patches))))
 
     def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Unit-length global embeddings of pictures in [0, 1], in float32; differentiable."""
@@ -354,4 +376,5 @@ def block_of(name: str) -> str:
         return "projector"
     if found := re.search(r"blocks\.(\d+)\.", name):
         return f"block{found.group(1)}"
-    return "head" if re.search(r"ln_post|trunk\.norm|proj\b|head|attn_pool", name) else "stem"
+    head = r"ln_post|trunk\.(fc_)?norm\b|(?<!patch_embed\.)proj\b|head|attn_pool"
+    return "head" if re.search(head, name) else "stem"
