@@ -244,15 +244,23 @@ def _source(name: str) -> tuple[str, str | None]:
     )
 
 
-def _folder(name: str) -> str:
-    """The folder of a hub id, `owner/name` or `hf-hub:owner/name`; any other name as it is."""
+def _folder(name: str) -> tuple[str, str | None]:
+    """The folder of a hub id, `owner/name` or `hf-hub:owner/name`, and the id; any other name as it is, and None.
+
+    Weights in .bin are fetched only where there are none in .safetensors.
+    """
     repository = name.removeprefix("hf-hub:")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or Path(name).exists():
-        return name
+        return name, None
     try:
-        return fetched(repository, ["*.json", "*.txt", "*.model", "*.safetensors"])
+        folder = fetched(repository, ["*.json", "*.txt", "*.model", "*.safetensors"])
+        if not any(Path(folder).glob("*.safetensors")):
+            folder = fetched(repository, ["*.bin"])
     except FileNotFoundError as error:
         raise FileNotFoundError(f"encoder {name!r}: no such folder, and {error}") from error
+    if not any(Path(folder, file).exists() for file in ("open_clip_config.json", "config.json")):
+        raise FileNotFoundError(f"encoder {name!r}: no open_clip_config.json, no config.json; {absent(repository)}")
+    return folder, repository
 
 
 def _remedy(model_name: str, tag: str | None) -> str:
@@ -267,8 +275,15 @@ def _remedy(model_name: str, tag: str | None) -> str:
     return absent(*dict.fromkeys(filter(None, (weights, tokenizer))))
 
 
-def _create(name: str, model_name: str, tag: str | None, weights: bool) -> tuple[nn.Module, object]:
-    """open_clip's model, with its weights if asked, and its tokenizer; `name` is what the user called it."""
+def _create(
+    name: str, model_name: str, tag: str | None, weights: bool, repository: str | None = None
+) -> tuple[nn.Module, object]:
+    """open_clip's model, with its weights if asked, and its tokenizer.
+
+    Args:
+        name: what the user called it.
+        repository: of the hub, where the model's folder is a copy of one.
+    """
     try:
         logging.disable(logging.ERROR)  # open_clip logs every step of its search, and what we raise
         known = {"pretrained": tag, "require_pretrained": True} if weights else {"load_weights": False}
@@ -279,7 +294,7 @@ def _create(name: str, model_name: str, tag: str | None, weights: bool) -> tuple
             set_model_preprocess_cfg(model, open_clip.get_model_preprocess_cfg(model) | preprocess)
         return model, open_clip.get_tokenizer(model_name)
     except (RuntimeError, OSError) as error:
-        remedy = _remedy(model_name, tag)
+        remedy = absent(repository) if repository else _remedy(model_name, tag)
         raise FileNotFoundError(f"encoder {name!r}: no weights for open_clip model {model_name!r}; {remedy}") from error
     finally:
         logging.disable(logging.NOTSET)
@@ -293,23 +308,25 @@ def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encode
     .pth of that architecture: see `formats.load_released`.
 
     Raises:
-        ValueError: for an unknown name; lists the known ones. For a file of weights that does not fit.
+        ValueError: for an unknown name; lists the known ones. For a file of weights that does not fit. For an image
+            tower that is no plain ViT.
         FileNotFoundError: where the weights are not on this machine and cannot be fetched.
     """
-    name, _, released = str(name).partition("@")
-    name = _folder(name)
+    asked, _, released = str(name).partition("@")
+    name, repository = _folder(asked)
     if name not in ENCODERS and Path(name, "config.json").exists() and not Path(name, "open_clip_config.json").exists():
         try:
             model, tokenizer, config = read_transformers(name)
         except OSError as error:
-            raise FileNotFoundError(f"encoder {name!r}: {error}") from error
+            remedy = f"; {absent(repository)}" if repository else ""
+            raise FileNotFoundError(f"encoder {asked!r}: {error}{remedy}") from error
         if released:
             load_released(model, released)
         return Encoder(model, tokenizer, config).to(device)
     model_name, tag = _source(name)
-    model, tokenizer = _create(name, model_name, tag, weights=not released)
+    model, tokenizer = _create(asked, model_name, tag, not released, repository)
     if released and not load_released(model, released):  # without a text tower, which is then the original's
-        model, tokenizer = _create(name, model_name, tag, weights=True)
+        model, tokenizer = _create(asked, model_name, tag, True, repository)
         load_released(model, released)
     schema, _, folder = model_name.partition(":")
     if schema == "local-dir":
