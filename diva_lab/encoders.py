@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -133,12 +134,21 @@ def split_attention(tower: nn.Module) -> nn.Module:
         for letters in ("qkv", "kv"):
             if type(packed := getattr(module, letters, None)) is nn.Linear:
                 setattr(module, letters, SplitLinear(packed, letters))
+                if hasattr(module, "qkv_bias_separate"):  # EVA, BEiT: else they read `qkv.weight`, past any LoRA
+                    module.qkv_bias_separate = True
     return _replace(tower, nn.MultiheadAttention, SplitAttention)
 
 
 def fuse_attention(tower: nn.Module) -> nn.Module:
-    """Undo `split_attention`, in place."""
+    """Undo `split_attention`, in place; a bias that timm adds apart stays apart, which changes no weight."""
     return _replace(tower, (SplitAttention, SplitLinear), lambda module: module.packed())
+
+
+def _is_vit(visual: nn.Module) -> bool:
+    """Whether an image tower's patch tokens go through the norm and the projection that its embedding goes through."""
+    if isinstance(visual, TimmModel):
+        return hasattr(visual.trunk, "fc_norm")
+    return isinstance(visual, VisionTransformer) and visual.attn_pool is None
 
 
 class Encoder(nn.Module):
@@ -149,11 +159,20 @@ class Encoder(nn.Module):
             `nn.Linear`, so that LoRA reaches every matrix; `open_clip_state` gives the original layout back.
         tokenizer: list of n strings -> token ids [n, context length].
         config: open_clip's configuration of the model, as its folders hold it; what `save` writes beside the weights.
+
+    Raises:
+        ValueError: for an image tower that is no plain ViT.
     """
 
     def __init__(self, model: nn.Module, tokenizer, config: dict | None = None):
         super().__init__()
         self.model, self.tokenizer, self.config = model, tokenizer, config
+        if not _is_vit(model.visual):
+            kind = type(getattr(model.visual, "trunk", model.visual)).__name__
+            raise ValueError(
+                f"image tower {kind}: its patch tokens have no way into the space of the embedding; expected a plain "
+                "ViT of open_clip or timm, not a convolutional one or CoCa's"
+            )
         visual = split_attention(model.visual)
         self.proj: nn.Module = nn.Identity()
         if isinstance(getattr(visual, "proj", None), nn.Parameter):
@@ -185,8 +204,11 @@ class Encoder(nn.Module):
         out = self.model.visual.forward_intermediates(
             self.preprocess(images), indices=1, normalize_intermediates=True, output_fmt="NLC", stop_early=False
         )
-        project = self.model.visual.head if isinstance(self.model.visual, TimmModel) else self.proj
-        return Features(self.proj(out["image_features"]), project(out["image_intermediates"][-1]))
+        embedding, patches = out["image_features"], out["image_intermediates"][-1]
+        if not isinstance(self.model.visual, TimmModel):
+            return Features(self.proj(embedding), self.proj(patches))
+        trunk = self.model.visual.trunk  # what follows its pooling; EVA's projection is the trunk's own head
+        return Features(embedding, self.model.visual.head(trunk.head(trunk.fc_norm(patches))))
 
     def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Unit-length global embeddings of pictures in [0, 1], in float32; differentiable."""
@@ -222,15 +244,23 @@ def _source(name: str) -> tuple[str, str | None]:
     )
 
 
-def _folder(name: str) -> str:
-    """The folder of a hub id, `owner/name` or `hf-hub:owner/name`; any other name as it is."""
+def _folder(name: str) -> tuple[str, str | None]:
+    """The folder of a hub id, `owner/name` or `hf-hub:owner/name`, and the id; any other name as it is, and None.
+
+    Weights in .bin are fetched only where there are none in .safetensors.
+    """
     repository = name.removeprefix("hf-hub:")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or Path(name).exists():
-        return name
+        return name, None
     try:
-        return fetched(repository, ["*.json", "*.txt", "*.model", "*.safetensors"])
+        folder = fetched(repository, ["*.json", "*.txt", "*.model", "*.safetensors"])
+        if not any(Path(folder).glob("*.safetensors")):
+            folder = fetched(repository, ["*.bin"])
     except FileNotFoundError as error:
         raise FileNotFoundError(f"encoder {name!r}: no such folder, and {error}") from error
+    if not any(Path(folder, file).exists() for file in ("open_clip_config.json", "config.json")):
+        raise FileNotFoundError(f"encoder {name!r}: no open_clip_config.json, no config.json; {absent(repository)}")
+    return folder, repository
 
 
 def _remedy(model_name: str, tag: str | None) -> str:
@@ -245,8 +275,15 @@ def _remedy(model_name: str, tag: str | None) -> str:
     return absent(*dict.fromkeys(filter(None, (weights, tokenizer))))
 
 
-def _create(name: str, model_name: str, tag: str | None, weights: bool) -> tuple[nn.Module, object]:
-    """open_clip's model, with its weights if asked, and its tokenizer; `name` is what the user called it."""
+def _create(
+    name: str, model_name: str, tag: str | None, weights: bool, repository: str | None = None
+) -> tuple[nn.Module, object]:
+    """open_clip's model, with its weights if asked, and its tokenizer.
+
+    Args:
+        name: what the user called it.
+        repository: of the hub, where the model's folder is a copy of one.
+    """
     try:
         logging.disable(logging.ERROR)  # open_clip logs every step of its search, and what we raise
         known = {"pretrained": tag, "require_pretrained": True} if weights else {"load_weights": False}
@@ -257,7 +294,7 @@ def _create(name: str, model_name: str, tag: str | None, weights: bool) -> tuple
             set_model_preprocess_cfg(model, open_clip.get_model_preprocess_cfg(model) | preprocess)
         return model, open_clip.get_tokenizer(model_name)
     except (RuntimeError, OSError) as error:
-        remedy = _remedy(model_name, tag)
+        remedy = absent(repository) if repository else _remedy(model_name, tag)
         raise FileNotFoundError(f"encoder {name!r}: no weights for open_clip model {model_name!r}; {remedy}") from error
     finally:
         logging.disable(logging.NOTSET)
@@ -271,23 +308,25 @@ def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encode
     .pth of that architecture: see `formats.load_released`.
 
     Raises:
-        ValueError: for an unknown name; lists the known ones. For a file of weights that does not fit.
+        ValueError: for an unknown name; lists the known ones. For a file of weights that does not fit. For an image
+            tower that is no plain ViT.
         FileNotFoundError: where the weights are not on this machine and cannot be fetched.
     """
-    name, _, released = str(name).partition("@")
-    name = _folder(name)
+    asked, _, released = str(name).partition("@")
+    name, repository = _folder(asked)
     if name not in ENCODERS and Path(name, "config.json").exists() and not Path(name, "open_clip_config.json").exists():
         try:
             model, tokenizer, config = read_transformers(name)
         except OSError as error:
-            raise FileNotFoundError(f"encoder {name!r}: {error}") from error
+            remedy = f"; {absent(repository)}" if repository else ""
+            raise FileNotFoundError(f"encoder {asked!r}: {error}{remedy}") from error
         if released:
             load_released(model, released)
         return Encoder(model, tokenizer, config).to(device)
     model_name, tag = _source(name)
-    model, tokenizer = _create(name, model_name, tag, weights=not released)
+    model, tokenizer = _create(asked, model_name, tag, not released, repository)
     if released and not load_released(model, released):  # without a text tower, which is then the original's
-        model, tokenizer = _create(name, model_name, tag, weights=True)
+        model, tokenizer = _create(asked, model_name, tag, True, repository)
         load_released(model, released)
     schema, _, folder = model_name.partition(":")
     if schema == "local-dir":
@@ -357,7 +396,8 @@ def block_of(name: str) -> str:
         return "projector"
     if found := re.search(r"blocks\.(\d+)\.", name):
         return f"block{found.group(1)}"
-    return "head" if re.search(r"ln_post|trunk\.norm|proj\b|head|attn_pool", name) else "stem"
+    head = r"ln_post|trunk\.(fc_)?norm\b|(?<!patch_embed\.)proj\b|head|attn_pool"
+    return "head" if re.search(head, name) else "stem"
 
 
 KINDS = {  # of layers: name -> pattern of their parameters' names, open_clip's and timm's; the first that fits

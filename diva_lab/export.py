@@ -4,7 +4,9 @@
     folder/transformers/    for `CLIPModel` or `SiglipModel`: weights, image processor, tokenizer
     folder/README.md        a model card: settings, data, run, versions, scores
 
-LoRA is merged, and the text tower, which no objective trains, is there as it was.
+LoRA is merged, and the text tower, which no objective trains, is there as it was. What open_clip does to a SigLIP's
+texts before its tokenizer (small letters, no punctuation) the transformers tokenizer does itself. What open_clip
+repairs in texts for any model, broken Unicode and HTML's entities, it does not: such a text may embed otherwise there.
 """
 
 import argparse
@@ -26,7 +28,7 @@ def _free(folder: Path) -> Path:
 
 
 def save_encoder(encoder: Encoder, folder: str | Path) -> dict[str, Path]:
-    """Write an encoder in both formats; the second only where transformers has the architecture (CLIP, SigLIP).
+    """Write an encoder in both formats; the second only where transformers computes the same (see `formats.kind_of`).
 
     Returns:
         The folders by format: "open_clip" and, if written, "transformers".

@@ -8,22 +8,28 @@ parameter) is unpacked first, so that a name stands for the same matrix in both.
 import json
 import pickle
 import re
+import string
+from dataclasses import asdict
 from pathlib import Path
 
 import timm
 import torch
-from open_clip import CLIP, CustomTextCLIP, SimpleTokenizer
+from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, SimpleTokenizer
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, normalizers
 from torch import Tensor, nn
 from transformers import (
+    AutoImageProcessor,
     AutoModel,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     CLIPTokenizer,
     PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
@@ -268,13 +274,69 @@ def use_activation(model: nn.Module, config: dict) -> nn.Module:
     return model
 
 
+_BOTH = {
+    "embed_dim", "init_logit_scale", "vision_cfg.image_size", "vision_cfg.patch_dropout", "text_cfg.context_length",
+    "text_cfg.vocab_size", "text_cfg.width", "text_cfg.heads", "text_cfg.layers", "text_cfg.mlp_ratio",
+    "text_cfg.hf_tokenizer_name", "text_cfg.tokenizer_kwargs",
+}  # fmt: skip
+_FREE = {  # kind -> keys of open_clip's `model_cfg` that may say anything: sizes, or what only training heeds
+    "clip": _BOTH | {
+        "quick_gelu", "vision_cfg.layers", "vision_cfg.width", "vision_cfg.head_width", "vision_cfg.patch_size",
+        "vision_cfg.mlp_ratio",
+    },
+    "siglip": _BOTH | {
+        "init_logit_bias", "text_cfg.act_kwargs", "vision_cfg.timm_model_name", "vision_cfg.timm_model_pretrained",
+        "vision_cfg.timm_drop", "vision_cfg.timm_drop_path",
+    },
+}  # fmt: skip
+_HELD = {  # kind -> what the others have to say, where it is not open_clip's default
+    "clip": {},
+    "siglip": {
+        "custom_text": True, "vision_cfg.timm_pool": "map", "vision_cfg.timm_proj": "none",
+        "text_cfg.no_causal_mask": True, "text_cfg.proj_bias": True, "text_cfg.pool_type": "last",
+        "text_cfg.norm_kwargs": {"eps": 1e-6},
+    },
+}  # fmt: skip
+
+
+def _flat(model_cfg: dict) -> dict:
+    """open_clip's `model_cfg` as one level, its towers' defaults filled in."""
+    towers = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
+    flat = {key: value for key, value in model_cfg.items() if key not in towers}
+    for name, tower in towers.items():
+        flat |= {f"{name}.{key}": value for key, value in asdict(tower(**model_cfg[name])).items()}
+    return flat
+
+
+def kind_of(config: dict) -> str:
+    """The key of `NAMES` whose transformers model computes what an open_clip model of this configuration computes.
+
+    Raises:
+        NotImplementedError: where there is none; names the first key that says why.
+    """
+    given = _flat(config["model_cfg"])
+    kind = "siglip" if "siglip" in (given["vision_cfg.timm_model_name"] or "") else "clip"
+    wanted = _flat({"vision_cfg": {}, "text_cfg": {}}) | _HELD[kind]
+    odd = [key for key in given.keys() | wanted.keys() if (given.get(key) or None) != (wanted.get(key) or None)]
+    odd = set(odd) - _FREE[kind]
+    odd |= {key for key in ("vision_cfg.image_size", "vision_cfg.layers") if not isinstance(given[key], int)}
+    if kind == "siglip" and given.get("init_logit_bias") is None:
+        odd.add("init_logit_bias")
+    if (given["text_cfg.tokenizer_kwargs"] or {}) not in ({}, {"clean": "canonicalize"}):
+        odd.add("text_cfg.tokenizer_kwargs")
+    if odd:
+        key = min(odd)
+        raise NotImplementedError(f"transformers' {kind} has no word for open_clip's {key} = {given.get(key)!r}")
+    return kind
+
+
 def transformers_config(model: nn.Module, config: dict, tokenizer: object) -> PretrainedConfig:
     """transformers' configuration for an open_clip CLIP, or SigLIP with a timm tower, built as `config` says.
 
     Raises:
-        NotImplementedError: for another architecture, which only open_clip can hold.
+        NotImplementedError: for another architecture, which only open_clip can hold; see `kind_of`.
     """
-    model_cfg = config["model_cfg"]
+    kind, model_cfg = kind_of(config), config["model_cfg"]
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     inner = getattr(tokenizer, "tokenizer", tokenizer)
     ends = {"bos_token_id": getattr(inner, "bos_token_id", None) or getattr(inner, "sot_token_id", None)}
@@ -285,8 +347,7 @@ def transformers_config(model: nn.Module, config: dict, tokenizer: object) -> Pr
         "num_attention_heads": text["heads"], "intermediate_size": int(text.get("mlp_ratio", 4.0) * text["width"]),
         "max_position_embeddings": text["context_length"], **ends,
     }  # fmt: skip
-    name = vision.get("timm_model_name", "")
-    if not name and "custom_text" not in model_cfg and not text.get("hf_model_name"):
+    if kind == "clip":
         width = vision["width"]
         act = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
         vision_config = {
@@ -297,10 +358,8 @@ def transformers_config(model: nn.Module, config: dict, tokenizer: object) -> Pr
         }  # fmt: skip
         text_config |= {"hidden_act": act, "projection_dim": model_cfg["embed_dim"]}
         return CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=model_cfg["embed_dim"])
-    if "siglip" not in name or vision.get("timm_pool") != "map":
-        raise NotImplementedError(f"no transformers format for the architecture of {name or 'this open_clip model'}")
     trunk = model.visual.trunk
-    tanh = text.get("act_kwargs", {}).get("approximate") == "tanh"
+    tanh = (text.get("act_kwargs") or {}).get("approximate") == "tanh"
     text_config |= {"hidden_act": "gelu_pytorch_tanh" if tanh else "gelu", "projection_size": model_cfg["embed_dim"]}
     vision_config = {
         "image_size": vision["image_size"], "patch_size": trunk.patch_embed.patch_size[0],
@@ -315,21 +374,49 @@ def transformers_config(model: nn.Module, config: dict, tokenizer: object) -> Pr
 # --- folders ----------------------------------------------------------------------------------------------------
 
 
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as image processors hold them
+_BESIDE = {  # what has to lie beside the weights; one file of each line
+    "image processor": ("preprocessor_config.json", "processor_config.json"),
+    "tokenizer": ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model"),
+}
+
+
+def _preprocessing(folder: str | Path, px: int) -> dict:
+    """open_clip's `preprocess_cfg` for the image processor of a transformers folder whose model takes `px` pixels.
+
+    Raises:
+        ValueError: for a way to resize that has no counterpart here.
+    """
+    shown = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    if shown.resample not in _RESAMPLE:
+        known = " or ".join(f"{number} ({name})" for number, name in _RESAMPLE.items())
+        raise ValueError(f"{folder}: image processor with resample = {shown.resample}; expected {known}")
+    edge = shown.size.get("shortest_edge") or shown.size.get("height")
+    if edge != px:
+        raise ValueError(f"{folder}: image processor that resizes to {edge} px; expected the model's {px} px")
+    return {
+        "size": px, "mean": tuple(shown.image_mean), "std": tuple(shown.image_std),
+        "interpolation": _RESAMPLE[shown.resample],
+        "resize_mode": "shortest" if shown.size.get("shortest_edge") else "squash",
+    }  # fmt: skip
+
+
 def read_transformers(folder: str | Path) -> tuple[nn.Module, HFTokenizer, dict]:
     """A transformers CLIP or SigLIP folder as an open_clip model, its tokenizer, and open_clip's configuration.
 
     Raises:
-        ValueError, OSError: for another kind of model, or a folder that is not whole.
+        ValueError, OSError: for another kind of model, or a folder that is not whole. Trainers that save the model
+            alone, as DCR's, leave out the image processor and the tokenizer, which are those of the model they tuned.
     """
     theirs = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     kind = theirs.config.model_type
     model_cfg = open_clip_config(theirs.config)
-    shown = json.loads(Path(folder, "preprocessor_config.json").read_text())
-    preprocess = {
-        "size": model_cfg["vision_cfg"]["image_size"], "mean": tuple(shown["image_mean"]),
-        "std": tuple(shown["image_std"]), "interpolation": {2: "bilinear", 3: "bicubic"}[shown["resample"]],
-        "resize_mode": "shortest" if "shortest_edge" in shown["size"] else "squash",
-    }  # fmt: skip
+    for part, files in _BESIDE.items():
+        if not any(Path(folder, file).exists() for file in files):
+            raise FileNotFoundError(
+                f"{folder} has no {part}: none of {', '.join(files)}; copy it from the model that it was tuned from"
+            )
+    preprocess = _preprocessing(folder, model_cfg["vision_cfg"]["image_size"])
     config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
     if kind == "siglip" and theirs.config.vision_config.hidden_act == "gelu_pytorch_tanh":
         config["timm_gelu"] = "tanh"
@@ -341,14 +428,34 @@ def read_transformers(folder: str | Path) -> tuple[nn.Module, HFTokenizer, dict]
     return model, tokenizer, config
 
 
-def _save_tokenizer(tokenizer: HFTokenizer | SimpleTokenizer, folder: Path) -> None:
+def _inner(tokenizer: HFTokenizer | SimpleTokenizer) -> PreTrainedTokenizerBase:
+    """transformers' tokenizer that an open_clip tokenizer wraps, or has as its counterpart."""
     if isinstance(tokenizer, SimpleTokenizer):  # OpenAI's, which open_clip carries in a format of its own
         special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
         vocabulary = {special.get(word, word): number for word, number in tokenizer.encoder.items()}
-        inner = CLIPTokenizer(vocabulary, list(tokenizer.bpe_ranks), model_max_length=tokenizer.context_length)
-    else:
-        inner = tokenizer.tokenizer
-    inner.save_pretrained(folder)
+        return CLIPTokenizer(vocabulary, list(tokenizer.bpe_ranks), model_max_length=tokenizer.context_length)
+    return tokenizer.tokenizer
+
+
+def _canonical(tokenizer: HFTokenizer | SimpleTokenizer) -> PreTrainedTokenizerBase:
+    """transformers' tokenizer that does to texts itself what open_clip does before it calls one: `clean: canonicalize`.
+
+    Characters are composed, an underscore becomes a space, punctuation and curly quotes go, capitals become small,
+    white space shrinks. Left out is what else open_clip repairs before that (ftfy, HTML's entities): no tokenizer's
+    file has a word for it. The class is the general one: T5's, which SigLIP has, would build its normaliser anew.
+    """
+    inner = _inner(tokenizer)
+    if not hasattr(inner, "backend_tokenizer"):  # SentencePiece as transformers' SigLIP has it, which cleans as well
+        return inner
+    backend = Tokenizer.from_str(inner.backend_tokenizer.to_str())
+    marks = Regex(f"[{re.escape(string.punctuation)}\u02bc\u2018-\u201f]")  # ftfy makes quotes of these straight
+    steps = [normalizers.NFC(), normalizers.Replace("_", " "), normalizers.Replace(marks, ""), normalizers.Lowercase()]
+    steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    backend.normalizer = normalizers.Sequence([*steps, *([backend.normalizer] if backend.normalizer else [])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=tokenizer.context_length, padding_side=inner.padding_side,
+        model_input_names=["input_ids"], **inner.special_tokens_map,
+    )  # fmt: skip
 
 
 def write_open_clip(folder: Path, state: State, config: dict, tokenizer: object) -> Path:
@@ -358,8 +465,26 @@ def write_open_clip(folder: Path, state: State, config: dict, tokenizer: object)
     text_cfg = {**config["model_cfg"]["text_cfg"], "hf_tokenizer_name": "tokenizer"}
     config = config | {"model_cfg": {**config["model_cfg"], "text_cfg": text_cfg}}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    _save_tokenizer(tokenizer, folder)
+    _inner(tokenizer).save_pretrained(folder)
     return folder
+
+
+def _processor(kind: str, config: dict) -> CLIPImageProcessor | SiglipImageProcessor:
+    """transformers' image processor that resizes and normalises as `config` says.
+
+    Raises:
+        NotImplementedError: for a SigLIP whose pictures are cut, not squashed.
+    """
+    px, shown = config["model_cfg"]["vision_cfg"]["image_size"], config["preprocess_cfg"]
+    facts = {"image_mean": list(shown["mean"]), "image_std": list(shown["std"])}
+    facts["resample"] = 2 if shown.get("interpolation") == "bilinear" else 3
+    squash = shown.get("resize_mode") == "squash"
+    size = {"height": px, "width": px} if squash else {"shortest_edge": px}
+    if kind == "clip":
+        return CLIPImageProcessor(size=size, crop_size=px, do_center_crop=not squash, **facts)
+    if not squash:
+        raise NotImplementedError("transformers' siglip squashes pictures; it has no word for open_clip's resize_mode")
+    return SiglipImageProcessor(size=size, **facts)
 
 
 def write_transformers(folder: Path, state: State, config: dict, tokenizer: object) -> Path:
@@ -369,23 +494,16 @@ def write_transformers(folder: Path, state: State, config: dict, tokenizer: obje
         state: under open_clip's names.
 
     Raises:
-        NotImplementedError: for an architecture that transformers' CLIP and SigLIP do not hold.
+        NotImplementedError: for an architecture that transformers' CLIP and SigLIP do not hold. Nothing is written.
     """
+    kind = kind_of(config)
+    processor = _processor(kind, config)
     with torch.device("meta"):
         found = transformers_config(build(config), config, tokenizer)
-        model = (CLIPModel if found.model_type == "clip" else SiglipModel)(found)
-    state = convert(state, found.model_type, model.state_dict())
-    model.load_state_dict(state, assign=True)
+        model = (CLIPModel if kind == "clip" else SiglipModel)(found)
+    model.load_state_dict(convert(state, kind, model.state_dict()), assign=True)
+    cleaned = (config["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}).get("clean") == "canonicalize"
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    px, shown = config["model_cfg"]["vision_cfg"]["image_size"], config["preprocess_cfg"]
-    facts = {"image_mean": list(shown["mean"]), "image_std": list(shown["std"]), "resample": 3}
-    if found.model_type == "clip":
-        squash = shown.get("resize_mode") == "squash"
-        size = {"height": px, "width": px} if squash else {"shortest_edge": px}
-        processor = CLIPImageProcessor(size=size, crop_size=px, do_center_crop=not squash, **facts)
-    else:
-        processor = SiglipImageProcessor(size={"height": px, "width": px}, **facts)
-    processor.save_pretrained(folder)
-    _save_tokenizer(tokenizer, folder)
+    for part in (model, processor, _canonical(tokenizer) if cleaned else _inner(tokenizer)):
+        part.save_pretrained(folder)
     return folder

@@ -18,6 +18,7 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 from timm.models import register_model
+from timm.models.eva import Eva, _create_eva
 from timm.models.vision_transformer import VisionTransformer, _create_vision_transformer
 from transformers import (
     CLIPConfig,
@@ -45,6 +46,32 @@ def vit_small_patch8_siglip_32(pretrained: bool = False, **changes) -> VisionTra
     return _create_vision_transformer("vit_small_patch8_siglip_32", pretrained=pretrained, **sizes | changes)
 
 
+EVA = {"patch_size": 8, "img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "mlp_ratio": 2.5}
+EVA["head_init_scale"] = 10  # timm's own, .001, would leave the bias alone to speak
+
+
+@register_model
+def eva_small_patch8_32(pretrained: bool = False, **changes) -> Eva:
+    """EVA-CLIP's first image tower (g, E): q, k and v in one matrix, their bias apart."""
+    return _create_eva("eva_small_patch8_32", pretrained=pretrained, **EVA | changes)
+
+
+@register_model
+def eva02_small_patch8_32(pretrained: bool = False, **changes) -> Eva:
+    """EVA-CLIP's second (B, L): q, k and v apart, SwiGLU, rotated positions, norms inside attention and MLP."""
+    sizes = {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True}
+    sizes |= {"use_rot_pos_emb": True, "ref_feat_shape": (4, 4)}
+    return _create_eva("eva02_small_patch8_32", pretrained=pretrained, **EVA | sizes | changes)
+
+
+def unlike(model: torch.nn.Module) -> torch.nn.Module:
+    """Vectors drawn at random, in place: zeros and ones would hide a weight that went astray."""
+    for name, p in model.named_parameters():
+        if p.ndim < 2 or "probe" in name:
+            torch.nn.init.normal_(p, mean=p.mean().item(), std=0.1)
+    return model
+
+
 def write_transformers_clip(folder: Path, kind: str, act: str, seed: int = 0) -> Path:
     """A transformers folder of a two-layer CLIP or SigLIP: model, image processor, tokenizer."""
     save_tokenizer(folder)
@@ -62,10 +89,7 @@ def write_transformers_clip(folder: Path, kind: str, act: str, seed: int = 0) ->
     else:
         model = SiglipModel(SiglipConfig(text_config=text | {"projection_size": 48}, vision_config=vision))
         processor = SiglipImageProcessor(size={"height": 32, "width": 32})
-    for name, p in model.named_parameters():  # zeros and ones would hide a weight that went astray
-        if p.ndim < 2 or "probe" in name:
-            torch.nn.init.normal_(p, mean=p.mean().item(), std=0.1)
-    model.save_pretrained(folder)
+    unlike(model).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
@@ -81,6 +105,41 @@ def write_clip(folder: Path, seed: int = 0) -> Path:
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+HUGE = {  # MetaCLIP's and DFN's ViT-H: heads not 64 wide, three widths that differ
+    "embed_dim": 40, "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 80, "head_width": 40, "patch_size": 8},
+    "text_cfg": {"layers": 2, "width": 48, "heads": 2},
+}  # fmt: skip
+CLIPA = {  # as its papers' models: no norm before the blocks, the mean of the patches, a text tower that looks ahead
+    "vision_cfg": {"layers": 2, "width": 64, "no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
+    "text_cfg": {"layers": 2, "width": 64, "heads": 2, "pool_type": "last", "no_causal_mask": True},
+}  # fmt: skip
+
+
+def timm_tower(name: str) -> dict:
+    """open_clip's configuration of a CLIP whose image tower is a timm model that projects by itself, as EVA-CLIP."""
+    tower = {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "token", "timm_proj": None}
+    text = {"layers": 1, "width": 32, "heads": 2}
+    return {"embed_dim": 40, "custom_text": True, "vision_cfg": tower | {"image_size": 32}, "text_cfg": text}
+
+
+def write_open_clip(folder: Path, model_cfg: dict, seed: int = 0, **preprocess_cfg) -> Path:
+    """An open_clip folder of `model_cfg`, which may leave out what concerns the words; OpenAI's normalisation."""
+    folder.mkdir(parents=True)
+    save_tokenizer(folder)
+    words = clip_config(World(), len(CLIPTokenizer.from_pretrained(folder)))["model_cfg"]["text_cfg"]
+    words = {key: words[key] for key in ("context_length", "vocab_size", "hf_tokenizer_name")}
+    model_cfg = {"embed_dim": 48} | model_cfg | {"text_cfg": words | model_cfg["text_cfg"]}
+    model_cfg["vision_cfg"] = {"image_size": 32, "patch_size": 8} | model_cfg["vision_cfg"]
+    shown = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, "interpolation": "bicubic"}
+    shown |= {"resize_mode": "shortest"} | preprocess_cfg
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": shown}))
+    torch.manual_seed(seed)
+    model = unlike(open_clip.create_model(f"local-dir:{folder}", load_weights=False))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return folder
 
@@ -140,6 +199,6 @@ def write_diffusion3(folder: Path, seed: int = 0) -> Path:
 
 
 def on_meta(name: str) -> torch.nn.Module:
-    """An open_clip model of `ENCODERS` at its real size, without weights."""
+    """An open_clip model at its real size, without weights, by its name in `ENCODERS` or in open_clip."""
     with torch.device("meta"):  # open_clip's own `device` alone builds on the CPU first
-        return open_clip.create_model(ENCODERS[name][0], load_weights=False, device="meta")
+        return open_clip.create_model(ENCODERS.get(name, (name,))[0], load_weights=False, device="meta")

@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import open_clip
@@ -7,13 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from one_step import open_lora, pictures, trainable
+from small_models import HUGE, on_meta, timm_tower, write_open_clip
 from torch import nn
 
 from diva_lab.encoders import (
     ENCODERS,
     KINDS,
     SHORT,
+    Encoder,
     SplitAttention,
+    SplitLinear,
     block_of,
     embed,
     fuse_attention,
@@ -50,9 +54,23 @@ def small_siglip(small_clip, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=["clip", "siglip"])
-def folder(request, small_clip, small_siglip):
-    return {"clip": small_clip, "siglip": small_siglip}[request.param]
+@pytest.fixture(scope="module")
+def written(small_clip, small_siglip, tmp_path_factory):
+    """Folders by their kind: OpenAI's layout, that of ViT-H, and timm towers of SigLIP, EVA-01 and EVA-02."""
+    root = tmp_path_factory.mktemp("towers")
+    found = {"clip": small_clip, "siglip": small_siglip}
+    found["huge"] = write_open_clip(root / "huge", HUGE, resize_mode="squash")
+    for name in ("eva", "eva02"):
+        found[name] = write_open_clip(root / name, timm_tower(f"{name}_small_patch8_32"))
+    return found
+
+
+MODELS = ["clip", "siglip", "huge", "eva", "eva02"]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request, written):
+    return written[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +146,22 @@ def test_patches_are_open_clips_tokens_after_the_last_norm_through_the_projectio
         torch.testing.assert_close(patches, tokens @ model.visual.proj, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["eva", "eva02"])
+def test_a_tower_that_projects_by_its_own_head_gives_patches_in_the_space_of_the_embedding(kind, written, images):
+    model = plain(written[kind])
+    trunk = model.visual.trunk
+    assert isinstance(trunk.head, nn.Linear) and not len(model.visual.head)
+    with torch.no_grad():
+        tokens = trunk.head(trunk.forward_features(normalised(model, images)))  # the class token first
+        features = load_encoder(written[kind]).features(images)
+    torch.testing.assert_close(features.embedding, tokens[:, 0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(features.patches, tokens[:, 1:], atol=1e-5, rtol=0)
+
+
 def test_there_is_one_patch_token_for_each_patch_in_the_space_of_the_embedding(folder, images):
     encoder = load_encoder(folder)
     features = encoder.features(images)
-    count = (32 // {"clip": 8, "siglip": 16}[folder.name]) ** 2
+    count = (32 // (16 if folder.name == "siglip" else 8)) ** 2
     assert features.embedding.shape == (5, encoder.dim) and features.patches.shape == (5, count, encoder.dim)
 
 
@@ -151,11 +181,11 @@ def test_pictures_of_any_size_are_brought_to_the_models_own(folder, size):
     torch.testing.assert_close(white, ((1 - encoder.mean) / encoder.std).expand_as(white), atol=1e-4, rtol=0)
 
 
-def test_a_wide_picture_is_cut_or_squashed_as_the_model_was_trained(small_clip, small_siglip):
+def test_a_wide_picture_is_cut_or_squashed_as_the_model_was_trained(written):
     wide = torch.zeros(1, 3, 32, 96)
     wide[..., 32:64] = 1
-    for folder, share in ((small_clip, 1), (small_siglip, 1 / 3)):
-        encoder = load_encoder(folder)
+    for kind, share in (("clip", 1), ("siglip", 1 / 3), ("huge", 1 / 3)):
+        encoder = load_encoder(written[kind])
         white = (encoder.preprocess(wide) * encoder.std + encoder.mean).mean().item()
         assert white == pytest.approx(share, abs=0.02)
 
@@ -200,6 +230,19 @@ def test_fusing_undoes_splitting(small_clip):
     assert list(fused) == list(original) and all(torch.equal(fused[name], w) for name, w in original.items())
 
 
+def test_a_packed_projection_that_timm_reads_past_its_layer_is_split_and_fused_again(written, images):
+    model = plain(written["eva"])
+    names, expected = list(model.state_dict()), model.encode_image(normalised(model, images))
+    attention = model.visual.trunk.blocks[0].attn
+    assert attention.q_bias.abs().sum() > 0 and not attention.qkv_bias_separate
+    split_attention(model.visual)
+    assert isinstance(attention.qkv, SplitLinear)
+    torch.testing.assert_close(model.encode_image(normalised(model, images)), expected, atol=1e-5, rtol=0)
+    fuse_attention(model.visual)
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(model.encode_image(normalised(model, images)), expected, atol=1e-5, rtol=0)
+
+
 # --- training and going back ------------------------------------------------------------------------------------
 
 
@@ -228,6 +271,41 @@ def test_lora_reaches_every_matrix_of_the_tower(folder):
     }
     if folder.name == "clip":
         assert len(linears) == 2 * 6 + 1  # q, k, v, out, two of the MLP; the projection
+
+
+def test_every_lora_tensor_gets_a_gradient(folder, images):
+    encoder = load_encoder(folder)
+    make_trainable(encoder, rank=4)
+    features = open_lora(encoder).features(images)
+    (features.embedding.square().sum() + features.patches.square().sum()).backward()
+    assert not [name for name, p in trainable(encoder).items() if p.grad is None or not p.grad.abs().sum() > 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "side", "blocks", "linears"),  # linears of a block; EVA-02's MLP has a gate
+    [
+        ("EVA02-L-14", 768, 16, 24, 7), ("EVA01-g-14", 1024, 16, 40, 6),
+        ("ViT-SO400M-16-SigLIP2-384", 1152, 24, 27, 6),
+    ],
+)  # fmt: skip
+def test_a_real_timm_tower_gives_its_features_and_lora_reaches_every_matrix_of_it(name, dim, side, blocks, linears):
+    with torch.device("meta"):
+        encoder = Encoder(on_meta(name), None)
+        make_trainable(encoder, rank=16)
+        features = encoder.features(torch.zeros(1, 3, encoder.px, encoder.px))
+    assert features.embedding.shape == (1, dim) and features.patches.shape == (1, side**2, dim)
+    head = 6 if "SigLIP" in name else 1  # attention pooling: q, k, v, out, two of its MLP; or the projection
+    wanted = {f"block{i}": 2 * linears for i in range(blocks)} | {"head": 2 * head}  # A and B
+    assert Counter(map(block_of, trainable(encoder))) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("RN50", "ModifiedResNet"), ("convnext_base", "ConvNeXt"), ("coca_ViT-B-32", "VisionTransformer")],
+)
+def test_an_image_tower_whose_patches_are_in_another_space_is_refused_naming_it(name, kind):
+    with torch.device("meta"), pytest.raises(ValueError, match=f"image tower {kind}.*expected a plain ViT"):
+        Encoder(on_meta(name), None)
 
 
 def test_new_lora_changes_nothing_and_its_seed_decides_its_weights(small_clip, images):
@@ -301,5 +379,7 @@ def test_every_weight_belongs_to_a_block(folder):
     assert {"stem", "head", "block0", "block1"} <= blocks
     assert all(block in ("stem", "head") or block.removeprefix("block").isdigit() for block in blocks)
     assert block_of("model.visual.transformer.resblocks.11.attn.out_proj.lora_A.default.weight") == "block11"
+    assert not [name for name in visual_weights(encoder) if "patch_embed" in name and block_of(name) != "stem"]
+    assert block_of("model.visual.trunk.fc_norm.weight") == "head"
     assert block_of("proj.lora_B.default.weight") == "head" and block_of("model.visual.conv1.weight") == "stem"
     assert np.all([block_of(name) == "head" for name in visual_weights(encoder) if "ln_post" in name])

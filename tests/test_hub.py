@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from one_step import pictures
+from safetensors.torch import load_file
 from small_models import write_transformers_clip
 
+from diva_lab import encoders
 from diva_lab.denoisers import load_denoiser
 from diva_lab.encoders import ENCODERS, _remedy, load_encoder
 
@@ -89,6 +91,68 @@ def test_a_missing_model_is_refused_at_once_with_its_folder_and_the_command_that
 def test_every_known_encoder_has_a_place_on_the_hub():
     for name in ENCODERS.keys() - {"tiny"}:
         assert "hf download" in _remedy(*ENCODERS[name])
+
+
+# --- a repository that is there in part -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub in a folder: what `fetched` is asked for is copied from `hub / owner / name`, as a download does."""
+
+    def fetched(repository: str, patterns: list[str]) -> str:
+        place = tmp_path / "cache" / repository
+        place.mkdir(parents=True, exist_ok=True)
+        for file in (tmp_path / "hub" / repository).iterdir():
+            if any(file.match(pattern) for pattern in patterns):
+                shutil.copy(file, place)
+        return str(place)
+
+    monkeypatch.setattr(encoders, "fetched", fetched)
+    return tmp_path / "hub"
+
+
+def in_bin(folder: Path, safe: str, plain: str) -> None:
+    """Weights in pickle's format, as old repositories hold them."""
+    torch.save(load_file(folder / safe), folder / plain)
+    (folder / safe).unlink()
+
+
+@pytest.mark.parametrize("format", ["open_clip", "transformers"])
+def test_weights_in_bin_are_fetched_where_there_are_no_others(format, small_clip, hub, tmp_path):
+    folder = hub / "some" / "model"
+    if format == "open_clip":
+        shutil.copytree(small_clip, folder)
+        names = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
+    else:
+        write_transformers_clip(folder, "clip", "gelu")
+        names = "model.safetensors", "pytorch_model.bin"
+    expected = load_encoder(folder)
+    shutil.copytree(folder, hub / "some" / "both")
+    torch.save({}, hub / "some" / "both" / names[1])
+    in_bin(folder, *names)
+    for name in ("some/model", "some/both"):
+        found = load_encoder(name)
+        same(*((e.encode_image(IMAGES), e.encode_text(TEXTS)) for e in (found, expected)))
+    assert (tmp_path / "cache" / "some" / "model" / names[1]).exists()
+    assert not (tmp_path / "cache" / "some" / "both" / names[1]).exists()
+
+
+@pytest.mark.parametrize("kept", [[], ["open_clip_config.json"], ["config.json"], ["config.json", "model.safetensors"]])
+def test_a_repository_that_is_there_in_part_is_refused_by_its_id_with_the_command_that_fetches_it(
+    kept, small_clip, hub, tmp_path
+):
+    whole = small_clip if "open_clip_config.json" in kept else write_transformers_clip(tmp_path / "a", "clip", "gelu")
+    (hub / "some" / "model").mkdir(parents=True)
+    for file in kept:
+        shutil.copy(whole / file, hub / "some" / "model")
+    for name in ("some/model", "hf-hub:some/model"):
+        with pytest.raises(FileNotFoundError, match="hf download some/model") as caught:
+            load_encoder(name)
+        assert str(caught.value).startswith(f"encoder {name!r}: ")
+
+
+# --- what is there ----------------------------------------------------------------------------------------------
 
 
 def cache(folder: Path, home: Path, repository: str) -> None:
