@@ -229,6 +229,7 @@ def test_a_step_of_each_stage_at_real_size_is_finite_and_its_time_and_memory_are
     """`openai-l14-dcr` as it is but for the pictures and `accumulate`; by rows on a GPU of less than 70 GB."""
 
     def encoder(name: str, device) -> Encoder:
+        torch.manual_seed(0)
         return Encoder(open_clip.create_model(ENCODERS[name][0], load_weights=False), None).to(device)
 
     def denoiser(name: str, device, px: int) -> Denoiser:
