@@ -1,8 +1,8 @@
-"""A tuned encoder for others: `python -m diva_lab.export runs/ID folder`.
+"""A tuned encoder for others: `python -m diva_lab.export runs/ID folder [--scores results.csv]`.
 
     folder/open_clip/       for open_clip's `local-dir:` and `load_encoder`: weights, configuration, tokenizer
     folder/transformers/    for `CLIPModel` or `SiglipModel`: weights, image processor, tokenizer
-    folder/README.md        a model card: settings, data, run, versions, scores
+    folder/README.md        a model card: preset, settings, data, run, versions, scores
 
 LoRA is merged, and the text tower, which no objective trains, is there as it was. What open_clip does to a SigLIP's
 texts before its tokenizer (small letters, no punctuation) the transformers tokenizer does itself. What open_clip
@@ -14,10 +14,15 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import pandas as pd
+
 from diva_lab.encoders import Encoder
 from diva_lab.formats import write_open_clip, write_transformers
+from diva_lab.presets import name_of
 from diva_lab.runs import Run
-from diva_lab.training import tuned_encoder
+from diva_lab.training import Settings, tuned_encoder
+
+SCORES = ["benchmark", "set", "features", "metric", "n", "value", "low", "high"]  # of evaluate's csv, on the card
 
 
 def _free(folder: Path) -> Path:
@@ -44,14 +49,41 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> dict[str, Path]:
     return written
 
 
-def model_card(run: Run, formats: list[str]) -> str:
-    """Markdown: what the encoder was trained for, on what, by which run, and what it scored."""
+def read_scores(run: Run, path: str | Path) -> pd.DataFrame:
+    """The rows of a csv of `diva_lab.evaluate` whose encoder is this run, by whatever path; without categories.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it is not such a csv, or has no row of the run; says how to make one.
+    """
+    table = pd.read_csv(path)
+    if missing := {"encoder", "category", *SCORES} - set(table):
+        raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; expected a csv that diva_lab.evaluate wrote")
+    mine = table["encoder"].map(lambda name: Path(str(name)).name == run.id) & table["category"].eq("all")
+    if not mine.any():
+        raise ValueError(
+            f"{path}: no row of encoder {run.id}; python -m diva_lab.evaluate --encoder {run.folder} --out {path} ..."
+        )
+    return table.loc[mine, SCORES]
+
+
+def model_card(run: Run, formats: list[str], measured: pd.DataFrame | None = None) -> str:
+    """Markdown: by which recipe the encoder was trained, on what, by which run, and what it scored.
+
+    Args:
+        run: of `tune` or `perturb`; what it was evaluated on in training is on the card.
+        formats: that lie beside the card.
+        measured: rows of `read_scores`.
+    """
     settings, facts, scores = run.settings, run.environment, run.evaluations()
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    preset = name_of(Settings.of(run)) or "none"
     lines = [
         f"# {settings['encoder']} tuned by {settings['objective']} on {settings['images']}",
         "",
-        f"Formats here: {', '.join(formats)}. Run `{run.id}`, git {facts['git']}, {facts['time']}, {versions}.",
+        f"Preset: {preset}. Formats here: {', '.join(formats)}.",
+        "",
+        f"Run `{run.id}`, git {facts['git']}, {facts['time']}, {versions}.",
         "",
         "| setting | value |",
         "|---|---|",
@@ -62,23 +94,35 @@ def model_card(run: Run, formats: list[str]) -> str:
         first, last = scores.iloc[0], scores.iloc[-1]
         lines += [f"| measure | step {first['step']:.0f} | step {last['step']:.0f} |", "|---|---|---|"]
         lines += [f"| {name} | {first[name]:.4f} | {last[name]:.4f} |" for name in scores.columns if name != "step"]
-    else:
+        lines.append("")
+    if measured is not None:
+        lines += [f"| {' | '.join(SCORES)} |", "|---" * len(SCORES) + "|"]
+        for *words, value, low, high in measured.itertuples(index=False):
+            numbers = ("" if pd.isna(x) else f"{x:.4f}" for x in (value, low, high))
+            lines.append(f"| {' | '.join([*map(str, words), *numbers])} |")
+    elif not len(scores):
         lines.append("Not evaluated.")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip() + "\n"
 
 
-def export(run: Run, folder: str | Path) -> Path:
+def export(run: Run, folder: str | Path, scores: str | Path | None = None) -> Path:
     """Write the encoder of a finished run of `tune` or `perturb`, both formats and the card.
 
+    Args:
+        run: see above.
+        folder: a new one.
+        scores: a csv of `diva_lab.evaluate`, whose rows of this run go on the card.
+
     Raises:
-        ValueError: for a run that is not finished, or of stage 1.
+        ValueError: for a run that is not finished, or of stage 1; for a csv without a row of it.
         FileExistsError: where `folder` holds something already.
     """
     if not run.done or run.settings.get("stage") not in ("tune", "perturb"):
         raise ValueError(f"{run.folder}: expected the folder of a finished run of tune() or perturb()")
     folder = _free(Path(folder))
+    measured = read_scores(run, scores) if scores else None
     written = save_encoder(tuned_encoder(run), folder)
-    (folder / "README.md").write_text(model_card(run, list(written)))
+    (folder / "README.md").write_text(model_card(run, list(written), measured))
     return folder
 
 
@@ -86,11 +130,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m diva_lab.export", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a finished run of stage 2")
     parser.add_argument("folder", type=Path, help="new folder to write")
+    parser.add_argument("--scores", type=Path, help="csv of diva_lab.evaluate: its rows of this run go on the card")
     args = parser.parse_args(argv)
     try:
         if not (args.run / "settings.json").is_file():
             raise FileNotFoundError(f"{args.run}: no run here; expected a folder with settings.json, as runs/ID")
-        print(export(Run(args.run), args.folder))
+        print(export(Run(args.run), args.folder, args.scores))
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
     return 0

@@ -2,16 +2,23 @@
 
 A source hands out uint8 pictures [n, 3, px, px]. Which ones come depends on the seed and the position alone, so a
 resumed run sees what the uninterrupted one would have seen. A picture that cannot be read is skipped and listed.
+
+In training all models see one square, cut at the centre: the denoiser is to reconstruct what the encoder saw. A resize
+mode of the encoder's own, as SigLIP's and DFN's `squash`, so only tells in evaluation. DIVA's released code too gives
+SigLIP the denoiser's square, made smaller, but draws its place and shape: RandomResizedCrop, scale (.9, 1).
 """
 
+import functools
 import glob
 import io
 import math
 import os
+import re
+import tarfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count, islice
+from itertools import accumulate, count, islice
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +32,7 @@ from diva_lab.world import World, draw_scenes
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 PATIENCE = 100  # unreadable samples in a row that are taken for a broken source
+CC3M = "pixparse/cc3m-wds"  # 576 tars to train on, cc3m-train-0000.tar ..., and 16 of validation
 
 Sample = tuple[bytes | Path | ValueError, str]  # a picture's file, or why there is none; its name
 Batch = tuple[Tensor, list[tuple[str, str]]]  # pictures; name and reason of what was skipped on the way to them
@@ -116,34 +124,83 @@ def _order(length: int, seed: int, first: int, rank: int, processes: int) -> Ite
         yield order[place % length]
 
 
+def tars(source: str) -> list[str]:
+    """The webdataset tars that a path, a glob or a brace range names.
+
+    Raises:
+        FileNotFoundError: where there is none; of CC3M's it says what fetches them.
+    """
+    import braceexpand
+
+    found = [path for part in braceexpand.braceexpand(source) for path in sorted(glob.glob(part))]
+    if not found:
+        place, fetch = Path(source), ""
+        if place.name.startswith("cc3m-"):
+            fetch = f"; fetch with network: hf download --repo-type dataset {CC3M} --local-dir {place.parent}"
+        raise FileNotFoundError(f"images={source!r}: no such tar; expected webdataset shards{fetch}")
+    return found
+
+
+def _pictures(tar: str, samples: Iterable[dict]) -> Iterator[Sample]:
+    """Those of a tar's samples that hold a picture; what follows a cut counts as one broken sample."""
+    try:
+        for sample in samples:
+            name = next((key for key in sample if f".{key}".lower().endswith(SUFFIXES)), None)
+            if name is not None:
+                yield sample[name], f"{tar}: {sample['__key__']}.{name}"
+    except Exception as error:  # of tarfile, of what unpacks it, of webdataset
+        yield ValueError(f"{type(error).__name__}: not a whole tar"), tar
+
+
+def _headers(tar: str) -> Iterator[dict]:
+    """A tar's members as webdataset hands them to its grouping, but without their data, which is passed over."""
+    with tarfile.open(tar) as file:
+        for member in file:
+            if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
+                data = file.extractfile(member)
+                data.seek(max(0, member.size - 1))
+                data.read(1)  # raises where the tar is cut off before
+                yield {"fname": member.name, "data": b"", "__url__": tar}
+
+
+@functools.cache
+def _length(tar: str) -> int:
+    """How many samples `_members` makes of a tar, broken ones included, from its headers alone."""
+    from webdataset.tariterators import group_by_keys
+
+    return sum(1 for _ in _pictures(tar, group_by_keys(_headers(tar))))
+
+
 def _members(shards: list[str], seed: int, first: int, rank: int, processes: int) -> Iterator[Sample]:
     """The pictures in a process's tars, from the sample number `first` on.
 
-    The order of the shards is new each epoch, every process takes its part of it, and the samples are shuffled. Of a
-    tar that is cut off what follows the cut counts as one broken sample.
+    The order of the shards is new each epoch, every process takes its part of it, and the samples are shuffled. Of the
+    epochs before that of `first` only the tars' headers are read.
     """
     import webdataset as wds
 
-    def read(order: np.ndarray) -> Iterator[Sample]:
-        for tar in (shards[i] for i in order):
-            try:
-                for sample in wds.tarfile_to_samples()([{"url": tar}]):
-                    name = next((key for key in sample if f".{key}".lower().endswith(SUFFIXES)), None)
-                    if name is not None:
-                        yield sample[name], f"{tar}: {sample['__key__']}.{name}"
-            except Exception as error:  # of tarfile, of what unpacks it, of webdataset
-                yield ValueError(f"{type(error).__name__}: not a whole tar"), tar
+    def order(epoch: int) -> list[str]:
+        return [shards[i] for i in np.random.default_rng((seed, epoch)).permutation(len(shards))[rank::processes]]
 
-    def samples() -> Iterator[Sample]:
-        for epoch in count():
-            order = np.random.default_rng((seed, epoch)).permutation(len(shards))[rank::processes]
+    def samples(start: int) -> Iterator[Sample]:
+        for epoch in count(start):
+            found = (s for tar in order(epoch) for s in _pictures(tar, wds.tarfile_to_samples()([{"url": tar}])))
             sample = None
-            for sample in wds.shuffle(1000, seed=(seed * 100_003 + epoch) * processes + rank)(read(order)):
+            for sample in wds.shuffle(1000, seed=(seed * 100_003 + epoch) * processes + rank)(found):
                 yield sample
             if sample is None:
                 raise FileNotFoundError(f"no picture in {', '.join(shards)}; expected members like 000001.jpg")
 
-    return islice(samples(), first, None)
+    start = 0
+    while first:
+        length = 0
+        for length in accumulate(map(_length, order(start))):
+            if length > first:
+                break
+        if not 0 < length <= first:  # it lies in this epoch; or there is no picture, as `samples` will say
+            break
+        first, start = first - length, start + 1
+    return islice(samples(start), first, None)
 
 
 def _dataset(source: str):
@@ -196,7 +253,7 @@ def open_images(
 
     Args:
         source: `world` or `world:SEED`; a folder, searched at every depth; webdataset tars as a path, a glob
-            (`cc3m/*.tar`) or a brace range (`cc3m/{0000..0331}.tar`); or `hf:FOLDER_OR_ID[:SPLIT]`, a Hugging Face
+            (`cc3m/cc3m-train-*.tar`) or a brace range (`{0000..0575}`); or `hf:FOLDER_OR_ID[:SPLIT]`, a Hugging Face
             dataset that was saved to disk, a folder that `datasets.load_dataset` reads, or one of the hub. Its pictures
             are the first column of type `datasets.Image`, its split is `train` or the only one.
         px: side of the pictures in pixels; the world renders at 32.
@@ -216,11 +273,7 @@ def open_images(
         rows = _dataset(source)
         samples = ((_cell(rows[i]), f"{source}: row {i}") for i in _order(len(rows), seed, first, rank, processes))
     elif source.endswith(".tar"):
-        import braceexpand
-
-        shards = [path for part in braceexpand.braceexpand(source) for path in sorted(glob.glob(part))]
-        if not shards:
-            raise FileNotFoundError(f"images={source!r}: no such tar; expected webdataset shards")
+        shards = tars(source)
         if len(shards) < processes:
             raise ValueError(f"images={source!r}: {len(shards)} tars for {processes} processes; expected one each")
         samples = _members(shards, seed, first, rank, processes)

@@ -1,17 +1,19 @@
 """The papers' recipes for every backbone, by one name: `preset("openai-l14-dcr")`.
 
 The numbers are those of data/published/recipes.csv; here they become `Settings`. The papers trained in 8 processes;
-with another number of them `accumulate` changes so that a step still sees as many pictures.
+with another number of them `accumulate` changes so that a step still sees as many pictures. The pictures are the tars
+of CC3M's usable copy under `cc3m`; where they are missing an error says what fetches them.
 
 `python -m diva_lab.presets` writes each as notebooks/presets/NAME.yaml, which `papermill -f` takes for notebook 02.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import yaml
 
 from diva_lab.encoders import ENCODERS
+from diva_lab.images import CC3M
 from diva_lab.runs import ROOT
 from diva_lab.training import Settings
 
@@ -44,7 +46,11 @@ GENHANCER = DCR | {  # stage 1 trains a light denoiser with the projector; decay
 }  # fmt: skip
 ALIGN = {"steps": 100_000, "lr": 1e-4, "projector": "new", "save_every": 1000}
 RECIPES = {"diva": DIVA, "dcr": DCR, "genhancer": GENHANCER}
+IMAGES = "cc3m/cc3m-train-*.tar"
 PICTURES = {"diva": 640, "dcr": 256, "genhancer": 256}  # a step
+FREE = (  # what a run may have otherwise and still is of its preset: what it saw and started from, how it was computed
+    "images", "seed", "projector", "accumulate", "rows", "keep_latents", "compile", "evaluate_every", "save_every",
+)  # fmt: skip
 PRESETS = tuple(f"{backbone}-{recipe}" for backbone in BACKBONES for recipe in RECIPES)
 
 
@@ -80,24 +86,30 @@ def preset(name: str, stage: int = 2, processes: int = 1) -> Settings:
         raise ValueError(
             f"{PICTURES[recipe]} pictures a step cannot be shared by {processes} processes of {chosen['batch']}"
         )
-    return Settings(
-        **{"encoder": backbone, "denoiser": "sd21-base", "accumulate": accumulate, "save_every": 500} | chosen
-    )
+    where = {"encoder": backbone, "denoiser": "sd21-base", "images": IMAGES}
+    return Settings(**where | {"accumulate": accumulate, "save_every": 500} | chosen)
+
+
+def name_of(settings: Settings) -> str:
+    """The preset whose stage 2 has these settings but for those of `FREE`; "" if none has."""
+    free = {name: getattr(settings, name) for name in FREE}
+    return next((name for name in PRESETS if replace(preset(name), **free) == settings), "")
 
 
 # --- files ------------------------------------------------------------------------------------------------------
 
 HEAD = """\
+# hf download --repo-type dataset {cc3m} --local-dir cc3m
 # papermill notebooks/02_encoder_tuning.ipynb out/02.ipynb --cwd notebooks -f notebooks/presets/{name}.yaml \\
-#     -p images '/data/cc3m/{{0000..0331}}.tar'
+#     -p images "$PWD/{images}"
 # Written by `python -m diva_lab.presets`. In a copy any setting may be changed; `-p` changes one of the first level.
 """
 
 
 def parameters(name: str) -> dict:
-    """Notebook 02's parameters for a preset: all its settings but the pictures, the seed and where stage 1 lies."""
+    """Notebook 02's parameters for a preset: all its settings but the seed and where stage 1 lies."""
     chosen = {stage: asdict(preset(name, stage)) for stage in stages(name)}
-    found = {"preset": name, "encoder": chosen[2]["encoder"], "denoiser": chosen[2]["denoiser"]}
+    found = {"preset": name} | {key: chosen[2][key] for key in ("images", "encoder", "denoiser")}
     for stage, settings in chosen.items():
         apart = {"encoder", "denoiser", "images", "seed"} | ({"projector"} if stage == 2 and 1 in chosen else set())
         found[f"stage{stage}"] = {key: value for key, value in settings.items() if key not in apart}
@@ -110,7 +122,8 @@ def write(folder: Path = FILES) -> None:
     for old in folder.glob("*.yaml"):
         old.unlink()
     for name in PRESETS:
-        (folder / f"{name}.yaml").write_text(HEAD.format(name=name) + yaml.safe_dump(parameters(name), sort_keys=False))
+        head = HEAD.format(name=name, cc3m=CC3M, images=IMAGES)
+        (folder / f"{name}.yaml").write_text(head + yaml.safe_dump(parameters(name), sort_keys=False))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Train by a preset, on one GPU or many: both stages, one command.
 
-    python -m diva_lab.train --preset openai-l14-dcr --shards 'cc3m/{0000..0331}.tar'
-    accelerate launch -m diva_lab.train --preset openai-l14-dcr --shards 'cc3m/{0000..0331}.tar'
+    hf download --repo-type dataset pixparse/cc3m-wds --local-dir cc3m
+    accelerate launch -m diva_lab.train --preset openai-l14-dcr
+    python -m diva_lab.train --preset openai-l14-dcr --shards 'elsewhere/cc3m-train-{0000..0575}.tar'
 
-CC3M's usable copy is `pixparse/cc3m-wds`. A recipe with two stages aligns first, unless --projector names the run of an
-earlier alignment. A stopped command goes on where it was; a finished one only says where its run lies.
+Without --shards the pictures are the preset's, cc3m/cc3m-train-*.tar; the copy's validation tars lie beside them. A
+recipe with two stages aligns first, unless --projector names the run of an earlier alignment. A stopped command goes on
+where it was; a finished one only says where its run lies. Processes on several nodes need one folder of runs that all
+of them see: --out.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
+from diva_lab.images import tars
 from diva_lab.presets import PRESETS, preset, stages
 from diva_lab.runs import RUNS
 from diva_lab.training import Settings, align, tune
@@ -63,10 +67,16 @@ def aligned(
 
     Raises:
         ValueError: for an unknown preset or setting, of either stage, before anything is trained.
+        FileNotFoundError: for tars that are not there, as soon.
     """
     changes = {1: stage1 or {}, 2: stage2 or {}}
     chosen = {stage: changed(preset(name, stage, processes), changes[stage]) for stage in stages(name)}
-    if 1 in chosen and "projector" not in changes[2]:
+    if "projector" in changes[2]:
+        chosen.pop(1, None)
+    for settings in chosen.values():
+        if settings.images.endswith(".tar"):
+            tars(settings.images)
+    if 1 in chosen:
         return replace(chosen[2], projector=str(align(chosen[1], root).folder))
     return chosen[2]
 
@@ -74,14 +84,14 @@ def aligned(
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m diva_lab.train", description=__doc__.split("\n")[0])
     parser.add_argument("--preset", required=True, metavar="NAME", help=f"one of {', '.join(PRESETS)}")
-    parser.add_argument("--shards", required=True, help="webdataset tars, a folder of pictures, or world")
+    parser.add_argument("--shards", help="webdataset tars, a folder of pictures, or world; the preset's if left out")
     parser.add_argument("--projector", help="folder of a finished run of stage 1: only stage 2 is run")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of both stages to change")
-    parser.add_argument("--out", type=Path, default=RUNS, help="where the runs' folders are made")
+    parser.add_argument("--out", type=Path, default=RUNS, help="where the runs' folders are made; seen by all nodes")
     args = parser.parse_args(argv)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # as `accelerate launch` says
     try:
-        both = {"images": args.shards} | parsed(args.set)
+        both = ({"images": args.shards} if args.shards else {}) | parsed(args.set)
         projector = {"projector": args.projector} if args.projector else {}
         run = tune(aligned(args.preset, args.out, processes, both, both | projector), args.out)
     except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -26,15 +27,17 @@ from diva_lab.machine import generator
 from diva_lab.runs import Run
 from diva_lab.training import tune
 
+HERE = Path(__file__).parent
+SCRIPT = str(HERE / "two_processes.py")
 
-def launch(*words: str, timeout: float = 240) -> subprocess.CompletedProcess:
-    """`two_processes.py` in two processes."""
+
+def launch(*words: str, cwd: Path | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
+    """A script, or `-m` and a module, with its arguments, in two processes as `accelerate launch` starts them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    here = Path(__file__).parent
-    places = {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]), "ACCELERATE_USE_CPU": "true"}
+    places = {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "ACCELERATE_USE_CPU": "true"}
     places |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONFAULTHANDLER": "1"}
     return subprocess.run(
-        [*command, here / "two_processes.py", *words], env=os.environ | places | {"OMP_NUM_THREADS": "1"},
+        [*command, *words], env=os.environ | places | {"OMP_NUM_THREADS": "1"}, cwd=cwd,
         capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 
@@ -51,7 +54,7 @@ def together(tmp_path_factory) -> tuple[Run, list[Run], str]:
             for copy in range(1 + 2 * (k % 2)):
                 tar.add(root / "broken.png", f"{k}broken{copy}.png")
     settings = replace(SETTINGS, images=str(root / "{0..1}.tar"))
-    done = launch(str(root / "both"), settings.images)
+    done = launch(SCRIPT, str(root / "both"), settings.images)
     assert done.returncode == 0, f"{done.stderr[:6000]}\n...\n{done.stderr[-2000:]}"  # the first words say why
     (folder,) = (root / "both").iterdir()
     halves = []
@@ -88,9 +91,29 @@ def test_what_each_process_skipped_and_where_it_is_are_kept(together):
 
 def test_a_killed_process_ends_the_job_with_an_error(tmp_path):
     start = time.monotonic()
-    done = launch(str(tmp_path), "die")
+    done = launch(SCRIPT, str(tmp_path), "die")
     assert done.returncode != 0 and time.monotonic() - start < 120
-    assert not any((folder / "done").exists() for folder in tmp_path.iterdir())
+    (folder,) = tmp_path.iterdir()
+    assert not Run(folder).done and len(Run(folder).metrics())  # it had begun
+    assert re.search(r"rank +: 1 .*\n +exitcode +: 9 ", done.stderr), done.stderr[-2000:]
+
+
+def test_the_command_trains_both_stages_of_a_preset_in_two_processes(tmp_path):
+    (tmp_path / "cc3m").mkdir()
+    for k, pixels in enumerate(pictures(8)):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "one.png")
+        with tarfile.open(tmp_path / "cc3m" / f"cc3m-train-{k % 2:04}.tar", "a") as tar:
+            tar.add(tmp_path / "one.png", f"{k}.png")
+    tiny = ["encoder=tiny", "denoiser=tiny", "steps=1", "batch=2", "vae_px=0"]
+    command = ["--preset", "openai-l14-dcr", "--out", "runs", "--set", *tiny]
+    done = launch("-m", "diva_lab.train", *command, cwd=tmp_path)
+    assert done.returncode == 0, f"{done.stderr[:6000]}\n...\n{done.stderr[-2000:]}"
+    one, two = (Run(folder) for folder in sorted((tmp_path / "runs").iterdir()))
+    assert (one.settings["stage"], two.settings["stage"]) == ("align", "tune") and one.done and two.done
+    assert two.settings["projector"] == f"runs/{one.id}"
+    for run in (one, two):
+        assert run.settings["accumulate"] == 256 // (16 * 2)  # of the preset for as many processes
+        assert run.resume()["positions"] == [16, 16]  # of the preset's pictures, 8 micro-batches of 2 each
 
 
 # --- no picture twice -------------------------------------------------------------------------------------------

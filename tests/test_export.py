@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import open_clip
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,9 +9,11 @@ from one_step import pictures
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from diva_lab.encoders import load_encoder
-from diva_lab.export import export, main
+from diva_lab.evaluate import COLUMNS, FACTS
+from diva_lab.export import export, main, model_card
+from diva_lab.presets import preset
 from diva_lab.runs import Run
-from diva_lab.training import perturb, tune, tuned_encoder
+from diva_lab.training import asdict, perturb, tune, tuned_encoder
 
 TEXTS = ["a photo of a disc", "a photo of a red star"]
 
@@ -94,6 +97,31 @@ def test_a_random_push_is_exported_as_well_and_a_card_without_scores_says_so(run
     torch.testing.assert_close(found, tuned_encoder(pushed).encode_image(images.float() / 255), atol=1e-5, rtol=0)
 
 
+def test_the_card_names_the_preset_that_the_run_is_of(run, tmp_path):
+    settings = replace(preset("siglip-so400m-dcr", processes=4), projector="runs/align-0", images="elsewhere/*.tar")
+    made = Run.open(asdict(settings) | {"stage": "tune"}, tmp_path)
+    assert "Preset: siglip-so400m-dcr." in model_card(made, ["open_clip"])
+    assert "Preset: none." in model_card(run, ["open_clip"])
+
+
+def row(encoder: str, value: float, **changes) -> dict:
+    same = {"encoder": encoder, "benchmark": "zero-shot", "set": "cifar10", "metric": "top-1", "category": "all"}
+    numbers = {"n": 200, "value": value, "low": value - 0.05, "high": value + 0.05, "features": "global"}
+    return dict.fromkeys(COLUMNS + FACTS) | same | numbers | changes
+
+
+def test_rows_of_evaluates_table_that_are_of_the_run_are_on_the_card(run, tmp_path):
+    rows = [row("tiny", 0.9), row(f"somewhere/{run.id}/", 0.75), row(str(run.folder), 0.5, metric="nmi", low=None)]
+    rows.append(row(str(run.folder), 0.125, category="Orientation"))
+    pd.DataFrame(rows).to_csv(tmp_path / "results.csv", index=False)
+    assert main([str(run.folder), str(tmp_path / "new"), "--scores", str(tmp_path / "results.csv")]) == 0
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "| zeroshot | 0.2500 | 0.7500 |" in card  # in training
+    assert "| zero-shot | cifar10 | global | top-1 | 200 | 0.7500 | 0.7000 | 0.8000 |" in card
+    assert "| zero-shot | cifar10 | global | nmi | 200 | 0.5000 |  | 0.5500 |" in card
+    assert "0.9000" not in card and "0.1250" not in card
+
+
 # --- what is refused --------------------------------------------------------------------------------------------
 
 
@@ -123,6 +151,16 @@ def test_an_unfinished_run_and_one_of_stage_1_are_refused(run, tmp_path, capsys)
 def test_a_run_whose_encoder_is_no_more_is_refused_by_its_name(run, tmp_path, capsys):
     gone = Run.open(run.settings | {"encoder": str(tmp_path / "gone")}, tmp_path).finish()
     assert str(tmp_path / "gone") in refused(capsys, gone.folder, tmp_path / "new")
+
+
+def test_scores_that_are_not_of_the_run_are_refused_before_anything_is_written(run, tmp_path, capsys):
+    pd.DataFrame([row("tiny", 0.9)]).to_csv(tmp_path / "others.csv", index=False)
+    (tmp_path / "words.csv").write_text("encoder,words\n")
+    for name, words in (
+        ("others.csv", f"no row of encoder {run.id}"), ("words.csv", "no column benchmark"), ("gone.csv", "gone.csv"),
+    ):  # fmt: skip
+        assert words in refused(capsys, run.folder, tmp_path / "new", "--scores", tmp_path / name)
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_is_there_already_is_not_written_to(run, tmp_path, capsys):

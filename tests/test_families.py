@@ -1,16 +1,19 @@
 """Every family of encoders with every family of denoisers: both stages and the evaluation, on small random models."""
 
-from dataclasses import replace
+import functools
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
 import torch
 from small_models import UNET1, UNET2, write_clip, write_diffusion, write_diffusion3, write_transformers_clip
 
-from diva_lab.denoisers import LIGHT, Light, StableDiffusion, StableDiffusion3, load_denoiser
+from diva_lab.denoisers import Light, StableDiffusion, StableDiffusion3, load_denoiser
+from diva_lab.encoders import load_encoder, visual_weights
+from diva_lab.evaluation import world
 from diva_lab.evaluation.world import world_report
 from diva_lab.machine import generator
-from diva_lab.objectives import OBJECTIVES
+from diva_lab.presets import PRESETS, preset, stages
 from diva_lab.training import Settings, align, build_denoiser, tune, tuned_encoder
 from diva_lab.world import World
 
@@ -41,6 +44,21 @@ def flows(models):
     return {name: load_denoiser(models[name]) for name in ("SD 3, flow", "light")}
 
 
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """`world_report` on few scenes and few pairs."""
+    cache, drawn = tmp_path_factory.mktemp("pairs"), functools.cache(world._scenes.__wrapped__)
+
+    def few(encoder) -> dict[str, float]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(world, "SCENES", 200)
+            patch.setattr(world, "_scenes", drawn)
+            patch.setitem(world.SPLITS, "choose", (4, 2000, 9))
+            return world_report(encoder, World(px=8), "choose", cache=cache)
+
+    return few
+
+
 @pytest.mark.parametrize("denoiser", DENOISERS)
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_both_stages_run_and_move_what_they_should(models, encoder, denoiser, tmp_path):
@@ -60,16 +78,46 @@ def test_both_stages_run_and_move_what_they_should(models, encoder, denoiser, tm
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_every_family_of_encoders_is_evaluated(models, encoder, tmp_path):
-    report = partial(world_report, world=World(px=8), split="choose", cache=tmp_path)
-    run = tune(Settings(encoder=models[encoder], objective="none"), tmp_path, report)
-    found = run.evaluations().iloc[0]
+def test_a_tuned_encoder_of_every_family_is_evaluated(models, encoder, report, tmp_path):
+    settings = Settings(encoder=models[encoder], denoiser=models["SD 1, epsilon"], projector="new", steps=1, batch=2)
+    found = report(tuned_encoder(tune(settings, tmp_path)))
     assert found["zeroshot"] < 0.35 and found["probe/mean"] > 0.2  # random weights: no word, but some picture
 
 
 @pytest.mark.parametrize("name", DENOISERS)
 def test_a_denoisers_family_is_read_from_its_folder(models, name):
     assert type(load_denoiser(models[name])) is DENOISERS[name][1]
+
+
+# --- the presets ------------------------------------------------------------------------------------------------
+
+SMALL = {"images": "world", "steps": 2, "warmup": 0, "batch": 2, "accumulate": 1, "vae_px": 0}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Where the presets' runs are: those that differ in size alone are here the same, and are made once."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_trains_a_small_model_of_its_family_which_is_then_evaluated(name, models, report, runs):
+    encoder = models["SigLIP" if "siglip" in name else "CLIP, quick GELU"]
+    denoiser = models["light" if preset(name).denoiser == "light" else "SD 2, epsilon"]
+    small = SMALL | {"encoder": encoder, "denoiser": denoiser}
+    if 1 in stages(name):
+        stage1 = align(replace(preset(name, 1), **small), runs)
+        assert stage1.metrics()["grad_norm"].gt(0).all()
+        small["projector"] = str(stage1.folder)
+    run = tune(replace(preset(name), **small), runs, report)
+    assert {key for key, value in asdict(preset(name)).items() if run.settings[key] != value} <= small.keys()
+    assert run.metrics()["grad_norm"].gt(0).all() and run.metrics()["loss"].notna().all()
+    parts = {key.partition(".")[0] for key in run.weights()}
+    assert parts == ({"encoder", "conditioner"} if preset(name).train_projector else {"encoder"})
+    before, after = visual_weights(load_encoder(encoder)), visual_weights(tuned_encoder(run))
+    assert any(not torch.equal(weight, before[key]) for key, weight in after.items())
+    scores = run.evaluations()
+    assert list(scores["step"]) == [0, 2] and scores[["pairs/mean", "probe/mean", "zeroshot"]].notna().all(axis=None)
 
 
 # --- flow matching ----------------------------------------------------------------------------------------------
@@ -124,6 +172,11 @@ def test_latents_are_shifted_and_scaled_as_the_autoencoder_says(flows):
     torch.testing.assert_close(denoiser.latents(pictures), (mean - 0.1) * 0.5)
 
 
+def test_the_light_denoiser_has_genhancers_two_joint_and_four_single_blocks(flows):
+    network = flows["light"].network
+    assert (len(network.transformer_blocks), len(network.single_transformer_blocks)) == (2, 4)
+
+
 def test_a_light_denoiser_learns_in_stage_1_and_stays_as_it_is_in_stage_2(tmp_path):
     settings = Settings(
         denoiser="light-tiny", objective="genhancer", projector="new", draws=1, batch=16, steps=40, lr=3e-3
@@ -150,7 +203,7 @@ def test_genhancer_on_a_model_of_noise_is_its_own_loss(tmp_path):
     losses = {
         name: tune(replace(settings, objective=name), tmp_path).metrics()["loss"][0] for name in ("diva", "genhancer")
     }
-    assert losses["diva"] == losses["genhancer"] and set(LIGHT) and "genhancer" in OBJECTIVES
+    assert losses["diva"] == losses["genhancer"]
 
 
 def test_another_kind_of_pipeline_is_refused_by_name(tmp_path):

@@ -8,10 +8,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import webdataset
 from huggingface_hub import constants
 from PIL import Image
 
-from diva_lab.images import PATIENCE, SUFFIXES, augment, open_images
+from diva_lab.images import PATIENCE, SUFFIXES, _length, _pictures, augment, open_images
 from diva_lab.world import World
 
 COUNT = 7  # pictures in the folder and in the tars; each has a grey of its own
@@ -120,6 +121,32 @@ def test_a_picture_is_resized_by_its_shorter_side_and_cut_at_the_centre(tmp_path
     pixels[:, 20:40] = 255  # the middle third is white
     Image.fromarray(pixels).save(tmp_path / "wide.png")
     assert next(open_images(tmp_path, 10, 1, seed=0)).min() > 200
+
+
+def test_of_the_epochs_before_a_position_no_tar_is_read(sources, monkeypatch):
+    opened, whole = [], webdataset.tarfile_to_samples
+    monkeypatch.setattr(webdataset, "tarfile_to_samples", lambda: lambda urls: opened.append(urls) or whole()(urls))
+    next(open_images(sources["tar"], 16, 1, 0, 50 * COUNT + 1))
+    assert len(opened) == 2  # those of the 51st
+
+
+def test_a_tars_length_is_what_is_read_of_it_wherever_it_is_cut(tmp_path):
+    with tarfile.open(tmp_path / "whole", "w") as tar:
+        names = ("__meta__/a.png", "0.png", "0.txt", "1.txt", "deep/2.PNG", "no suffix", "3.jpg", "4.a.png", "4.b.png")
+        for name in (*names, f"{'long' * 40}.png"):
+            member = tarfile.TarInfo(name)
+            member.size = 700
+            tar.addfile(member, io.BytesIO(bytes(700)))
+        tar.add(tmp_path, "folder.png", recursive=False)
+    data, lengths = (tmp_path / "whole").read_bytes(), set()
+    for cut in [*range(0, len(data), max(1, len(data) // 100)), len(data)]:
+        path = tmp_path / f"{cut}.tar"
+        path.write_bytes(data[:cut])
+        read = list(_pictures(str(path), webdataset.tarfile_to_samples()([{"url": str(path)}])))
+        assert _length(str(path)) == len(read), cut
+        lengths.add(len(read))
+    assert lengths >= {1, 2, 5}
+    assert _length(str(write_tar(tmp_path / "none.tar", {"0.txt": b""}))) == 0
 
 
 # --- bad input --------------------------------------------------------------------------------------------------
