@@ -165,7 +165,7 @@ def _lines(path: Path) -> tuple[str, ...]:
     return tuple(line.strip() for line in _utf8(path.read_bytes(), path).splitlines()) if path.is_file() else ()
 
 
-def _utf8(data: bytes, where: Path | Place) -> str:
+def _utf8(data: bytes, where: Path | str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
