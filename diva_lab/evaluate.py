@@ -462,7 +462,7 @@ def _same_columns(path: Path, columns: Sequence[str]) -> None:
 
 def grow(path: Path, table: pd.DataFrame, key: Sequence[str], same: dict | None = None) -> None:
     """Add rows to a csv, in the place of older ones with the same values of `key`; of `same` too, had it no new row."""
-    _same_columns(path, table.columns)
+    _same_columns(path, list(table.columns))
     if path.exists():
         old = pd.read_csv(path, dtype={"weights": str, "git": str})
         new = pd.concat([table[key], pd.DataFrame([same])[key]]) if same else table[key]
