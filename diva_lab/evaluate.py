@@ -75,6 +75,7 @@ class Task:
     strict: bool = False
     pictures: int = 0
     scores: list[pd.DataFrame] = field(default_factory=list)  # of pairs, for a comparison; mmvp-vlm leaves its here
+    classes: list[int] = field(default_factory=list)  # how many each set read has
 
     def read(self, split: str = "test") -> ImageSet:
         return read_set(self.folder, split).draw(self.pictures, self.seed)
@@ -96,6 +97,7 @@ def _labelled(task: Task, split: str = "test") -> tuple[ImageSet, torch.Tensor]:
     found = task.read(split)
     if not len(found.labels):
         raise ValueError(f"{task.folder}: pictures without classes; expected a folder for each class, or .cls members")
+    task.classes.append(len(found.classes))
     return found, task.embed(found.places)
 
 
@@ -307,7 +309,7 @@ def evaluate(
 
     Of a second encoder on, mmvp-vlm has rows `gained`, `lost` (shares of the pairs) and `mcnemar p` (exact, two-sided)
     of the category `against FIRST`. Averages have rows of the set `27 sets` or `6 sets`, n being their number, where
-    this call measured all of them.
+    this call measured all of them; of a set of `image_sets.SETS` that lacks classes, `set` says so: it does not count.
 
     Args:
         encoders: see `open_encoder`.
@@ -375,6 +377,8 @@ def evaluate(
                         same = {"encoder": name, "against": first, "set": label} | facts
                         listed = pd.DataFrame([same | pair for pair in pairs], columns=PAIRS)
                         grow(_beside(out, "pairs"), listed, PAIRS_KEY, same)
+            if label in SETS and task.classes and min(task.classes) < SETS[label].classes:
+                label = f"{label} ({min(task.classes)} of {SETS[label].classes} classes)"
             new = [{"encoder": name, "benchmark": benchmark, "set": label, **row, **facts} for row in measured]
             own += new
             add(new)

@@ -40,8 +40,9 @@ MULTILABEL = (
 
 
 class Convention(NamedTuple):
-    """How a set is called elsewhere, scored and prompted."""
+    """How large a set is, and how it is called elsewhere, scored and prompted."""
 
+    classes: int  # (Caltech-101 may have its background as one more)
     aliases: tuple[str, ...] = ()  # other names, in lower case without - _ . and spaces
     score: str = "top-1"  # or "mean per class": CLIP's paper has it so for four sets
     templates: str = ""  # the set whose prompts CLIP_benchmark uses; "" for its own
@@ -50,33 +51,33 @@ class Convention(NamedTuple):
 
 # the 27 classification sets, as EVA-CLIP lists them (METHOD section 5), by CLIP_benchmark's names
 SETS = {
-    "imagenet1k": Convention(("imagenet", "ilsvrc2012"), order="numbers"),
-    "imagenet-a": Convention(templates="imagenet1k"),
-    "imagenet-r": Convention(templates="imagenet1k"),
-    "imagenet_sketch": Convention(templates="imagenet1k"),
-    "imagenetv2": Convention(("imagenetv2matchedfrequency",), templates="imagenet1k", order="numbers"),
-    "objectnet": Convention(templates="imagenet1k"),
-    "sun397": Convention(),
-    "voc2007": Convention(("pascalvoc2007",)),
-    "birdsnap": Convention(templates="imagenet1k"),
-    "caltech101": Convention(("caltech101vtab",), "mean per class", order="names"),
-    "cars": Convention(("stanfordcars",)),
-    "cifar10": Convention(),
-    "cifar100": Convention(),
-    "country211": Convention(order="names"),
-    "dtd": Convention(("describabletextures",)),
-    "eurosat": Convention(("eurosatrgb",), order="names"),
-    "fer2013": Convention(order="names"),
-    "fgvc_aircraft": Convention(("aircraft", "fgvcaircraft2013b"), "mean per class"),
-    "flowers": Convention(("flowers102", "oxfordflowers", "oxfordflowers102"), "mean per class", order="numbers"),
-    "food101": Convention(),
-    "gtsrb": Convention(order="numbers"),
-    "mnist": Convention(order="numbers"),
-    "pets": Convention(("oxfordpets", "oxfordiiitpet", "oxfordiiitpets"), "mean per class"),
-    "stl10": Convention(),
-    "resisc45": Convention(("nwpuresisc45",)),
-    "pcam": Convention(("patchcamelyon",), order="numbers"),
-    "renderedsst2": Convention(("sst2",)),
+    "imagenet1k": Convention(1000, ("imagenet", "ilsvrc2012"), order="numbers"),
+    "imagenet-a": Convention(200, templates="imagenet1k"),
+    "imagenet-r": Convention(200, templates="imagenet1k"),
+    "imagenet_sketch": Convention(1000, templates="imagenet1k"),
+    "imagenetv2": Convention(1000, ("imagenetv2matchedfrequency",), templates="imagenet1k", order="numbers"),
+    "objectnet": Convention(113, templates="imagenet1k"),
+    "sun397": Convention(397),
+    "voc2007": Convention(20, ("pascalvoc2007",)),
+    "birdsnap": Convention(500, templates="imagenet1k"),
+    "caltech101": Convention(101, ("caltech101vtab",), "mean per class", order="names"),
+    "cars": Convention(196, ("stanfordcars",)),
+    "cifar10": Convention(10),
+    "cifar100": Convention(100),
+    "country211": Convention(211, order="names"),
+    "dtd": Convention(47, ("describabletextures",)),
+    "eurosat": Convention(10, ("eurosatrgb",), order="names"),
+    "fer2013": Convention(7, order="names"),
+    "fgvc_aircraft": Convention(100, ("aircraft", "fgvcaircraft2013b"), "mean per class"),
+    "flowers": Convention(102, ("flowers102", "oxfordflowers", "oxfordflowers102"), "mean per class", order="numbers"),
+    "food101": Convention(101),
+    "gtsrb": Convention(43, order="numbers"),
+    "mnist": Convention(10, order="numbers"),
+    "pets": Convention(37, ("oxfordpets", "oxfordiiitpet", "oxfordiiitpets"), "mean per class"),
+    "stl10": Convention(10),
+    "resisc45": Convention(45, ("nwpuresisc45",)),
+    "pcam": Convention(2, ("patchcamelyon",), order="numbers"),
+    "renderedsst2": Convention(2, ("sst2",)),
 }
 CLUSTERED = ("mnist", "cifar10", "imagenet1k", "caltech101", "dtd", "eurosat")  # the six whose clusters DCR scores
 _PLAIN = {re.sub(r"[-_. ]", "", alias): name for name, own in SETS.items() for alias in (name, *own.aliases)}

@@ -514,6 +514,14 @@ def test_an_average_stands_only_where_all_sets_are_there():
     ]
 
 
+def test_a_part_of_a_known_set_is_not_passed_off_as_the_set(tmp_path):
+    write_folders(tmp_path / "MNIST", ("0", "1", "2"), 1)
+    write_folders(tmp_path / "wds_pcam", ("0", "1"), 1)
+    table = evaluate(["tiny"], ["zero-shot"], tmp_path, cache=None)
+    assert set(table.set) == {"mnist (3 of 10 classes)", "pcam"}
+    assert how_many(table)[0].startswith("tiny, zero-shot: 1 of 27 sets, no average without imagenet1k, ")
+
+
 # --- two encoders -----------------------------------------------------------------------------------------------
 
 
@@ -558,7 +566,9 @@ def test_how_fast_it_was_lies_beside_the_table(root, tmp_path):
 # --- what is given ----------------------------------------------------------------------------------------------
 
 
-def test_every_flag_reaches_the_evaluation(root, tmp_path):
+def test_every_flag_reaches_the_evaluation(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FeatureStore", lambda encoder, cache, *rest, **more: FeatureStore(
+        encoder, tmp_path / "cache", *rest, **more))  # fmt: skip
     out = tmp_path / "r.csv"
     arguments = ["--encoder", "tiny", "--benchmarks", "mmvp-vlm,clustering", "--root", str(root), "--out", str(out)]
     flags = ["--features", "class+patches", "--precision", "bf16", "--strict-official", "--pictures", "30"]

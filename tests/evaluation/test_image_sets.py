@@ -12,6 +12,7 @@ from diva_lab.evaluation.image_sets import (
     SETS,
     TEMPLATES,
     Place,
+    _known,
     canonical,
     content_hash,
     has_captions,
@@ -184,6 +185,8 @@ def test_the_27_sets_are_known_with_their_prompts_and_conventions(tmp_path, publ
 
 def test_the_lists_hold_27_and_six_sets_and_no_name_means_two():
     assert list(SETS) == [name for name, *_ in PUBLISHED.values()] and len(SETS) == 27
+    known = {name: len(names) for name in SETS if (names := _known("classnames", name))}
+    assert len(known) == 10 and known == {name: SETS[name].classes + (name == "caltech101") for name in known}
     assert len(set(CLUSTERED)) == 6 and set(CLUSTERED) <= set(SETS)
     names = [alias for own in SETS.values() for alias in own.aliases]
     assert len(set(names)) == len(names) and {canonical(alias) for alias in names} <= set(SETS)
