@@ -5,11 +5,13 @@ Without: are the two members of a pair matched to themselves across the sets? No
 eye has lost and what the words never said are told apart.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from diva_lab.emoji import EMOJI, SETS
 from diva_lab.evaluation.intervals import bootstrap_mean
@@ -17,13 +19,15 @@ from diva_lab.evaluation.pairs import embed_files, pair_decisions, read_pairs, s
 
 
 @torch.no_grad()
-def match_pairs(encoder, first: str | Path, second: str | Path) -> pd.DataFrame:
+def match_pairs(
+    encoder, first: str | Path, second: str | Path, features: Callable[[Sequence[Path]], Tensor] | None = None
+) -> pd.DataFrame:
     """Match the members of each pair in the folder `first` to their counterparts in `second`, by pictures alone.
 
     With a_i and b_i the unit embeddings of member i in the two folders, a_1 chooses b_1 where a_1·b_1 > a_1·b_2, a_2
     chooses b_2 where a_2·b_2 >= a_2·b_1 (`pair_decisions`: a tie counts for member 2), and a pair is correct if both
     choose their own. Independent random similarities score .25; an encoder to which a_1 and a_2 look alike scores
-    less, since both then choose the same picture.
+    less, since both then choose the same picture. `features` as in `score_pairs`.
 
     Returns one row a pair, to be summarised: pattern, id_1, id_2, the cosines a1b1, a1b2, a2b1, a2b2, correct, tie,
     image_to_text, here the same rule from `second` to `first`, and group, right both ways. Raises ValueError unless
@@ -33,8 +37,9 @@ def match_pairs(encoder, first: str | Path, second: str | Path) -> pd.DataFrame:
     columns = ["pattern", "id_1", "id_2", "statement_1", "statement_2"]
     if not pairs[columns].equals(others[columns]):
         raise ValueError(f"{first} and {second} do not hold the same pairs")
+    features = features or (lambda files: embed_files(encoder, files))
     a, b = (
-        torch.stack([embed_files(encoder, table[f"image_{n}"]) for n in (1, 2)], dim=1)  # [n, 2, D]
+        features([*table["image_1"], *table["image_2"]]).unflatten(0, (2, -1)).transpose(0, 1)  # [n, 2, D]
         for table in (pairs, others)
     )
     similarity = (a @ b.transpose(1, 2)).numpy()  # [n, members of first, members of second]
@@ -44,13 +49,19 @@ def match_pairs(encoder, first: str | Path, second: str | Path) -> pd.DataFrame:
     return pairs[["pattern", "id_1", "id_2"]].assign(**cosines, **chosen)
 
 
-def emoji_report(encoder, folder: str | Path = EMOJI, seed: int = 0) -> dict[str, float]:
+def emoji_report(
+    encoder,
+    folder: str | Path = EMOJI,
+    seed: int = 0,
+    features: Callable[[Sequence[Path]], Tensor] | None = None,
+) -> dict[str, float]:
     """Both scores of `encoder` on EmojiPairs, as one flat record of fractions in [0, 1].
 
     Args:
         encoder: anything that `diva_lab.encoders.embed` takes and that has `encode_text`.
         folder: holds both sets, `folder`/noto and `folder`/twemoji.
         seed: of the bootstrap.
+        features: as in `score_pairs`; asked once for each set, whatever is scored.
 
     Returns:
         "emoji/<set>/<pattern>" and "emoji/<set>/mean" for the two sets: names to pictures, MMVP-VLM's rule;
@@ -59,9 +70,16 @@ def emoji_report(encoder, folder: str | Path = EMOJI, seed: int = 0) -> dict[str
         Each with "/low" and "/high" (95 %): Wilson's for a pattern of one set and of the match, otherwise bootstrap
         over the pairs, a pair's two drawings kept together.
     """
-    scores = {name: score_pairs(encoder, Path(folder) / name) for name in SETS}
+    features, known = features or (lambda files: embed_files(encoder, files)), {}
+
+    def once(files: Sequence[Path]) -> Tensor:
+        if new := [file for file in files if file not in known]:
+            known.update(zip(new, features(new), strict=True))
+        return torch.stack([known[file] for file in files])
+
+    scores = {name: score_pairs(encoder, Path(folder) / name, once) for name in SETS}
     reports = {f"emoji/{name}": summarise(table, seed=seed) for name, table in scores.items()}
-    reports["emoji-match"] = summarise(match_pairs(encoder, *(Path(folder) / name for name in SETS)), seed=seed)
+    reports["emoji-match"] = summarise(match_pairs(encoder, *(Path(folder) / name for name in SETS), once), seed=seed)
 
     patterns = next(iter(scores.values()))["pattern"]
     correct = pd.Series(np.mean([table["correct"] for table in scores.values()], axis=0))  # 0, 1/2 or 1

@@ -24,7 +24,11 @@ from torchvision.transforms.v2 import functional as transforms
 
 from diva_lab.encoders import Encoder, Features
 from diva_lab.evaluation.image_sets import Place, content_hash, decode
+from diva_lab.machine import fast_bf16
 from diva_lab.runs import CACHE
+
+LOADED = 256  # pictures that a worker hands over at once, however many go through the model together
+PRECISIONS = ("auto", "no", "bf16")
 
 
 def _global(features: Features) -> Tensor:
@@ -75,8 +79,9 @@ class FeatureStore:
     Args:
         encoder: frozen.
         cache: folder of the features; None keeps nothing.
-        precision: `no` is float32; `bf16` is faster where the machine has it, and moves scores a little.
-        batch: the first to be tried; halved as often as memory runs out.
+        precision: `no` is float32; `bf16` is faster where the machine has it, and moves scores a little; `auto` is
+            bf16 on a GPU that has it, and float32 on every CPU, so that a CPU's scores do not depend on its model.
+        batch: the first to be tried; halved as often as memory runs out. None: 2048 on CUDA, else 256.
         workers: processes that decode; None: as many as there are cores, at most 8, on a GPU, else none.
     """
 
@@ -85,13 +90,17 @@ class FeatureStore:
         encoder: Encoder,
         cache: Path | None = CACHE / "features",
         precision: str = "no",
-        batch: int = 256,
+        batch: int | None = None,
         workers: int | None = None,
     ):
-        if precision not in ("no", "bf16"):
-            raise ValueError(f"unknown precision {precision!r}; expected no or bf16")
-        self.encoder, self.cache, self.precision, self.batch = encoder, cache, precision, batch
-        self.device = encoder.mean.device
+        if precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
+        self.encoder, self.cache, self.device = encoder, cache, encoder.mean.device
+        on_cuda = self.device.type == "cuda"
+        self.precision = precision
+        if precision == "auto":
+            self.precision = "bf16" if on_cuda and fast_bf16(self.device) else "no"
+        self.batch = batch or (2048 if on_cuda else 256)
         on_gpu = self.device.type != "cpu"
         self.workers = workers if workers is not None else min(8, cpu_count() or 1) if on_gpu else 0
         self._fingerprint = ""
@@ -135,10 +144,10 @@ class FeatureStore:
     def _embed(self, places: Sequence[Place], kind: str) -> Tensor:
         own = partial(prepare, px=self.encoder.px, interpolation=self.encoder.interpolation, squash=self.encoder.squash)
         loader = DataLoader(
-            _Pictures(places, own), self.batch, collate_fn=_collate, num_workers=self.workers,
+            _Pictures(places, own), min(self.batch, LOADED), collate_fn=_collate, num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
         )  # fmt: skip
-        parts, wrong, start = [], [], time.perf_counter()
+        parts, held, wrong, start = [], [], [], time.perf_counter()
         batches = iter(loader)
         while True:
             waiting = time.perf_counter()
@@ -148,7 +157,12 @@ class FeatureStore:
                 break
             wrong += unread
             if images is not None and not wrong:
-                parts.append(self._forward(images, kind))
+                held.append(images.to(self.device, non_blocking=True))
+            if sum(map(len, held)) >= self.batch:
+                parts.append(self._forward(torch.cat(held), kind))
+                held = []
+        if held and not wrong:
+            parts.append(self._forward(torch.cat(held), kind))
         self.seconds += time.perf_counter() - start
         self.pictures += len(places)
         if wrong:
@@ -162,8 +176,7 @@ class FeatureStore:
             try:
                 with cast:
                     found = [
-                        FEATURES[kind](self.encoder.features(part.to(self.device, non_blocking=True).float() / 255))
-                        for part in images.split(self.batch)
+                        FEATURES[kind](self.encoder.features(part.float() / 255)) for part in images.split(self.batch)
                     ]
                 return F.normalize(torch.cat(found).float(), dim=-1).cpu()
             except torch.OutOfMemoryError:

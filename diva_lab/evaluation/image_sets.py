@@ -5,12 +5,15 @@ A set is a folder under the data root, and its kind is read from what lies in it
     NAME/[test/]CLASS/*.jpg                   any pictures, a folder for each class
     NAME/test/*.tar, NAME/classnames.txt      CLIP_benchmark's wds_NAME; .cls or .txt beside each picture
 
-Pictures are read when they are needed, by place, so that workers can share them.
+`val` does for `test`, as ImageNet has it. Pictures are read when they are needed, by place, so that workers can share
+them.
 """
 
 import io
+import itertools
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +29,58 @@ from PIL import Image
 from diva_lab.images import SUFFIXES
 
 TEMPLATES = ("a photo of a {c}.",)  # for sets that CLIP_benchmark does not know
-PREFIXES = ("wds_", "wds_vtab-", "vtab-")  # what CLIP_benchmark's folders carry before a set's name
+PREFIXES = ("wds_", "vtab-")  # what CLIP_benchmark's folders carry before a set's name
+SPLITS = {"test": ("test", "val"), "train": ("train",)}  # split -> the folders that hold it, the first found
+SPLIT_WORDS = ("train", "val", "valid", "validation", "test")  # which are no classes, unless within a split
+IMAGE_FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")  # MMVP-VLM's, which are no classes
+MULTILABEL = (
+    "several classes a picture, for which mean average precision is not implemented; the single-label version is "
+    "scored: CLIP_benchmark's voc2007, each object cut out, in folders or as .cls"
+)
+
+
+class Convention(NamedTuple):
+    """How large a set is, and how it is called elsewhere, scored and prompted."""
+
+    classes: int  # (Caltech-101 may have its background as one more)
+    aliases: tuple[str, ...] = ()  # other names, in lower case without - _ . and spaces
+    score: str = "top-1"  # or "mean per class": CLIP's paper has it so for four sets
+    templates: str = ""  # the set whose prompts CLIP_benchmark uses; "" for its own
+    order: str = ""  # of CLIP_benchmark's class names: the published folders' `names`, or `numbers` in their place
+
+
+# the 27 classification sets, as EVA-CLIP lists them (METHOD section 5), by CLIP_benchmark's names
+SETS = {
+    "imagenet1k": Convention(1000, ("imagenet", "ilsvrc2012"), order="numbers"),
+    "imagenet-a": Convention(200, templates="imagenet1k"),
+    "imagenet-r": Convention(200, templates="imagenet1k"),
+    "imagenet_sketch": Convention(1000, templates="imagenet1k"),
+    "imagenetv2": Convention(1000, ("imagenetv2matchedfrequency",), templates="imagenet1k", order="numbers"),
+    "objectnet": Convention(113, templates="imagenet1k"),
+    "sun397": Convention(397),
+    "voc2007": Convention(20, ("pascalvoc2007",)),
+    "birdsnap": Convention(500, templates="imagenet1k"),
+    "caltech101": Convention(101, ("caltech101vtab",), "mean per class", order="names"),
+    "cars": Convention(196, ("stanfordcars",)),
+    "cifar10": Convention(10),
+    "cifar100": Convention(100),
+    "country211": Convention(211, order="names"),
+    "dtd": Convention(47, ("describabletextures",)),
+    "eurosat": Convention(10, ("eurosatrgb",), order="names"),
+    "fer2013": Convention(7, order="names"),
+    "fgvc_aircraft": Convention(100, ("aircraft", "fgvcaircraft2013b"), "mean per class"),
+    "flowers": Convention(102, ("flowers102", "oxfordflowers", "oxfordflowers102"), "mean per class", order="numbers"),
+    "food101": Convention(101),
+    "gtsrb": Convention(43, order="numbers"),
+    "mnist": Convention(10, order="numbers"),
+    "pets": Convention(37, ("oxfordpets", "oxfordiiitpet", "oxfordiiitpets"), "mean per class"),
+    "stl10": Convention(10),
+    "resisc45": Convention(45, ("nwpuresisc45",)),
+    "pcam": Convention(2, ("patchcamelyon",), order="numbers"),
+    "renderedsst2": Convention(2, ("sst2",)),
+}
+CLUSTERED = ("mnist", "cifar10", "imagenet1k", "caltech101", "dtd", "eurosat")  # the six whose clusters DCR scores
+_PLAIN = {re.sub(r"[-_. ]", "", alias): name for name, own in SETS.items() for alias in (name, *own.aliases)}
 
 
 class Place(NamedTuple):
@@ -104,95 +158,230 @@ def decode(place: Place, prepare: Callable[[Image.Image], np.ndarray]) -> np.nda
 
 def _known(kind: str, name: str) -> tuple[str, ...]:
     """CLIP_benchmark's class names or templates of a set; empty where it has none."""
-    table = json.loads((files("clip_benchmark") / "datasets" / f"en_{kind}.json").read_text())
+    table = json.loads((files("clip_benchmark") / "datasets" / f"en_{kind}.json").read_text(encoding="utf-8"))
     return tuple(table.get(name, ()))
 
 
 def _lines(path: Path) -> tuple[str, ...]:
-    return tuple(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else ()
+    return tuple(line.strip() for line in _utf8(path.read_bytes(), path).splitlines()) if path.is_file() else ()
+
+
+def _utf8(data: bytes, where: Path | str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error}); save it so") from error
 
 
 def canonical(folder: str) -> str:
-    """CLIP_benchmark's name of a set, from a folder's."""
+    """CLIP_benchmark's name of a set, from a folder's; a folder that is none of `SETS` in lower case, prefix gone."""
     name = folder.lower()
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
-    return name
+    return _PLAIN.get(re.sub(r"[-_. ]", "", name), name)
+
+
+def _known_classes(name: str, by_letter: bool) -> tuple[str, ...]:
+    """CLIP_benchmark's class names of a set; it has two orders of Caltech-101's, of which one is by letter."""
+    shared = {"imagenetv2": "imagenet1k", "imagenet_sketch": "imagenet1k"}
+    return _known("classnames", "caltech101_vtab" if by_letter and name == "caltech101" else shared.get(name, name))
+
+
+def _class_names(name: str, folders: list[str]) -> tuple[str, ...]:
+    """Names of class folders: by WordNet's ids, or by CLIP_benchmark's order of a set it knows; else their own."""
+    if all(re.fullmatch(r"n\d{8}", kind) for kind in folders):
+        from clip_benchmark.datasets.builder import all_imagenet_wordnet_ids as ids
+
+        names = dict(zip(ids, _known("classnames", "imagenet1k"), strict=True))
+        if unknown := [kind for kind in folders if kind not in names]:
+            raise ValueError(
+                f"{len(unknown)} class folders are WordNet ids that ImageNet-1K does not have "
+                f"({', '.join(unknown[:3])}); expected their names in classnames.txt, one a line"
+            )
+        return tuple(names[kind] for kind in folders)
+    known = _known_classes(name, not folders[0].lower().startswith("background"))
+    order = "numbers" if all(kind.isdecimal() for kind in folders) else "names"
+    if name in SETS and SETS[name].order == order and len(known) == len(folders):
+        return known
+    return tuple(kind.replace("_", " ") for kind in folders)
 
 
 # --- the two kinds ----------------------------------------------------------------------------------------------
 
 
-def _from_folders(name: str, folder: Path, templates: tuple[str, ...]) -> ImageSet:
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _no_class(kind: Path, inside: bool) -> str:
+    """Why a folder among classes is none; "" where it is one. Within a split a class of pictures may be a `train`."""
+    if kind.name.lower().replace(" ", "_") in {name.lower().replace(" ", "_") for name in IMAGE_FOLDERS}:
+        return f"{kind.name!r} holds MMVP-VLM's pictures, which are no class; expected Questions.csv beside it"
+    named = kind.name.lower() in SPLIT_WORDS
+    if not named or (inside and any(path.suffix.lower() in SUFFIXES for path in kind.iterdir())):
+        return ""
+    return f"{kind.name!r} is a split's name and no class; expected the classes in test/ (or val/), and train/ beside"
+
+
+def _from_folders(name: str, folder: Path, root: Path, templates: tuple[str, ...]) -> ImageSet:
+    classes = _subfolders(folder)
+    if all(kind.isdecimal() for kind in classes):
+        classes.sort(key=int)
+    _refuse(folder, list(filter(None, (_no_class(folder / kind, folder != root) for kind in classes))))
     places, labels = [], []
+    wrong = [] if len(classes) > 1 else [f"{classes[0]!r} is the only class folder; expected two or more"]
     for label, kind in enumerate(classes):
         found = sorted(path for path in (folder / kind).rglob("*") if path.suffix.lower() in SUFFIXES)
         if not found:
-            raise ValueError(f"{folder / kind}: no picture in this class; expected {', '.join(SUFFIXES)} files")
+            wrong.append(f"{kind}: no picture in this class; expected {', '.join(SUFFIXES)} files")
         places += [Place(str(path)) for path in found]
         labels += [label] * len(found)
-    named = _lines(folder / "classnames.txt") or _lines(folder.parent / "classnames.txt")
+    named = _lines(folder / "classnames.txt") or _lines(root / "classnames.txt")
     if named and len(named) != len(classes):
-        raise ValueError(f"{folder}: {len(classes)} class folders, but {len(named)} lines in classnames.txt")
-    names = named or tuple(kind.replace("_", " ") for kind in classes)
-    return ImageSet(name, places, np.array(labels), names, templates)
+        wrong.append(f"{len(classes)} class folders, but {len(named)} lines in classnames.txt")
+    _refuse(folder, wrong)
+    try:
+        return ImageSet(name, places, np.array(labels), named or _class_names(name, classes), templates)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _refuse(folder: Path, wrong: list[str]) -> None:
+    if wrong:
+        raise ValueError(f"{folder}: " + (wrong[0] if len(wrong) == 1 else "\n- ".join(["found", *wrong])))
+
+
+def _members(path: Path) -> dict[str, dict[str, Place]]:
+    """Sample -> ending -> place, of one tar."""
+    members: dict[str, dict[str, Place]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                key, _, end = Path(member.name).name.partition(".")
+                place = Place(str(path), member.offset_data, member.size)
+                members.setdefault(f"{path}/{Path(member.name).parent}/{key}", {})[end.lower()] = place
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(f"{path}: not a tar that can be read ({error})") from error
+    if not members:
+        raise ValueError(f"{path}: an empty tar")
+    return members
 
 
 def _from_tars(name: str, tars: list[Path], root: Path, templates: tuple[str, ...]) -> ImageSet:
-    members: dict[str, dict[str, Place]] = {}
+    members, wrong = {}, []
     for path in tars:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.isfile():
-                    key, _, end = Path(member.name).name.partition(".")
-                    members.setdefault(f"{path}/{Path(member.name).parent}/{key}", {})[end.lower()] = Place(
-                        str(path), member.offset_data, member.size
-                    )
+        try:
+            members |= _members(path)
+        except ValueError as error:
+            wrong.append(str(error))
     places, labels, captions = [], [], []
     for key, parts in members.items():
-        picture = next((place for end, place in parts.items() if f".{end}" in SUFFIXES), None)
-        if picture is None or not ("cls" in parts or "txt" in parts):
-            raise ValueError(f"{key}: expected a picture and .cls or .txt beside it; found {', '.join(parts)}")
-        places.append(picture)
-        if "cls" in parts:
-            labels.append(int(parts["cls"].read()))
-        else:
-            captions.append(tuple(line for line in parts["txt"].read().decode().splitlines() if line.strip()))
+        try:
+            picture = next((place for end, place in parts.items() if f".{end}" in SUFFIXES), None)
+            if "npy" in parts and "cls" not in parts:
+                raise ValueError(f"{key}: {MULTILABEL}")
+            if picture is None or not ("cls" in parts or "txt" in parts):
+                raise ValueError(f"{key}: expected a picture and .cls or .txt beside it; found {', '.join(parts)}")
+            if "cls" in parts:
+                labels.append(_number(parts["cls"].read(), f"{key}.cls"))
+            else:
+                text = _utf8(parts["txt"].read(), f"{key}.txt")
+                captions.append(tuple(line for line in text.splitlines() if line.strip()))
+            places.append(picture)
+        except ValueError as error:
+            wrong.append(str(error))
     if labels and captions:
-        raise ValueError(f"{root}: some pictures have a class (.cls), others captions (.txt)")
-    if not labels:
-        return ImageSet(name, places, templates=templates, captions=tuple(captions))
-    names = _lines(root / "classnames.txt") or _known("classnames", name)
-    if not names or not 0 <= min(labels) <= max(labels) < len(names):
-        raise ValueError(
-            f"{root}: classes up to number {max(labels)}, but {len(names)} class names; expected one a line in "
+        wrong.append("some pictures have a class (.cls), others captions (.txt)")
+    names = _lines(root / "classnames.txt") or _known_classes(name, "vtab" in root.name.lower())
+    if labels and max(labels) >= len(names):
+        wrong.append(
+            f"classes up to number {max(labels)}, but {len(names)} class names; expected one a line in "
             f"{root / 'classnames.txt'}"
         )
+    _refuse(root, wrong)
+    if captions:
+        return ImageSet(name, places, templates=templates, captions=tuple(captions))
     return ImageSet(name, places, np.array(labels), names, templates)
+
+
+def _number(data: bytes, where: str) -> int:
+    if not data.strip().isdigit():
+        raise ValueError(f"{where}: {data[:20]!r}; expected the number of a class, from 0 on")
+    return int(data)
+
+
+def _split(folder: Path, split: str) -> Path:
+    """Where a split lies: its folder, or for a test split without any the set's own."""
+    names = SPLITS.get(split, (split,))
+    found = [folder / name for name in names if (folder / name).is_dir()]
+    whole = [where for where in found if _subfolders(where) or any(where.glob("*.tar"))]
+    if found:
+        return (whole or found)[0]
+    inside = _subfolders(folder)
+    if split != "test" or (inside and all(kind.lower() in SPLIT_WORDS for kind in inside)):
+        expected = " or ".join(str(folder / name) for name in names)
+        raise FileNotFoundError(f"{folder}: no {split} split; expected {expected}; found {', '.join(inside)}")
+    return folder
+
+
+def has_captions(folder: Path) -> bool | None:
+    """Whether a set is of captioned pictures, by the first members of its first tar; None where that is broken."""
+    try:
+        tars = sorted(_split(folder, "test").glob("*.tar"))
+    except FileNotFoundError:
+        return False
+    try:
+        with tarfile.open(tars[0], "r:") as tar:
+            ends = [Path(member.name).suffix.lower() for member in itertools.islice(tar, 8)]
+    except (OSError, tarfile.TarError, EOFError):
+        return None
+    except IndexError:
+        return False
+    return ".txt" in ends and ".cls" not in ends
+
+
+def is_set(folder: Path) -> bool:
+    """Whether a folder is itself a set: it has a test split of classes or tars, or its folders hold pictures only."""
+    inside = [folder / kind for kind in _subfolders(folder)]
+    if any(kind.name in SPLITS["test"] for kind in inside):
+        return True
+    heads = [list(itertools.islice(kind.iterdir(), 64)) for kind in inside]  # a look is enough, classes may be large
+    flat = all(not path.is_dir() and path.suffix != ".tar" for head in heads for path in head)
+    return flat and any(path.suffix.lower() in SUFFIXES for head in heads for path in head)
 
 
 def read_set(folder: str | Path, split: str = "test") -> ImageSet:
     """The set in a folder, its classes and prompts.
 
     Templates are those of `zeroshot_classification_templates.txt` beside the pictures, else CLIP_benchmark's for a set
-    of this name, else `TEMPLATES`. Class names are those of `classnames.txt` (in the order of the sorted class folders,
-    or of the numbers in .cls), else the folders' own with `_` as a space, else CLIP_benchmark's.
+    of this name (ImageNet-1K's for the sets of `SETS` that have none of their own), else `TEMPLATES`. Class names are
+    those of `classnames.txt` (in the order of the sorted class folders, or of the numbers in .cls), else
+    CLIP_benchmark's: by ImageNet's WordNet ids, or in their order where a set of `SETS` has as many folders as it has
+    classes; else the folders' own with `_` as a space.
 
     Raises:
-        FileNotFoundError: where there is no such folder, or nothing in it is a set; says what was expected.
-        ValueError: for a set whose parts do not agree.
+        FileNotFoundError: where there is no such folder, no such split, or nothing in it is a set; says what was
+            expected.
+        ValueError: for a set whose parts do not agree, listing them all: fewer than two classes, folders that are
+            splits and no classes, classes without pictures, broken tars, several classes a picture.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected a set of pictures")
-    name, where = canonical(folder.name), folder / split if (folder / split).is_dir() else folder
+    name = canonical(folder.resolve().name)
+    kind = folder / "dataset_type.txt"
+    if "multilabel" in name or (kind.is_file() and "multilabel" in kind.read_text(errors="replace")):
+        raise ValueError(f"{folder}: {MULTILABEL}")
+    if name == "voc2007" and any(any(folder.glob(f"{deep}JPEGImages")) for deep in ("", "*/", "*/*/")):
+        raise ValueError(f"{folder}: VOC's own layout, {MULTILABEL}")
+    where = _split(folder, split)
     templates = _lines(folder / "zeroshot_classification_templates.txt")
-    templates = templates or _known("zeroshot_classification_templates", name) or TEMPLATES
+    prompted = SETS[name].templates if name in SETS else ""
+    templates = templates or _known("zeroshot_classification_templates", prompted or name) or TEMPLATES
     if tars := sorted(where.glob("*.tar")):
         return _from_tars(name, tars, folder, templates)
-    if any(path.is_dir() and not path.name.startswith(".") for path in where.iterdir()):
-        return _from_folders(name, where, templates)
+    if _subfolders(where):
+        return _from_folders(name, where, folder, templates)
     raise FileNotFoundError(
         f"{folder}: no set of pictures; expected a folder for each class, or {split}/*.tar with classnames.txt as "
         "CLIP_benchmark has them"

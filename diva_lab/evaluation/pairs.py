@@ -15,15 +15,14 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from PIL import Image
 from scipy.stats import binomtest
 from torch import Tensor
 
 from diva_lab.encoders import embed
+from diva_lab.evaluation.image_sets import IMAGE_FOLDERS, Place, decode
 from diva_lab.evaluation.intervals import bootstrap_mean, wilson
 from diva_lab.world import PATTERNS
 
-IMAGE_FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")
 SUFFIXES = (".jpg", ".jpeg", ".png")
 PREFIX = "a photo of "
 EXPECTED = (
@@ -31,6 +30,7 @@ EXPECTED = (
     f"folders {', '.join(map(repr, IMAGE_FOLDERS))}, which holds <type>/<id>.jpg (or .jpeg, .png)"
 )
 
+HEADER = ("id", "type", "statement")  # words of Questions.csv's columns: Question ID, Type, Statement
 TABLE = ("image1", "image2", "text1", "text2", "pattern")  # columns of pairs of one's own
 PER_TYPE = 15  # pairs of a type, by which circulating scripts tell the category
 DISPLAY = {name.partition(" ")[0].lower(): name for name in PATTERNS.values()} | {"camera": PATTERNS["viewpoint"]}
@@ -47,13 +47,15 @@ def read_pairs(folder: str | Path, strict: bool = False) -> pd.DataFrame:
     """One row a pair of an MMVP-VLM folder: pattern, and id_i, statement_i, image_i (a Path) for i = 1, 2.
 
     Ids 2k-1 and 2k are a pair and the odd one is image 1, in whatever order the rows stand; the pattern is image 1's
-    type, under its `display_name`. With `strict` the pattern is what the circulating scripts make of it: the k-th type
-    for the k-th fifteen pairs, and both pictures are looked for in the folder of the first's type.
+    type, under its `display_name`. With `strict` the pairs are what the circulating scripts make of the rows: two that
+    follow each other are a pair, the first picture 1 whatever its id, the pattern is the k-th type for the k-th fifteen
+    pairs, and both pictures are looked for in the folder of the first's type.
 
     A csv with the columns `TABLE` may stand for the folder: a pair a row, its images relative to the csv.
 
     Raises one error that lists everything wrong with the folder: FileNotFoundError where files are missing and
-    nothing else is wrong, ValueError otherwise.
+    nothing else is wrong, ValueError otherwise. Pictures are opened only where there is something to tell already;
+    those that cannot be read are then told too, else they are where they are embedded.
     """
     folder = Path(folder)
     if folder.suffix == ".csv":
@@ -63,37 +65,66 @@ def read_pairs(folder: str | Path, strict: bool = False) -> pd.DataFrame:
     if (folder / "Questions.csv").is_file():
         questions, wrong = _read_questions(folder / "Questions.csv")
     else:
-        missing.append("no Questions.csv")
+        missing.append("no Questions.csv" + _near(folder, ["Questions.csv"]))
     if images is None:
-        like = {name.lower().replace(" ", "_") for name in IMAGE_FOLDERS}
-        near = [path.name for path in folder.glob("*/") if path.name.lower().replace(" ", "_") in like]
-        missing.append("no image folder" + "".join(f"; rename {name!r}, whose case differs" for name in near))
+        missing.append("no image folder" + _near(folder, IMAGE_FOLDERS))
     else:
         if strict:
-            questions = {i: (questions.get(i - 1 + i % 2, own)[0], own[1]) for i, own in questions.items()}
+            rows = list(questions.items())
+            questions = {i: (rows[k - k % 2][1][0], statement) for k, (i, (_, statement)) in enumerate(rows)}
         kinds = dict.fromkeys(kind for kind, _ in questions.values())
         absent = [kind for kind in kinds if not (images / kind).is_dir()]
-        missing += [f"no folder {kind!r} in {images.name}" for kind in absent]
+        missing += [f"no folder {kind!r} in {images.name}" + _near(images, [kind]) for kind in absent]
         for i, (kind, _) in questions.items():
             files = (images / kind / f"{i}{suffix}" for suffix in SUFFIXES)
             paths[i] = next((file for file in files if file.is_file()), None)
             if paths[i] is None and kind not in absent:
                 missing.append(f"no image {images.name}/{kind}/{i}.jpg")
     if missing or wrong:
+        wrong += _unreadable(filter(None, paths.values()))
         problems = "".join(f"\n- {problem}" for problem in (*missing, *wrong))
         raise (ValueError if wrong else FileNotFoundError)(f"{folder}: {EXPECTED}; found{problems}")
 
-    kinds = [display_name(questions[i][0]) for i in sorted(questions)[::2]]
+    ids_in_order = list(questions) if strict else sorted(questions)
+    kinds = [display_name(questions[i][0]) for i in ids_in_order[::2]]
     if strict:
         order = list(dict.fromkeys(kinds))
         kinds = [order[min(k // PER_TYPE, len(order) - 1)] for k in range(len(kinds))]
     pairs = pd.DataFrame({"pattern": kinds})
     for n in (1, 2):
-        ids = sorted(questions)[n - 1 :: 2]
+        ids = ids_in_order[n - 1 :: 2]
         pairs[f"id_{n}"] = ids
         pairs[f"statement_{n}"] = [questions[i][1] for i in ids]
         pairs[f"image_{n}"] = [paths[i] for i in ids]
     return pairs
+
+
+def _near(folder: Path, names: Sequence[str]) -> str:
+    """A hint where a name under `folder` differs from a wanted one in case, or by `_` for a space, alone."""
+    like = {name.lower().replace(" ", "_") for name in names}
+    found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    near = sorted(name for name in found if name.lower().replace(" ", "_") in like)
+    return "".join(f"; rename {name!r}, whose case differs" for name in near)
+
+
+def _unreadable(paths: Iterable[Path]) -> list[str]:
+    """What is wrong with each picture that cannot be decoded."""
+    wrong = []
+    for path in paths:
+        try:
+            decode(Place(str(path)), np.asarray)
+        except ValueError as error:
+            wrong.append(str(error))
+    return wrong
+
+
+def is_pairs(path: Path) -> bool:
+    """Whether a folder or csv is meant as pairs, be it right or not: by its name, its image folder, or its columns."""
+    if path.is_file() and path.suffix == ".csv":
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+            return len({cell.strip().lower() for cell in next(csv.reader(file), [])} & set(TABLE)) > 2
+    like = {name.lower().replace(" ", "_") for name in ("Questions.csv", *IMAGE_FOLDERS)}
+    return path.is_dir() and any(inside.name.lower().replace(" ", "_") in like for inside in path.iterdir())
 
 
 def _read_table(path: Path) -> pd.DataFrame:
@@ -112,7 +143,8 @@ def _read_table(path: Path) -> pd.DataFrame:
     images = [*pairs["image_1"], *pairs["image_2"]]
     missing = [f"no image {image}" for image in dict.fromkeys(images) if not image.is_file()]
     if empty or missing:
-        raise (ValueError if empty else FileNotFoundError)("\n- ".join([f"{path}: found", *empty, *missing]))
+        wrong = [*empty, *_unreadable(image for image in dict.fromkeys(images) if image.is_file())]
+        raise (ValueError if wrong else FileNotFoundError)("\n- ".join([f"{path}: found", *wrong, *missing]))
     return pairs
 
 
@@ -126,7 +158,9 @@ def _read_questions(path: Path) -> tuple[dict[int, tuple[str, str]], list[str]]:
     if rows and rows[0][0].isdecimal():
         wrong.append(f"no header: the first row is already question {rows[0][0]}")
     else:
-        rows = rows[1:]
+        header, rows = rows[0] if rows else [], rows[1:]
+        if len(header) != 3 or any(word not in cell.lower() for word, cell in zip(HEADER, header, strict=True)):
+            wrong.append(f"the header {','.join(header)!r}; expected id, type and statement, in this order")
     if not rows or len(rows) % 2:
         wrong.append(f"{len(rows)} questions, which are not pairs")
     for row in rows:
@@ -192,40 +226,76 @@ def score_pairs(
     images = features([*pairs["image_1"], *pairs["image_2"]]).unflatten(0, (2, -1)).transpose(0, 1)  # [n, 2, D]
     similarity = (texts @ images.transpose(1, 2)).numpy()  # [n, texts, images]
     decisions = pair_decisions(similarity)
+    if strict:  # an odd id expects picture 1, also where it stands second
+        expected = np.where(pairs[["id_1", "id_2"]].to_numpy() % 2 == 1, 1, 2)
+        decisions["correct"] = (decisions["chosen"] == expected).all(axis=1)
+        decisions["group"] = decisions["correct"] & decisions["image_to_text"]
     cosines = {f"t{t + 1}i{i + 1}": similarity[:, t, i] for t in (0, 1) for i in (0, 1)}
     chosen = {key: decisions[key] for key in ("correct", "tie", "image_to_text", "group")}
     return pairs[["pattern", "id_1", "id_2"]].assign(**cosines, **chosen)
 
 
+def strict_differences(folder: str | Path, own: pd.DataFrame, strict: pd.DataFrame) -> list[str]:
+    """Where the circulating scripts' count of a folder leaves the rule, a line each: the scores of `score_pairs`
+    without and with `strict` (their means over the patterns), and the ids of the pairs concerned."""
+    right, counted = read_pairs(folder), read_pairs(folder, strict=True)
+    files = {row[f"id_{n}"]: row[f"image_{n}"] for _, row in right.iterrows() for n in (1, 2)}
+    kind = {row[f"id_{n}"]: row["pattern"] for _, row in right.iterrows() for n in (1, 2)}
+    moved = counted["id_1"][[kind[i] != name for i, name in zip(counted["id_1"], counted["pattern"], strict=True)]]
+    elsewhere = [i for n in (1, 2) for i, file in zip(counted[f"id_{n}"], counted[f"image_{n}"], strict=True)
+                 if files[i] != file]  # fmt: skip
+    order = counted["id_1"][(counted["id_1"] % 2 == 0) | (counted["id_2"] != counted["id_1"] + 1)].tolist()
+    ties = strict["id_1"][strict["tie"]].tolist()
+    means = [float(table.groupby("pattern")["correct"].mean().mean()) for table in (strict, own)]
+    return [
+        f"as the scripts count {means[0]:.4f}, by the rule {means[1]:.4f}",
+        f"by position {len(moved)} pairs are of another category than the CSV says: {moved.tolist()}",
+        f"{len(ties)} pairs with a tie, which counts for image 2: {ties}",
+        f"{len(elsewhere)} pictures taken from the folder of the first row's type: {elsewhere}",
+        f"{len(order)} pairs whose rows stand in another order than their ids: {order}",
+    ]
+
+
 def embed_files(encoder, paths: Iterable[Path]) -> Float[Tensor, "n d"]:
-    """Embeddings of image files in their own sizes; neighbours of one size share a batch."""
-    runs = itertools.groupby(map(_read, paths), key=lambda picture: picture.shape)
-    return torch.cat([embed(encoder, torch.stack(list(run)), batch=64) for _, run in runs])
+    """Embeddings of image files in their own sizes; neighbours of one size share a batch.
+
+    Raises ValueError naming every picture that cannot be read.
+    """
+    parts, wrong = [], []
+    for _, run in itertools.groupby(map(_read, paths), key=lambda read: getattr(read, "shape", None)):
+        run = list(run)
+        if isinstance(run[0], str):
+            wrong += run
+        elif not wrong:
+            parts.append(embed(encoder, torch.stack(run), batch=64))
+    if wrong:
+        raise ValueError(wrong[0] if len(wrong) == 1 else "\n- ".join([f"{len(wrong)} pictures:", *wrong]))
+    return torch.cat(parts)
 
 
-def _read(path: Path) -> UInt8[Tensor, "3 h w"]:
+def _read(path: Path) -> UInt8[Tensor, "3 h w"] | str:
     try:
-        return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: not a picture that can be read ({error})") from error
+        return torch.from_numpy(decode(Place(str(path)), np.array)).permute(2, 0, 1)
+    except ValueError as error:
+        return str(error)
 
 
 def summarise(scores: pd.DataFrame, level: float = 0.95, seed: int = 0) -> dict[str, float]:
     """Accuracy of each pattern with its Wilson interval, and the score: the mean of the patterns' accuracies.
 
     Keys NAME, NAME/low and NAME/high for each pattern and for "mean" (bootstrap over the pairs within patterns);
-    "ties", "image_to_text" and "group" are such means too, without interval.
+    "ties", "image_to_text" and "group" are such means too.
     """
     groups = dict(list(scores.groupby("pattern", sort=False)))
     report = {}
     for name, group in groups.items():
         report[name] = float(group["correct"].mean())
         report[f"{name}/low"], report[f"{name}/high"] = wilson(int(group["correct"].sum()), len(group), level)
-    report["mean"] = float(np.mean([report[name] for name in groups]))
-    correct = [group["correct"].to_numpy(float) for group in groups.values()]
-    report["mean/low"], report["mean/high"] = bootstrap_mean(correct, level, seed)
-    for key, column in (("ties", "tie"), ("image_to_text", "image_to_text"), ("group", "group")):
-        report[key] = float(np.mean([group[column].mean() for group in groups.values()]))
+    means = {"mean": "correct", "ties": "tie", "image_to_text": "image_to_text", "group": "group"}
+    for key, column in means.items():
+        values = [group[column].to_numpy(float) for group in groups.values()]
+        report[key] = float(np.mean([value.mean() for value in values]))
+        report[f"{key}/low"], report[f"{key}/high"] = bootstrap_mean(values, level, seed)
     return report
 
 

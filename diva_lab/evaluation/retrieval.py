@@ -2,6 +2,7 @@
 
 import torch
 from jaxtyping import Float, Int
+from scipy.stats import hypergeom
 from torch import Tensor
 
 
@@ -34,3 +35,11 @@ def recall_at(
         for k in ks:
             found[f"{way} R@{k}"] = hits[:, :k].any(1).float().mean().item()
     return found
+
+
+def recall_by_chance(owner: Int[Tensor, " m"], pictures: int, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+    """What `recall_at` gives on average where the order is drawn: k of `pictures` one way; the other way, for a picture
+    with c of the m texts, 1 - C(m - c, k) / C(m, k)."""
+    texts, own = len(owner), owner.bincount(minlength=pictures).numpy()
+    found = {f"image to text R@{k}": float(hypergeom.sf(0, texts, own, min(k, texts)).mean()) for k in ks}
+    return found | {f"text to image R@{k}": min(k / pictures, 1.0) for k in ks}

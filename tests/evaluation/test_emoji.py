@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from diva_lab import emoji
@@ -215,3 +216,17 @@ def test_the_report_is_flat_and_averages_the_sets(encoder):
         assert report[f"emoji/{name}"] == pytest.approx(
             (report[f"emoji/noto/{name}"] + report[f"emoji/twemoji/{name}"]) / 2
         )
+
+
+def test_each_sets_pictures_are_asked_for_once_and_all_scores_are_made_of_them(small, encoder):
+    out = small({"noto": ("red", "blue"), "twemoji": ("darkred", "darkblue")})
+    asked = []
+
+    def features(files):
+        asked.append([(path.parts[-4], path.name) for path in files])
+        rows = {("noto", "1.png"): (1.0, 0.0), ("noto", "2.png"): (0.0, 1.0)}
+        return torch.tensor([(*rows.get(key, (0.6, 0.8)), *14 * [0.0]) for key in asked[-1]])
+
+    report = emoji_report(encoder, out, features=features)
+    assert asked == [[(name, "1.png"), (name, "2.png")] for name in ("noto", "twemoji")]
+    assert report["emoji-match/mean"] == 0  # .6 = .6, a tie that counts against member 1

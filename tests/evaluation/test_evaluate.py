@@ -1,6 +1,7 @@
 """Each benchmark on small data in the real layout, scores computed by hand; one command, one table."""
 
 import csv
+import io
 import re
 
 import numpy as np
@@ -8,17 +9,34 @@ import pandas as pd
 import pytest
 import torch
 from picture_files import png, write_folders, write_tar
+from PIL import Image
+from scipy.stats import binomtest
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from torch import nn
 
-from diva_lab.encoders import load_encoder
-from diva_lab.evaluate import BENCHMARKS, COLUMNS, FACTS, evaluate, folders, main
+from diva_lab import evaluate as module
+from diva_lab.encoders import Encoder, Features, load_encoder
+from diva_lab.evaluate import (
+    AVERAGES,
+    BENCHMARKS,
+    COLUMNS,
+    FACTS,
+    averages,
+    evaluate,
+    folders,
+    how_many,
+    main,
+    open_encoder,
+)
+from diva_lab.evaluation.clustering import agreement
 from diva_lab.evaluation.features import FeatureStore
 from diva_lab.evaluation.image_sets import read_set
 from diva_lab.evaluation.knn import knn_accuracy
-from diva_lab.evaluation.pairs import compare_pairs, read_pairs, score_pairs, summarise
-from diva_lab.evaluation.retrieval import recall_at
+from diva_lab.evaluation.pairs import IMAGE_FOLDERS, compare_pairs, read_pairs, score_pairs, summarise
+from diva_lab.evaluation.retrieval import recall_at, recall_by_chance
+from diva_lab.evaluation.zeroshot import class_embeddings
 from diva_lab.training import Settings, tune
-from diva_lab.world import World, write_pairs
+from diva_lab.world import DETAILS, World, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -219,9 +237,12 @@ def test_the_strict_count_goes_by_position_and_says_where_it_differs(root, tmp_p
     assert strict["pattern"].tolist() == [order[k // 15] for k in range(90)]
     moved = own["id_1"][own["pattern"] != strict["pattern"]].tolist()
     table = evaluate(["tiny"], ["mmvp-vlm"], tmp_path, strict=True, cache=None)
-    assert f"{len(moved)} pairs are of another category than the CSV says" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"by position {len(moved)} pairs are of another category than the CSV says: {moved}" in said
     scores = score_pairs(load_encoder("tiny"), folder)
     by_position = scores["correct"].groupby(np.arange(90) // 15).mean().mean()
+    own = scores.groupby("pattern")["correct"].mean().mean()
+    assert f"as the scripts count {by_position:.4f}, by the rule {own:.4f}" in said
     assert value(table, "mmvp-vlm", "pairs").value == pytest.approx(by_position)
 
 
@@ -300,5 +321,358 @@ def test_cifar10_runs_through_every_benchmark_of_classes(tmp_path_factory):
     assert len(found) == 10_000 and found.classes == CLASSES and np.bincount(found.labels).tolist() == [1000] * 10
     table = evaluate(["tiny"], ["zero-shot", "clustering", "knn", "probe"], root)
     assert value(table, "knn", "top-1").low > 0.15 and value(table, "probe", "top-1").low > 0.25  # chance is .1
-    score = value(table, "zero-shot", "score")  # the tiny CLIP has hardly seen such words
-    assert (score.low <= 0.1) == (score.note == "not above chance")
+    for metric in ("nmi", "acc", "ari"):
+        row = value(table, "clustering", metric)
+        assert row.chance < row.low <= row.value <= row.high and row.note == ""
+    names = class_embeddings(load_encoder("tiny"), CLASSES, [text.replace("{c}", "{}") for text in found.templates])
+    embedded = FeatureStore(load_encoder("tiny"))(found.places)
+    right = ((embedded @ names.T).argmax(1).numpy() == found.labels).mean()
+    assert value(table, "zero-shot", "score").value == pytest.approx(right)
+
+
+# --- values by hand ---------------------------------------------------------------------------------------------
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+class Colours(Encoder):
+    """A picture's embedding is its mean colour, a text's what colours it names; a patch is the second colour."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.px, self.interpolation, self.squash, self.config, self.dim = 8, "bicubic", False, None, 3
+        self.register_buffer("mean", torch.zeros(1)), self.register_buffer("std", torch.ones(1))
+
+    def features(self, images):
+        colour = images.mean((2, 3))
+        return Features(colour, 3 * colour.roll(1, 1)[:, None])
+
+    def open_clip_state(self):
+        return {}
+
+    def encode_text(self, texts):
+        words = [text.replace(".", "").split() for text in texts]
+        counts = torch.tensor([[float(own.count(name)) for name in COLOURS] for own in words])
+        return nn.functional.normalize(counts, dim=1)
+
+
+def solid(colour):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), COLOURS[colour]).save(file, "png")
+    return file.getvalue()
+
+
+def write_colours(folder, counts):
+    """class -> how many pictures of each colour."""
+    for kind, own in counts.items():
+        (folder / kind).mkdir(parents=True)
+        for colour, n in own.items():
+            for i in range(n):
+                (folder / kind / f"{colour}{i}.png").write_bytes(solid(colour))
+
+
+@pytest.fixture
+def colours(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "open_encoder", lambda name, device: Colours())
+    data = tmp_path / "data"
+    write_colours(data / "paints" / "test", {"blue": {"blue": 3}, "green": {"green": 3}, "red": {"red": 3, "green": 1}})
+    write_colours(data / "paints" / "train", {name: {name: 20} for name in COLOURS})
+    captions = {"red": "red red green\nred blue blue", "green": "green\ngreen green blue"}
+    captions["blue"] = "blue blue blue green\nred red red green"
+    files = [(f"{k}.{end}", data) for k, name in enumerate(COLOURS)
+             for end, data in (("png", solid(name)), ("txt", captions[name].encode()))]  # fmt: skip
+    write_tar(data / "sayings" / "test" / "0.tar", dict(files))
+    return data
+
+
+def test_the_values_of_class_benchmarks_are_those_worked_out_by_hand(colours):
+    table = evaluate(["colours"], ["zero-shot", "knn", "probe", "clustering"], colours, cache=None)
+    assert value(table, "zero-shot", "top-1").value == 0.9 and value(table, "zero-shot", "score").value == 0.9
+    assert value(table, "zero-shot", "mean per class").value == pytest.approx((1 + 1 + 3 / 4) / 3)
+    assert value(table, "knn", "top-1").value == value(table, "probe", "top-1").value == 0.9
+    acc = value(table, "clustering", "acc")  # clusters: 3 blue; 3 green and the green one among red; 3 red
+    assert acc.value == pytest.approx(0.9) and acc.n == 10 and acc.chance < acc.low and acc.note == ""
+    assert set(table.n) == {10}
+    counts = {(0, 0): 3, (1, 1): 3, (2, 1): 1, (2, 2): 3}
+    rows, columns = {0: 3, 1: 3, 2: 4}, {0: 3, 1: 4, 2: 3}
+    mutual = sum(n / 10 * np.log(10 * n / (rows[i] * columns[j])) for (i, j), n in counts.items())
+    entropy = -sum(n / 10 * np.log(n / 10) for n in rows.values())
+    assert value(table, "clustering", "nmi").value == pytest.approx(mutual / entropy)  # both sides have 3, 3 and 4
+    assert value(table, "clustering", "ari").value == pytest.approx((9 - 12 * 12 / 45) / (12 - 12 * 12 / 45))
+
+
+def test_the_values_of_retrieval_are_those_worked_out_by_hand(colours):
+    table = evaluate(["colours"], ["retrieval"], colours, cache=None).set_index("metric")
+    assert table.set.unique().tolist() == ["sayings"]
+    assert table.value["image to text R@1"] == pytest.approx(2 / 3)  # red: "red red red green" is blue's, and nearer
+    assert table.value["text to image R@1"] == pytest.approx(4 / 6)  # "red blue blue", "red red red green"
+    assert table.value["image to text R@5"] == table.value["text to image R@5"] == 1
+    assert table.n["image to text R@1"] == 3 and table.n["text to image R@1"] == 6
+    assert table.chance["text to image R@1"] == pytest.approx(1 / 3) and table.chance["text to image R@5"] == 1
+    assert table.chance["image to text R@1"] == pytest.approx(2 / 6)
+    assert table.chance["image to text R@5"] == 1  # of 6 texts one is left out, and each picture has two
+    assert set(table.note[["text to image R@5", "image to text R@5"]]) == {"not above chance"}
+
+
+def test_recall_by_chance_agrees_with_random_orders():
+    owner, rng = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3]), np.random.default_rng(0)
+    drawn = [recall_at(*(torch.tensor(rng.normal(size=(n, 64)), dtype=torch.float32) for n in (4, 8)), owner, (1, 2))
+             for _ in range(800)]  # fmt: skip
+    for name, chance in recall_by_chance(owner, 4, (1, 2)).items():
+        assert np.mean([found[name] for found in drawn]) == pytest.approx(chance, abs=0.04)
+
+
+# --- rows say what was computed ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawings(tmp_path, monkeypatch):
+    """Two small sets with the same statements, in the place of EmojiPairs."""
+    for seed, name in enumerate(("noto", "twemoji")):
+        write_pairs(tmp_path / "emoji" / name, World(px=16, seed=seed), 2, seed=3)
+    monkeypatch.setattr(module, "EMOJI", tmp_path / "emoji")
+    return tmp_path
+
+
+def test_emoji_go_through_the_store_with_the_features_that_the_row_names(drawings, capsys):
+    tables = {
+        kind: evaluate(["tiny"], ["emoji"], features=kind, cache=drawings / "cache")
+        for kind in ("global", "class+patches", "global")
+    }
+    assert capsys.readouterr().out.count("tiny: 72 pictures") == 2  # each once a kind, and the third time none
+    assert all(set(table.features) == {kind} for kind, table in tables.items())
+    scores = score_pairs(load_encoder("tiny"), drawings / "emoji" / "noto", lambda files: FeatureStore(
+        load_encoder("tiny"), None)([module.Place(str(file)) for file in files], "class+patches"))  # fmt: skip
+    assert value(tables["class+patches"], "emoji", "emoji/noto").value == summarise(scores)["mean"]
+    apart = tables["global"].value != tables["class+patches"].value
+    assert apart.any()
+
+
+def test_the_worlds_rows_have_their_own_n_and_chance_and_say_global_and_float32(monkeypatch):
+    report = {f"pairs/{name}{end}": 0.26 for name in (*DETAILS, "mean") for end in ("", "/low", "/high")}
+    report |= {f"probe/{name}": 0.25 for name in (*DETAILS, "mean")} | {
+        "zeroshot": 0.5,
+        "nmi": 0.4,
+        "acc": 0.3,
+        "ari": 0.2,
+    }
+    monkeypatch.setattr(module, "world_report", lambda encoder, seed: report | {"pairs/text/low": 0.2})
+    table = evaluate(
+        ["tiny"], ["world"], features="class+patches", precision="bf16", strict=True, pictures=7, cache=None
+    )
+    assert set(table.features) == {"global"} and set(table.precision) == {"no"}
+    assert set(table.strict) == {False} and set(table.pictures) == {0}
+    ns = {(metric, "all" if category == "all" else "one"): n for metric, category, n in zip(
+        table.metric, table.category, table.n, strict=True)}  # fmt: skip
+    rest = {(metric, "all"): 3000 for metric in ("probe", "zeroshot", "nmi", "acc", "ari")}
+    assert ns == {("pairs", "one"): 300, ("pairs", "all"): 2700, ("probe", "one"): 3000, **rest}
+    assert value(table, "world", "pairs").chance == 0.25 and value(table, "world", "pairs").note == ""
+    assert value(table, "world", "pairs", "text").note == "not above chance"
+    assert value(table, "world", "probe", "colour").chance == pytest.approx(1 / 6)
+    assert value(table, "world", "probe", "quantity").note == "not above chance"  # .25 of four
+    zero = value(table, "world", "zeroshot")
+    assert zero.chance == pytest.approx(1 / 12) and zero.low < 0.5 < zero.high and zero.note == ""
+
+
+def test_strict_and_drawn_rows_stand_beside_the_whole_ones(tmp_path):
+    write_pairs(tmp_path / "mmvp", World(px=16), 10, seed=3)
+    write_folders(tmp_path / "animals", each=4)
+    out, benchmarks = tmp_path / "r.csv", ["mmvp-vlm", "clustering"]
+    for _ in range(2):
+        evaluate(["tiny"], benchmarks, tmp_path, out, cache=None)
+        evaluate(["tiny"], benchmarks, tmp_path, out, strict=True, pictures=5, cache=None)
+    table = pd.read_csv(out)
+    own = table[table.metric.isin(["group", "nmi"])].set_index(["benchmark", "strict", "pictures"]).n
+    assert own.to_dict() == {("mmvp-vlm", False, 0): 90, ("mmvp-vlm", True, 0): 90,
+                             ("clustering", False, 0): 8, ("clustering", False, 5): 5}  # fmt: skip
+
+
+def test_versions_stand_in_every_row(table):
+    import sklearn
+    import transformers
+
+    assert set(table["scikit-learn"]) == {sklearn.__version__} and set(table.transformers) == {transformers.__version__}
+    assert set(table.numpy) == {np.__version__} and table["open_clip_torch"].notna().all()
+
+
+def test_an_average_stands_only_where_all_sets_are_there():
+    names = AVERAGES["zero-shot"][0]
+    same = {"encoder": "e", "benchmark": "zero-shot", "metric": "score", "category": "all", "n": 5, "seed": 0}
+    ends = {"low": 0, "high": 1, "chance": 0.1, "note": ""}
+    rows = [same | ends | {"set": name, "value": k / 26} for k, name in enumerate(names)]
+    (row,) = averages([*rows, rows[0] | {"metric": "top-1", "value": 9}])
+    assert row["value"] == pytest.approx(0.5) and row["n"] == 27 and row["set"] == "27 sets" and row["seed"] == 0
+    assert row["chance"] == pytest.approx(0.1) and np.isnan(row["low"]) and averages(rows[1:]) == []
+    assert how_many(pd.DataFrame(rows)) == ["e, zero-shot: 27 of 27 sets, averaged"]
+    assert how_many(pd.DataFrame(rows[2:])) == [
+        "e, zero-shot: 25 of 27 sets, no average without imagenet1k, imagenet-a"
+    ]
+    six = [rows[0] | {"benchmark": "clustering", "set": name, "metric": metric, "value": k / 5}
+           for k, name in enumerate(AVERAGES["clustering"][0]) for metric in ("nmi", "acc", "ari")]  # fmt: skip
+    assert [(row["metric"], row["set"], row["value"]) for row in averages(six)] == [
+        (metric, "6 sets", pytest.approx(0.5)) for metric in ("nmi", "acc", "ari")
+    ]
+
+
+def test_a_part_of_a_known_set_is_not_passed_off_as_the_set(tmp_path):
+    write_folders(tmp_path / "MNIST", ("0", "1", "2"), 1)
+    write_folders(tmp_path / "wds_pcam", ("0", "1"), 1)
+    table = evaluate(["tiny"], ["zero-shot"], tmp_path, cache=None)
+    assert set(table.set) == {"mnist (3 of 10 classes)", "pcam"}
+    assert how_many(table)[0].startswith("tiny, zero-shot: 1 of 27 sets, no average without imagenet1k, ")
+
+
+# --- two encoders -----------------------------------------------------------------------------------------------
+
+
+def test_later_encoders_are_compared_with_the_first_pair_by_pair(tmp_path, monkeypatch):
+    folder = write_pairs(tmp_path / "data" / "mmvp", World(), 5, seed=3)
+
+    def opened(name, device):
+        encoder = load_encoder("tiny")
+        with torch.no_grad():
+            weight = encoder.proj.weight
+            weight.add_({"b": 0.5, "a": 0, "c": 0}[name] * weight.std() * torch.randn(
+                weight.shape, generator=torch.Generator().manual_seed(0)))  # fmt: skip
+        return encoder
+
+    monkeypatch.setattr(module, "open_encoder", opened)
+    out = tmp_path / "r.csv"
+    table = evaluate(["a", "b", "c"], ["mmvp-vlm"], tmp_path / "data", out, cache=None)
+    own = table[table.category == "against a"].pivot(index="encoder", columns="metric", values="value")
+    a, b = (score_pairs(opened(name, None), folder)["correct"].to_numpy() for name in "ab")
+    gained, lost = (~a & b).sum(), (a & ~b).sum()
+    assert gained + lost > 0 and set(own.index) == {"b", "c"}
+    assert own.loc["b", "gained"] == gained / 45 and own.loc["b", "lost"] == lost / 45
+    assert own.loc["b", "mcnemar p"] == pytest.approx(binomtest(int(gained), int(gained + lost)).pvalue)
+    assert own.loc["c"].to_dict() == {"gained": 0, "lost": 0, "mcnemar p": 1}
+    listed = pd.read_csv(tmp_path / "r.pairs.csv")
+    assert set(listed.encoder) == {"b"} and set(listed.against) == {"a"}
+    ids = {change: sorted(rows.id_1) for change, rows in listed.groupby("change")}
+    assert ids.get("gained", []) == (2 * np.flatnonzero(~a & b) + 1).tolist()
+    assert ids.get("lost", []) == (2 * np.flatnonzero(a & ~b) + 1).tolist()
+    evaluate(["a", "b"], ["mmvp-vlm"], tmp_path / "data", out, cache=None)
+    assert len(pd.read_csv(tmp_path / "r.pairs.csv")) == len(listed)
+
+
+def test_how_fast_it_was_lies_beside_the_table(root, tmp_path):
+    evaluate(["tiny"], ["clustering"], root, tmp_path / "r.csv", cache=tmp_path / "cache")
+    evaluate(["tiny"], ["clustering"], root, tmp_path / "r.csv", cache=tmp_path / "cache")  # nothing to embed
+    (row,) = pd.read_csv(tmp_path / "r.speed.csv").itertuples()
+    assert (row.encoder, row.embedded, row.batch, row.workers, row.device) == ("tiny", 36, 256, 0, "cpu")
+    assert row.pictures_per_second == pytest.approx(36 / row.seconds, rel=1e-3) and 0 <= row.waiting <= 1
+
+
+# --- what is given ----------------------------------------------------------------------------------------------
+
+
+def test_every_flag_reaches_the_evaluation(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FeatureStore", lambda encoder, cache, *rest, **more: FeatureStore(
+        encoder, tmp_path / "cache", *rest, **more))  # fmt: skip
+    out = tmp_path / "r.csv"
+    arguments = ["--encoder", "tiny", "--benchmarks", "mmvp-vlm,clustering", "--root", str(root), "--out", str(out)]
+    flags = ["--features", "class+patches", "--precision", "bf16", "--strict-official", "--pictures", "30"]
+    assert main([*arguments, *flags, "--seed", "5", "--workers", "1"]) == 0
+    table = pd.read_csv(out)
+    assert set(table.features) == {"class+patches"} and set(table.precision) == {"bf16"} and set(table.seed) == {5}
+    assert table.groupby("benchmark").strict.unique().map(list).to_dict() == {"mmvp-vlm": [True], "clustering": [False]}
+    assert set(table[table.benchmark == "clustering"].n) == {30}
+    assert pd.read_csv(tmp_path / "r.speed.csv").workers.tolist() == [1]
+    found = read_set(root / "animals").draw(30, 5)
+    points = FeatureStore(load_encoder("tiny"), None, "bf16")(found.places, "class+patches")
+    clusters = module.find_clusters(points, 3, 5)
+    assert value(table, "clustering", "nmi").value == pytest.approx(agreement(found.labels, clusters)["nmi"], abs=1e-5)
+
+
+def test_a_runs_checkpoint_is_its_run(tmp_path):
+    run = tune(Settings(objective="contrastive", steps=1, batch=2, lr=1e-2), tmp_path / "runs")
+    whole, part = (open_encoder(folder).state_dict() for folder in (run.folder, run.folder / "checkpoint"))
+    assert all(torch.equal(whole[name], part[name]) for name in whole)
+
+
+def test_a_root_that_is_itself_a_set_is_taken(tmp_path):
+    for root in (write_folders(tmp_path / "a" / "animals"), write_folders(tmp_path / "b" / "birds", split="val")):
+        assert folders(root, "zero-shot") == [root]
+        table = evaluate(["tiny"], ["clustering"], root, cache=None)
+        assert set(table.set) == {root.name} and set(table.n) == {6}
+        with pytest.raises(FileNotFoundError, match="no folder here for retrieval"):
+            folders(root, "retrieval")
+
+
+def test_sets_of_captions_are_found_under_any_name(tmp_path):
+    write_tar(tmp_path / "sayings" / "test" / "0.tar", {"a.png": png(0), "a.txt": b"x"})
+    write_folders(tmp_path / "coconuts")
+    assert folders(tmp_path, "retrieval") == [tmp_path / "sayings"]
+    assert folders(tmp_path, "zero-shot") == [tmp_path / "coconuts"]
+
+
+def no_questions(data):
+    (data / "mmvp" / "Questions.csv").rename(data / "mmvp" / "questions.csv")
+    (data / "mmvp" / IMAGE_FOLDERS[0] / "Texts").rename(data / "mmvp" / IMAGE_FOLDERS[0] / "texts")
+    return "mmvp-vlm", ["no Questions.csv; rename 'questions.csv', whose case differs"]
+
+
+def faults_in_the_folder(data):
+    path, images = data / "mmvp" / "Questions.csv", data / "mmvp" / IMAGE_FOLDERS[0]
+    rows = path.read_text(encoding="utf-8").splitlines()
+    path.write_bytes("\n".join(["Type,ID,Statement", *rows[1:-1], "x,Texts,Bär"]).encode("latin-1"))
+    (images / "Texts").rename(images / "texts")
+    next((images / "State and Condition").iterdir()).write_bytes(b"")
+    (images / "Orientation and Direction" / "1.jpg").unlink()
+    return "mmvp-vlm", ["not UTF-8", "the header 'Type,ID,Statement'", "no folder 'Texts'", "rename 'texts'",
+                        "not a picture", "1.jpg", "no id, type and statement in the row 'x,Texts"]  # fmt: skip
+
+
+def a_table_without_a_column(data):
+    (data / "mine.csv").write_text('"image1","image2","text1","pattern"\na,b,c,d\n')
+    (data / "mmvp" / "Questions.csv").unlink()
+    return "mmvp-vlm", ["mine.csv: expected rows under image1, image2, text1, text2, pattern", "no Questions.csv"]
+
+
+def faults_in_sets(data):
+    write_folders(data / "imagenet1k", ("train", "dog"))
+    write_folders(data / "things", ("a", "b"))
+    (data / "things" / "c").mkdir(), (data / "things" / "d").mkdir()
+    write_tar(data / "tars" / "test" / "0.tar", {"a.png": png(0), "a.cls": b"cat"})
+    (data / "tars" / "test" / "1.tar").write_bytes(b"no tar")
+    write_folders(data / "names", ("a", "b"))
+    (data / "names" / "classnames.txt").write_bytes("Bär\nb\n".encode("latin-1"))
+    return "zero-shot", ["'train' is a split's name", "c: no picture", "d: no picture", "a.cls: b'cat'", "1.tar: not a",
+                         "classnames.txt: not UTF-8", "4 of 4 failed"]  # fmt: skip
+
+
+def a_wrong_encoder(data):
+    return "mmvp-vlm", ["unknown encoder 'nobody'"]
+
+
+def benchmarks_without_data(data):
+    return "speed,zero-shot:cars,mmvp-vlm", ["2 benchmarks cannot start", "unknown benchmark 'speed'", "no folder cars"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        no_questions,
+        faults_in_the_folder,
+        a_table_without_a_column,
+        faults_in_sets,
+        a_wrong_encoder,
+        benchmarks_without_data,
+    ],
+)
+def test_the_command_tells_all_that_is_wrong_at_once(tmp_path, capsys, fault):
+    data, out = tmp_path / "data", tmp_path / "r.csv"
+    write_pairs(data / "mmvp", World(px=16), 1, seed=3)
+    benchmarks, words = fault(data)
+    names = ["--encoder", "nobody"] if fault is a_wrong_encoder else []
+    assert main([*names, "--encoder", "tiny", "--benchmarks", benchmarks, "--root", str(data), "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    for word in words:
+        assert word in said, said
+    assert "Traceback" not in said and out.exists() == (fault is a_wrong_encoder)  # the other encoder went on
+
+
+def test_a_table_of_other_columns_is_refused_before_anything_is_computed(root, tmp_path):
+    (tmp_path / "r.csv").write_text("encoder,value\n")
+    with pytest.raises(ValueError, match=r"r\.csv: columns encoder, value; expected a table that this version"):
+        evaluate(["tiny"], ["clustering"], root, tmp_path / "r.csv")

@@ -5,8 +5,20 @@ from picture_files import pixels, png, write_folders, write_tar
 from PIL import Image
 
 from diva_lab.encoders import embed, load_encoder
+from diva_lab.evaluation import features
 from diva_lab.evaluation.features import FEATURES, FeatureStore
-from diva_lab.evaluation.image_sets import TEMPLATES, Place, canonical, content_hash, read_set
+from diva_lab.evaluation.image_sets import (
+    CLUSTERED,
+    SETS,
+    TEMPLATES,
+    Place,
+    _known,
+    canonical,
+    content_hash,
+    has_captions,
+    is_set,
+    read_set,
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +62,194 @@ def test_captions_make_a_set_for_retrieval(tmp_path):
     root = tmp_path / "wds_flickr30k"
     write_tar(root / "test" / "0.tar", {"a.jpg": png(0), "a.txt": b"one\ntwo\n", "b.jpg": png(1), "b.txt": b"three"})
     assert read_set(root).captions == (("one", "two"), ("three",))
+
+
+# --- classes that are none, and names ---------------------------------------------------------------------------
+
+
+def test_imagenets_own_layout_has_val_for_test_and_its_names_by_wordnet_id(tmp_path):
+    for split in ("train", "val"):
+        write_folders(tmp_path / "ImageNet-1K", ("n01440764", "n01498041", "n15075141"), 2, split)
+    found, train = read_set(tmp_path / "ImageNet-1K"), read_set(tmp_path / "ImageNet-1K", "train")
+    assert found.name == "imagenet1k" and found.classes == ("tench", "stingray", "toilet paper")
+    assert {place.path.split("/")[-3] for place in found.places} == {"val"} and len(train) == 6
+    (tmp_path / "ImageNet-1K" / "test").mkdir()  # pictures without classes, as ImageNet's own test split
+    pixels(0).save(tmp_path / "ImageNet-1K" / "test" / "0.png")
+    assert read_set(tmp_path / "ImageNet-1K").places == found.places
+
+
+def test_wordnet_ids_without_a_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"1 class folders .* \(n99999999\); expected their names in classnames\.txt"):
+        read_set(write_folders(tmp_path / "mine", ("n01440764", "n99999999"), 1))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (["train/a", "train/b"], "no test split; expected .*test or .*val; found train"),
+        (["train/a", "notes/b"], "'train' is a split's name and no class"),
+        (["a", "validation", "Test"], r"(?s)'Test' is a split's name.*'validation' is a split's name"),
+        (["test/train/a", "test/val/b"], r"(?s)'train' is a split's name.*'val' is a split's name"),
+        (["MLLM_VLM Images/Texts", "other"], "'MLLM_VLM Images' holds MMVP-VLM's pictures"),
+        (["mmvp_vlm_images"], "'mmvp_vlm_images' holds MMVP-VLM's pictures"),
+        (["cat"], "'cat' is the only class folder; expected two or more"),
+        (["test/cat"], "'cat' is the only class folder"),
+    ],
+)
+def test_splits_mmvps_pictures_and_a_single_folder_are_no_classes(tmp_path, made, message):
+    for i, folder in enumerate(made):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        pixels(i).save(tmp_path / "set" / folder / "0.png")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_set(tmp_path / "set")
+
+
+def test_within_a_split_a_class_may_be_called_train(tmp_path):
+    assert read_set(write_folders(tmp_path / "voc2007", ("aeroplane", "train"), split="test")).classes[1] == "train"
+
+
+def test_all_that_is_wrong_with_class_folders_is_told_at_once(tmp_path):
+    root = write_folders(tmp_path / "set", ("a", "b"))
+    (root / "c").mkdir(), (root / "d").mkdir()
+    (root / "classnames.txt").write_text("one\n")
+    with pytest.raises(ValueError, match=r"(?s)- c: no picture.*- d: no picture.*4 class folders, but 1 line"):
+        read_set(root)
+
+
+@pytest.mark.parametrize(
+    ("name", "folders", "expected"),
+    [
+        ("mnist", [str(i) for i in range(10)], {0: "0", 9: "9"}),
+        ("GTSRB", [f"{i:05}" for i in range(43)], {0: "red and white circle 20 kph speed limit"}),
+        ("flowers102", [str(i) for i in range(1, 103)], {0: "pink primrose", 9: "globe thistle"}),  # 10 follows 9
+        ("flowers102", [f"kind_{i:03}" for i in range(102)], {0: "kind 000"}),  # by another order: their own names
+        ("eurosat", ["AnnualCrop", "Forest", *"HIJKLMN", "SeaLake"], {0: "annual crop land", 9: "lake or sea"}),
+        ("fer2013", [str(i) for i in range(7)], {3: "3"}),  # its numbers are not in the names' order
+        ("cifar10", ["cat", "dog"], {0: "cat"}),
+    ],
+)
+def test_clip_benchmarks_class_names_are_used_where_their_order_is_the_folders(tmp_path, name, folders, expected):
+    found = read_set(write_folders(tmp_path / name, tuple(folders), 1))
+    assert len(found.classes) == len(folders) and {i: found.classes[i] for i in expected} == expected
+
+
+def test_both_orders_of_caltechs_names_are_told_apart(tmp_path):
+    rest = tuple(f"k{i:03}" for i in range(98))
+    published = write_folders(
+        tmp_path / "a" / "caltech-101", ("BACKGROUND_Google", "Faces", "Faces_easy", "G", *rest), 1
+    )
+    lower = write_folders(tmp_path / "b" / "caltech101", ("accordion", "airplanes", "anchor", "ant", *rest), 1)
+    assert read_set(published).classes[:3] == ("background", "off-center face", "centered face")
+    assert read_set(lower).classes[:4] == ("accordion", "airplane", "anchor", "ant")
+
+
+PUBLISHED = {  # as EVA-CLIP calls them -> CLIP_benchmark's name, the convention of CLIP's paper, how many prompts
+    "ImageNet-1K": ("imagenet1k", "top-1", 80),
+    "ImageNet-A": ("imagenet-a", "top-1", 80),
+    "ImageNet-R": ("imagenet-r", "top-1", 80),
+    "ImageNet-Sketch": ("imagenet_sketch", "top-1", 80),
+    "ImageNet-V2": ("imagenetv2", "top-1", 80),
+    "ObjectNet": ("objectnet", "top-1", 80),
+    "SUN397": ("sun397", "top-1", 2),
+    "VOC2007": ("voc2007", "top-1", 1),
+    "Birdsnap": ("birdsnap", "top-1", 80),
+    "Caltech-101": ("caltech101", "mean per class", 34),
+    "Stanford Cars": ("cars", "top-1", 8),
+    "CIFAR-10": ("cifar10", "top-1", 18),
+    "CIFAR-100": ("cifar100", "top-1", 18),
+    "Country211": ("country211", "top-1", 5),
+    "DTD": ("dtd", "top-1", 8),
+    "EuroSAT": ("eurosat", "top-1", 3),
+    "FER2013": ("fer2013", "top-1", 6),
+    "FGVC-Aircraft": ("fgvc_aircraft", "mean per class", 2),
+    "Flowers-102": ("flowers", "mean per class", 1),
+    "Food-101": ("food101", "top-1", 1),
+    "GTSRB": ("gtsrb", "top-1", 3),
+    "MNIST": ("mnist", "top-1", 1),
+    "Oxford-IIIT-Pet": ("pets", "mean per class", 1),
+    "STL-10": ("stl10", "top-1", 2),
+    "RESISC45": ("resisc45", "top-1", 4),
+    "PatchCamelyon": ("pcam", "top-1", 2),
+    "Rendered SST2": ("renderedsst2", "top-1", 1),
+}
+
+
+@pytest.mark.parametrize("published", PUBLISHED)
+def test_the_27_sets_are_known_with_their_prompts_and_conventions(tmp_path, published):
+    name, score, prompts = PUBLISHED[published]
+    found = read_set(write_folders(tmp_path / published, ("one", "two"), 1))
+    assert found.name == name == canonical(f"wds_{name}") == canonical(f"wds_vtab-{name}")
+    assert SETS[name].score == score and len(found.templates) == prompts
+    assert all("{c}" in template for template in found.templates)
+
+
+def test_the_lists_hold_27_and_six_sets_and_no_name_means_two():
+    assert list(SETS) == [name for name, *_ in PUBLISHED.values()] and len(SETS) == 27
+    known = {name: len(names) for name in SETS if (names := _known("classnames", name))}
+    assert len(known) == 10 and known == {name: SETS[name].classes + (name == "caltech101") for name in known}
+    assert len(set(CLUSTERED)) == 6 and set(CLUSTERED) <= set(SETS)
+    names = [alias for own in SETS.values() for alias in own.aliases]
+    assert len(set(names)) == len(names) and {canonical(alias) for alias in names} <= set(SETS)
+    assert [canonical(name) for name in ("oxford_pets", "flowers102", "aircraft", "caltech-101", "My Cats")] == [
+        "pets", "flowers", "fgvc_aircraft", "caltech101", "my cats",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["wds_voc2007_multilabel", "wds_voc2007", "VOC2007"])
+def test_several_classes_a_picture_are_refused_with_what_is_scored_instead(tmp_path, name):
+    if name == "VOC2007":
+        (tmp_path / name / "VOCdevkit" / "VOC2007" / "JPEGImages").mkdir(parents=True)
+    else:
+        write_tar(tmp_path / name / "test" / "0.tar", {"a.png": png(0), "a.npy": b"x"})
+    with pytest.raises(ValueError, match=r"several classes a picture.*the single-label version is scored"):
+        read_set(tmp_path / name)
+
+
+# --- tars -------------------------------------------------------------------------------------------------------
+
+
+def test_all_that_is_wrong_with_tars_is_told_at_once(tmp_path):
+    root = tmp_path / "mine"
+    members = {"a.png": png(0), "a.cls": b"one", "b.png": png(1), "c.png": png(2), "c.cls": b"-1", "d.cls": b"0"}
+    write_tar(root / "test" / "0.tar", members)
+    write_tar(root / "test" / "1.tar", {"e.png": png(0), "e.txt": b"\xff\xfe"})
+    write_tar(root / "test" / "2.tar", {"f.png": png(0), "f.cls": b"1"})
+    whole = (root / "test" / "2.tar").read_bytes()
+    (root / "test" / "2.tar").write_bytes(whole[:700])
+    (root / "test" / "3.tar").write_bytes(b"no tar")
+    (root / "classnames.txt").write_text("one\ntwo\n")
+    with pytest.raises(ValueError) as error:
+        read_set(root)
+    said = str(error.value)
+    for words in ("a.cls: b'one'; expected the number of a class", "b: expected a picture and .cls", "c.cls: b'-1'",
+                  "d: expected a picture", "e.txt: not UTF-8", "2.tar: not a tar", "3.tar: not a tar"):  # fmt: skip
+        assert words in said, words
+    assert said.count("\n- ") == 7
+
+
+@pytest.mark.parametrize("file", ["classnames.txt", "zeroshot_classification_templates.txt"])
+def test_names_and_prompts_that_are_not_utf8_are_named(tmp_path, file):
+    root = write_folders(tmp_path / "set")
+    (root / file).write_bytes("Bär\nHund\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{file}: not UTF-8"):
+        read_set(root)
+
+
+def test_captions_are_told_by_the_members_and_not_by_the_name(tmp_path):
+    write_tar(tmp_path / "mine" / "test" / "0.tar", {"a.jpg": png(0), "a.txt": b"one"})
+    write_tar(tmp_path / "wds_flickr30k" / "test" / "0.tar", {"a.jpg": png(0), "a.cls": b"0"})
+    write_folders(tmp_path / "coco")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "0.tar").write_bytes(b"no tar")
+    found = {name: has_captions(tmp_path / name) for name in ("mine", "wds_flickr30k", "coco", "broken")}
+    assert found == {"mine": True, "wds_flickr30k": False, "coco": False, "broken": None}
+
+
+def test_a_folder_of_classes_or_splits_is_a_set_and_a_folder_of_sets_is_none(tmp_path):
+    assert is_set(write_folders(tmp_path / "flat" / "animals")) and not is_set(tmp_path / "flat")
+    assert is_set(write_folders(tmp_path / "deep" / "things", split="val")) and not is_set(tmp_path)
+    write_tar(tmp_path / "tars" / "mine" / "0.tar", {"a.jpg": png(0), "a.txt": b"one"})
+    assert not is_set(tmp_path / "tars")
 
 
 @pytest.mark.parametrize(
@@ -110,6 +310,30 @@ def test_pictures_are_prepared_as_open_clips_own_transform_does(tmp_path, encode
     torch.testing.assert_close(FeatureStore(encoder, None)(found), expected, atol=1e-5, rtol=0)
 
 
+def test_pictures_go_through_the_model_in_batches_of_their_own_size(tmp_path, encoder, monkeypatch):
+    found, sizes, whole = places(tmp_path, [(32, 32)] * 7), [], encoder.features
+    expected = FeatureStore(encoder, None)(found)
+    monkeypatch.setattr(features, "LOADED", 2)
+    monkeypatch.setattr(encoder, "features", lambda images: sizes.append(len(images)) or whole(images))
+    torch.testing.assert_close(FeatureStore(encoder, None, batch=4)(found), expected, atol=1e-6, rtol=0)
+    assert sizes == [4, 3]
+
+
+def test_precision_is_float32_on_a_cpu_unless_asked(encoder):
+    assert FeatureStore(encoder, None, "auto").precision == FeatureStore(encoder, None).precision == "no"
+    assert FeatureStore(encoder, None, "bf16").precision == "bf16" and FeatureStore(encoder, None).batch == 256
+    with pytest.raises(ValueError, match="unknown precision 'half'; expected one of auto, no, bf16"):
+        FeatureStore(encoder, None, "half")
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_precision_is_bf16_and_the_first_batch_is_2048(tmp_path, encoder):
+    store = FeatureStore(load_encoder("tiny", "cuda"), None, "auto")
+    assert store.precision == "bf16" and store.batch == 2048
+    found = places(tmp_path)
+    torch.testing.assert_close(store(found), FeatureStore(encoder, None)(found), atol=0.05, rtol=0)
+
+
 def test_workers_change_nothing(tmp_path, encoder):
     found = places(tmp_path)
     assert torch.equal(FeatureStore(encoder, None, workers=1)(found), FeatureStore(encoder, None)(found))
@@ -119,13 +343,13 @@ def test_features_are_found_again_by_content_alone(tmp_path, encoder):
     (tmp_path / "a").mkdir()
     found, cache = places(tmp_path / "a"), tmp_path / "cache"
     first = FeatureStore(encoder, cache)
-    features = first(found)
+    kept = first(found)
     (tmp_path / "a").rename(tmp_path / "b")
     moved = [Place(place.path.replace("/a/", "/b/")) for place in found]
     again = FeatureStore(load_encoder("tiny"), cache)
-    assert torch.equal(again(moved), features) and again.pictures == 0 and first.pictures == 3
+    assert torch.equal(again(moved), kept) and again.pictures == 0 and first.pictures == 3
     pixels(77).save(moved[0].path)
-    assert not torch.equal(again(moved)[0], features[0]) and again.pictures == 3
+    assert not torch.equal(again(moved)[0], kept[0]) and again.pictures == 3
     other = load_encoder("tiny")
     with torch.no_grad():
         other.model.visual.conv1.weight.add_(1e-3)

@@ -6,7 +6,16 @@ import pytest
 import torch
 from PIL import Image
 
-from diva_lab.evaluation.pairs import IMAGE_FOLDERS, pair_decisions, read_pairs, score_pairs, summarise
+from diva_lab.evaluation.pairs import (
+    IMAGE_FOLDERS,
+    embed_files,
+    is_pairs,
+    pair_decisions,
+    read_pairs,
+    score_pairs,
+    strict_differences,
+    summarise,
+)
 from diva_lab.world import PATTERNS, World, write_pairs
 
 HEADER = ("Question ID", "Type", "Statement")
@@ -94,6 +103,58 @@ def test_no_rows_and_an_odd_number_of_rows_are_refused(tmp_path, rows):
         read_pairs(write(tmp_path, rows))
 
 
+@pytest.mark.parametrize(
+    "header", [("Type", "Question ID", "Statement"), ("Question ID", "Statement", "Type"), ("a", "b", "c"), ("ID",)]
+)
+def test_a_wrong_or_permuted_header_is_refused(tmp_path, header):
+    with pytest.raises(ValueError, match=f"the header '{','.join(header)}'; expected id, type and statement, in this"):
+        read_pairs(write(tmp_path, ROWS, header=header))
+
+
+def test_a_table_that_is_not_utf8_is_refused(tmp_path):
+    folder = write(tmp_path, ROWS)
+    text = (folder / "Questions.csv").read_text().replace("Texts,a", "Texts,Bär")
+    (folder / "Questions.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"Questions\.csv is not UTF-8"):
+        read_pairs(folder)
+
+
+def test_names_off_by_case_are_told_all_at_once(tmp_path):
+    folder = write(tmp_path, ROWS)
+    (folder / IMAGE_FOLDERS[0] / "Camera").rename(folder / IMAGE_FOLDERS[0] / "camera")
+    with pytest.raises(FileNotFoundError, match=r"no folder 'Camera' in .*; rename 'camera', whose case differs"):
+        read_pairs(folder)
+    (folder / "Questions.csv").rename(folder / "questions.csv")
+    (folder / IMAGE_FOLDERS[0]).rename(folder / "mllm_vlm_images")
+    with pytest.raises(FileNotFoundError, match=r"(?s)rename 'questions\.csv', whose.*rename 'mllm_vlm_images', whose"):
+        read_pairs(folder)
+
+
+def test_pictures_that_cannot_be_read_are_told_with_what_is_missing(tmp_path, encoder):
+    folder = write(tmp_path, ROWS)
+    images = folder / IMAGE_FOLDERS[0]
+    for name in ("Texts/1.png", "Camera/3.png"):
+        (images / name).write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"(?s)2 pictures:.*Texts/1\.png: not a picture.*Camera/3\.png: not a picture"):
+        score_pairs(encoder, folder)
+    (images / "Texts" / "2.png").unlink()
+    with pytest.raises(
+        ValueError, match=r"(?s)no image .*Texts/2\.jpg.*Texts/1\.png: not.*Camera/3\.png: not a picture"
+    ):
+        read_pairs(folder)
+
+
+def test_what_is_meant_as_pairs_is_known_though_it_is_wrong(tmp_path):
+    (tmp_path / "a" / "mllm_vlm_images").mkdir(parents=True)
+    (tmp_path / "b").mkdir(), (tmp_path / "c").mkdir()
+    (tmp_path / "b" / "questions.csv").write_text("")
+    (tmp_path / "quoted.csv").write_text('"image1","image2","text1","text2","pattern"\n')
+    (tmp_path / "short.csv").write_text("image1,image2,text1,text2\n")
+    (tmp_path / "results.csv").write_text("encoder,benchmark,pattern\n")
+    names = ("a", "b", "c", "quoted.csv", "short.csv", "results.csv", "none")
+    assert [is_pairs(tmp_path / name) for name in names] == [True, True, False, True, True, False, False]
+
+
 def test_ids_2k_and_2k_plus_1_are_no_pair(tmp_path):
     with pytest.raises(ValueError, match="id 2 without its partner 1"):
         read_pairs(write(tmp_path, [(2, "Texts", "a"), (3, "Texts", "b")]))
@@ -152,6 +213,7 @@ def test_decisions_by_hand():
     assert decisions["correct"].tolist() == [True, True, False, False, True]
     assert decisions["tie"].tolist() == [False, False, False, True, True]
     assert decisions["image_to_text"].tolist() == [True, False, False, True, True]
+    assert decisions["group"].tolist() == [True, False, False, False, True]
 
 
 def test_an_encoder_that_sees_no_difference_scores_nothing():
@@ -201,3 +263,67 @@ def test_the_summary_is_the_mean_of_the_patterns_and_not_of_the_pairs():
     assert (report["ties"], report["image_to_text"]) == (0.5, 1)
     assert report["a/low"] == pytest.approx(0.67559, abs=1e-5) and report["a/high"] == 1
     assert report["mean/low"] == report["mean/high"] == 0.5
+    assert (report["ties/low"], report["ties/high"], report["group/low"]) == (0.5, 0.5, 1)
+
+
+def test_the_other_scores_have_intervals_that_hold_them():
+    rng = np.random.default_rng(0)
+    flags = {key: rng.random(60) < 0.4 for key in ("correct", "tie", "image_to_text", "group")}
+    report = summarise(pd.DataFrame({"pattern": ["a"] * 30 + ["b"] * 30, **flags}))
+    for key in ("mean", "ties", "image_to_text", "group"):
+        assert report[f"{key}/low"] < report[key] < report[f"{key}/high"]
+
+
+# --- as the circulating scripts count it ------------------------------------------------------------------------
+
+
+def circulating(folder, encoder):
+    """Their loop, word by word: two rows at a time, the first row's folder, parity of the id, the category by place."""
+    rows = list(csv.reader((folder / "Questions.csv").open(encoding="utf-8")))[1:]
+    right = np.zeros(len(rows) // 30)
+    for k in range(0, len(rows), 2):
+        kind = rows[k][1]
+        both = embed_files(encoder, [folder / IMAGE_FOLDERS[0] / kind / f"{row[0]}.jpg" for row in rows[k : k + 2]])
+        fits = []
+        for i, _, statement in rows[k : k + 2]:
+            p = (100 * encoder.encode_text(["a photo of " + statement]) @ both.T).double().softmax(1)
+            prediction = "img1" if p[0, 0] > 0.5 else "img2"
+            fits.append(prediction == ("img1" if int(i) % 2 == 1 else "img2"))
+        right[k // 2 // 15] += all(fits)
+    return right / 15
+
+
+def test_the_strict_count_is_that_of_the_scripts_whatever_the_order_of_the_rows(tmp_path, encoder):
+    folder = write_pairs(tmp_path, World(px=8), 15, seed=3)
+    rows = list(csv.reader((folder / "Questions.csv").open(encoding="utf-8")))
+    own = score_pairs(encoder, folder)
+    assert score_pairs(encoder, folder, strict=True).equals(own)
+    assert circulating(folder, encoder).mean() == pytest.approx(summarise(own)["mean"])
+    rng = np.random.default_rng(0)
+    pairs = [rows[1 + 2 * k : 3 + 2 * k][:: rng.choice((1, -1))] for k in rng.permutation(135)]
+    with (folder / "Questions.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([rows[0], *(row for pair in pairs for row in pair)])
+    strict = score_pairs(encoder, folder, strict=True)
+    assert strict["correct"].groupby(np.arange(135) // 15).mean().tolist() == pytest.approx(
+        circulating(folder, encoder)
+    )
+    assert score_pairs(encoder, folder).equals(own)
+    said = strict_differences(folder, own, strict)
+    turned = [int(pair[0][0]) for pair in pairs if int(pair[0][0]) % 2 == 0]
+    assert said[-1] == f"{len(turned)} pairs whose rows stand in another order than their ids: {turned}"
+    assert said[0].startswith(f"as the scripts count {circulating(folder, encoder).mean():.4f}, by the rule ")
+    kind = {row[0]: row[1] for row in rows[1:]}
+    order = list(dict.fromkeys(kind[pair[0][0]] for pair in pairs))
+    moved = [int(pair[0][0]) for k, pair in enumerate(pairs) if kind[pair[0][0]] != order[k // 15]]
+    assert said[1] == f"by position {len(moved)} pairs are of another category than the CSV says: {moved}"
+
+
+def test_ties_and_pictures_of_the_first_rows_folder_are_told(tmp_path, make_encoder):
+    encoder = make_encoder()
+    folder = write(tmp_path, [(1, "Texts", "a"), (2, "Letters", "b")])
+    images = folder / IMAGE_FOLDERS[0]
+    (images / "Texts" / "2.png").write_bytes((images / "Texts" / "1.png").read_bytes())  # the same picture: a tie
+    own, strict = score_pairs(encoder, folder), score_pairs(encoder, folder, strict=True)
+    said = "\n".join(strict_differences(folder, own, strict))
+    assert "1 pairs with a tie, which counts for image 2: [1]" in said
+    assert "1 pictures taken from the folder of the first row's type: [2]" in said
