@@ -15,9 +15,11 @@ from diva_lab.workbook import (
     ADDED,
     COLUMNS,
     MEASURES,
+    NOTEBOOKS,
     _seeds,
     declared,
     evaluation,
+    execute,
     locate,
     main,
     recorded,
@@ -180,6 +182,24 @@ def test_a_run_that_cannot_be_evaluated_keeps_the_rows_of_its_record_and_is_told
     assert set(table["benchmark"]) == {"world"}
     row = summary(tmp_path, table).iloc[0]
     assert row["zeroshot"] == 0.9 and np.isnan(row["emoji/mean"])
+
+
+# --- the notebooks that ship ------------------------------------------------------------------------------------
+
+
+def test_the_grids_compare_any_encoders_on_any_folder_of_pairs(tmp_path, small_clip, monkeypatch):
+    from diva_lab.emoji import EMOJI
+
+    for name, value in (("MPLBACKEND", ""), ("DIVA_LAB_CACHE", str(tmp_path)), ("DIVA_LAB_RUNS", str(tmp_path))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MPLBACKEND")
+    grids = NOTEBOOKS / "04_mmvp_grids.ipynb"
+    parameters = {"encoders": ["tiny", str(small_clip)], "pairs_folder": str(EMOJI / "noto")}
+    assert execute(grids, tmp_path, parameters) == ""
+    cells = nbformat.read(tmp_path / grids.name, as_version=4).cells
+    shown = json.dumps([cell.outputs for cell in cells if cell.cell_type == "code"], ensure_ascii=False)
+    assert "McNemar" in shown and f"- {small_clip.name}: **" in shown and "of 9 patterns rose" in shown
+    assert not list(tmp_path.glob("tune-*"))  # nothing was trained
 
 
 # --- the command ------------------------------------------------------------------------------------------------
