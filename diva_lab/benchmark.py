@@ -431,7 +431,7 @@ def write_photos(folder: Path, n: int) -> list[Place]:
     random, places = np.random.default_rng(0), []
     for i in range(n):
         coarse = Image.fromarray(random.integers(256, size=(12, 16, 3), dtype=np.uint8))
-        pixels = np.asarray(coarse.resize(PHOTO[::-1], Image.Resampling.BICUBIC)) + random.normal(0, 8, (*PHOTO, 3))
+        pixels = np.asarray(coarse.resize(PHOTO[::-1], Image.Resampling.BICUBIC)) + random.normal(0, 16, (*PHOTO, 3))
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
         places.append(Place(str(folder / f"{i}.jpg")))
     return places
