@@ -573,7 +573,7 @@ def benchmark_scores(table: pd.DataFrame, published: pd.DataFrame | None = None,
         for y, row in enumerate(rows.itertuples()):
             hollow = "second hand" in row.source
             ax.plot(row.percent, y, "D", color=GREY, markersize=4, markerfacecolor="white" if hollow else GREY)
-        _panel(ax, rows["method"], f"published: {metric}\n{name}, {backbone}")
+        _panel(ax, rows["method"], f"published, {backbone}: {metric}\n{name}")
     return _signed(fig, source)
 
 

@@ -240,7 +240,7 @@ def test_published_numbers_have_panels_of_their_own_and_second_hand_ones_are_hol
     fig = figures.benchmark_scores(BENCHMARKS, PUBLISHED)
     ours, theirs = fig.axes[:3], fig.axes[3:]
     titles = [ax.get_title(loc="left") for ax in theirs if ax.lines]
-    assert titles == ["published: nmi\nsix sets, openai-l14", "published: nmi\nsix sets, siglip-so400m"]
+    assert titles == ["published, openai-l14: nmi\nsix sets", "published, siglip-so400m: nmi\nsix sets"]
     assert not any(line.get_marker() == "D" for ax in ours for line in ax.lines)
     drawn = [(line.get_xydata().tolist(), line.get_markerfacecolor()) for line in theirs[1].lines]
     assert drawn == [([[78, 0]], "white"), ([[83, 1]], figures.GREY)]
