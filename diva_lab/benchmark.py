@@ -6,7 +6,7 @@
 `reference` is the step as METHOD describes the released code: eager, one call for all evaluations, the empty prompt
 encoded for every picture, pictures augmented one by one, every activation held. `exact` is the training's own step.
 All variants run in one process, in turn, on the same inputs; medians are over the rounds. Weights are random but at
-the scale `tiny`: speed does not depend on them.
+the scale `tiny`: speed does not depend on them. `l14` is a CLIP of ViT-L/14's size alone, for `evaluate`.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import copy
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +22,13 @@ from functools import partial
 from pathlib import Path
 from weakref import finalize
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from open_clip import CLIP
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,6 +38,8 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 from diva_lab.conditions import Conditioner
 from diva_lab.denoisers import DENOISERS, Denoiser, StableDiffusion, load_denoiser
 from diva_lab.encoders import ENCODERS, Encoder, embed, load_encoder, make_trainable
+from diva_lab.evaluation.features import FeatureStore
+from diva_lab.evaluation.image_sets import Place
 from diva_lab.evaluation.world import world_report
 from diva_lab.frozen import LEVERS
 from diva_lab.images import augment, open_images
@@ -44,6 +49,8 @@ from diva_lab.runs import environment
 from diva_lab.training import Settings, build_conditioner, make_step
 
 PARTS = ("vae", "network", "text_encoder", "tokenizer", "scheduler")
+PHOTO = (375, 500)  # rows and columns of the JPEGs from which `evaluate` reads
+FILES = 256  # so many different ones at most, read again and again
 
 
 # --- models of any size -----------------------------------------------------------------------------------------
@@ -51,16 +58,17 @@ PARTS = ("vae", "network", "text_encoder", "tokenizer", "scheduler")
 
 @dataclass(frozen=True)
 class Scale:
-    """The sizes of a random CLIP and a random Stable Diffusion; prompts of `tokens` tokens."""
+    """The sizes of a random CLIP and, unless `unet` is None, a random Stable Diffusion; prompts of `tokens` tokens."""
 
     vision: dict
     dim: int
-    unet: dict
-    vae: tuple[int, ...]
-    text: dict
+    unet: dict | None = None
+    vae: tuple[int, ...] = ()
+    text: dict | None = None
     tokens: int = 77
 
 
+VIT_L14 = {"image_size": 224, "layers": 24, "width": 1024, "patch_size": 14}
 SCALES = {
     "tiny": None,  # as it ships
     "small": Scale(
@@ -71,8 +79,9 @@ SCALES = {
          "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")},
         (32, 64, 64), {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
     ),
+    "l14": Scale(VIT_L14, 768),
     "sd21": Scale(
-        {"image_size": 224, "layers": 24, "width": 1024, "patch_size": 14}, 768,
+        VIT_L14, 768,
         {"sample_size": 28, "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024,
          "use_linear_projection": True},
         (128, 256, 512, 512),
@@ -94,11 +103,16 @@ def build_clip(name: str) -> CLIP:
     return clip.eval()
 
 
+def open_scale(name: str) -> Encoder:
+    """The CLIP of the named scale as an encoder of ours; without a tokenizer but at the scale `tiny`."""
+    return load_encoder("tiny") if SCALES[name] is None else Encoder(build_clip(name), None)
+
+
 def build(name: str, device: torch.device) -> tuple[Encoder, Denoiser]:
     """A CLIP and a denoiser without any lever, of the named scale."""
+    encoder = open_scale(name)
     if (scale := SCALES[name]) is None:
-        return load_encoder("tiny", device), load_denoiser("tiny", device, levers=())
-    encoder = Encoder(build_clip(name), None)
+        return encoder.to(device), load_denoiser("tiny", device, levers=())
     tokenizer = AutoTokenizer.from_pretrained(DENOISERS["tiny"], subfolder="tokenizer", model_max_length=scale.tokens)
     blocks = len(scale.vae)
     parts = (
@@ -325,19 +339,25 @@ def variants(
     return made
 
 
-def compare(
-    works: dict[str, Callable[[], object]], rounds: int, device: torch.device, compiled: Sequence[str] = ()
-) -> dict[str, dict[str, float]]:
-    """Seconds (in turn, after a first call of each), FLOPs and peak memory of each work, and ratios to the first.
-
-    On a CPU memory is left out for those in `compiled`: under `LiveBytes` they would run uncompiled.
-    """
+def in_turn(works: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each work in each of the rounds, which come after a first call of each."""
     for work in works.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
             times[name].append(seconds(work, device))
+    return times
+
+
+def compare(
+    works: dict[str, Callable[[], object]], rounds: int, device: torch.device, compiled: Sequence[str] = ()
+) -> dict[str, dict[str, float]]:
+    """Seconds (`in_turn`), FLOPs and peak memory of each work, and ratios to the first.
+
+    On a CPU memory is left out for those in `compiled`: under `LiveBytes` they would run uncompiled.
+    """
+    times = in_turn(works, rounds, device)
     rows: dict[str, dict[str, float]] = {}
     for name, work in works.items():
         with FlopCounterMode(display=False) as counter:
@@ -406,25 +426,58 @@ def measure_input(source: str, scale: str, batch: int, rounds: int) -> dict:
     return {"source": source, "pictures_per_second": rows}
 
 
-def measure_evaluate(scale: str, batch: int, rounds: int) -> dict:
-    """Embeddings of pictures in memory, against a bare loop over open_clip's `encode_image` on tensors made ready.
+def write_photos(folder: Path, n: int) -> list[Place]:
+    """So many JPEGs of `PHOTO` pixels, about as many bytes each as a photograph of that size has."""
+    random, places = np.random.default_rng(0), []
+    for i in range(n):
+        coarse = Image.fromarray(random.integers(256, size=(12, 16, 3), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize(PHOTO[::-1], Image.Resampling.BICUBIC)) + random.normal(0, 16, (*PHOTO, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
+        places.append(Place(str(folder / f"{i}.jpg")))
+    return places
 
-    At the scale `tiny` beside it one whole evaluation on the tiny world: pairs, probes, zero-shot, clustering.
+
+def measure_evaluate(scale: str, batch: int, rounds: int, workers: int | None = None, pictures: int = 0) -> dict:
+    """Pictures a second, in float32, against a bare loop over open_clip's `encode_image` on tensors made ready.
+
+    `exact` is `embed` on uint8 pictures in memory; `ratio` its throughput by the bare loop's, a median over the rounds.
+    `from files` is what `diva_lab.evaluate` does on a set of `PHOTO` JPEGs: they are decoded and resized too; `waited`
+    is the share of that time without data. At the scale `tiny` beside it one whole evaluation on the tiny world.
+
+    Args:
+        workers: processes that decode; see `FeatureStore`.
+        pictures: that are embedded in one go, of which at most four batches lie in memory; 0 is four batches, or one on
+            a CPU at ViT-L/14's size.
     """
     device = default_device()
-    encoder, bare = build(scale, device)[0], build_clip(scale).to(device)
-    images = (torch.rand(4 * batch, 3, encoder.px, encoder.px) * 255).byte()
+    encoder, bare = open_scale(scale).to(device), build_clip(scale).to(device)
+    pictures = pictures or batch * (1 if device.type == "cpu" and scale in ("l14", "sd21") else 4)
+    images = (torch.rand(min(pictures, 4 * batch), 3, encoder.px, encoder.px) * 255).byte()
     ready = encoder.preprocess(images.to(device).float() / 255)
+    store = FeatureStore(encoder, None, batch=batch, workers=workers)
+    shares = []
 
-    def loop() -> list[Tensor]:
-        with torch.no_grad():
-            return [bare.encode_image(part, normalize=True) for part in ready.split(batch)]
+    @torch.no_grad()
+    def loop(part: Tensor = ready) -> Tensor:
+        return torch.cat([bare.encode_image(own, normalize=True) for own in part.split(batch)])
 
-    works = {"reference": loop, "exact": lambda: embed(encoder, images, batch)}
-    off = (torch.cat(loop()).cpu() - embed(encoder, images, batch)).abs().max().item()
-    found = {"variants": compare(works, rounds, device), "largest_difference": off}
-    for row in found["variants"].values():
-        row["pictures_per_second"] = len(images) / row["median"]
+    with tempfile.TemporaryDirectory() as folder:
+        photos = write_photos(Path(folder), min(pictures, FILES))
+
+        def from_files() -> None:
+            waited, whole = store.waited, store.seconds
+            store([photos[i % len(photos)] for i in range(pictures)])
+            shares.append((store.waited - waited) / (store.seconds - whole))
+
+        works = {"reference": loop, "exact": lambda: embed(encoder, images, batch), "from files": from_files}
+        times = in_turn(works, rounds, device)
+    rows = {name: spread(taken) for name, taken in times.items()}
+    for name, row in rows.items():
+        row["pictures_per_second"] = (pictures if name == "from files" else len(images)) / row["median"]
+    rows["from files"]["waited"] = statistics.median(shares[1:])
+    found = {"variants": rows, "workers": store.workers, "pictures": pictures, "photo": PHOTO}
+    found["ratio"] = statistics.median(a / b for a, b in zip(times["reference"], times["exact"], strict=True))
+    found["largest_difference"] = (loop(ready[:2]).cpu() - embed(encoder, images[:2])).abs().max().item()
     if scale == "tiny":
         found["world_report_seconds"] = spread([seconds(lambda: world_report(encoder), device) for _ in range(3)])
     return found
@@ -434,6 +487,13 @@ def show(found: dict) -> str:
     """The figures as a Markdown table."""
     if "variants" not in found:
         return json.dumps(found["pictures_per_second"], indent=1)
+    if found["what"] == "evaluate":
+        lines = ["| | pictures/s | s | waits for data |", "|---" * 4 + "|"]
+        for name, row in found["variants"].items():
+            waits = f"{100 * row['waited']:.1f} %" if "waited" in row else ""
+            times = f"{row['median']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+            lines.append(f"| {name} | {row['pictures_per_second']:.1f} | {times} | {waits} |")
+        return "\n".join([*lines, f"in memory {found['ratio']:.3f} of the bare loop, {found['workers']} workers"])
     lines = ["| | s | faster | memory | MB | TFLOP | of ceiling | loss | gradients |", "|---" * 9 + "|"]
     for name, row in found["variants"].items():
         off = found.get("apart_float32", {}).get(name, {})
@@ -448,16 +508,21 @@ def show(found: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m diva_lab.benchmark", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("dcr-step", "diva-step", "align-step", "evaluate", "input"))
-    parser.add_argument("--scale", choices=tuple(SCALES), default="tiny")
+    parser.add_argument("--scale", choices=tuple(SCALES), help="default: tiny; of evaluate l14")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--precision", choices=("auto", "bf16", "no"), default="auto")
     parser.add_argument("--images", default="world", help="input: the source to load from")
+    parser.add_argument("--workers", type=int, help="evaluate: processes that decode (default: as evaluate has them)")
+    parser.add_argument("--pictures", type=int, default=0, help="evaluate: files to read in one go")
     parser.add_argument("--compile", action="store_true", help="compiled variants too, minutes more")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="only these variants and the reference")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args(argv)
+    args.scale = args.scale or ("l14" if args.what == "evaluate" else "tiny")
+    if args.scale == "l14" and args.what != "evaluate":
+        parser.error(f"{args.what} needs a denoiser, and l14 is a CLIP alone; expected --scale tiny, small or sd21")
     torch.set_num_threads(args.threads)
     # many variants in turn: oneDNN is not to forget one's kernels while another runs, as one training alone never does
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
@@ -465,7 +530,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.what == "input":
         found |= measure_input(args.images, args.scale, args.batch, args.rounds)
     elif args.what == "evaluate":
-        found |= measure_evaluate(args.scale, args.batch, args.rounds)
+        found |= measure_evaluate(args.scale, args.batch, args.rounds, args.workers, args.pictures)
     else:
         found |= measure_step(args.what, args.scale, args.batch, args.rounds, args.precision, args.compile, args.only)
     found |= environment()

@@ -351,10 +351,26 @@ def pair_scores(reports: pd.DataFrame, ceiling: pd.DataFrame | None = None, sour
     return _signed(fig, source)
 
 
+def _by_pattern(reports: pd.DataFrame) -> pd.DataFrame:
+    """The pair scores of a report table, or of rows of `summarise`: a column a pattern, by its name."""
+    if "pairs/mean" in reports:
+        return pd.DataFrame(_scores(reports), reports.index, list(PATTERNS.values()))
+    names = [name for name in reports if f"{name}/low" in reports and name != "mean"]
+    _need(reports, names or ["<pattern>/low"])
+    return reports[names].astype(float)
+
+
 @_styled
 def radar(reports: pd.DataFrame, ceiling: pd.DataFrame | None = None, source: str = "") -> Figure:
-    """The nine pair scores of each encoder of a report table as a closed line; the supervised ceiling behind them."""
-    scores, angles = _scores(reports), np.arange(len(DETAILS)) * (2 * np.pi / len(DETAILS))
+    """The pair scores of each encoder, pattern by pattern, as a closed line; the supervised ceiling behind them.
+
+    Args:
+        reports: a report table, or one row an encoder of what `summarise` says of any folder of pairs, whose patterns
+            are then the axes, in their order.
+        ceiling: as in `pair_scores`; of the tiny world's nine details, so for a report table only.
+    """
+    scores = _by_pattern(reports)
+    angles = np.arange(scores.shape[1]) * (2 * np.pi / scores.shape[1])
     closed = lambda values: np.append(values, values[0])  # noqa: E731
     fig, ax = plt.subplots(figsize=(WIDTH, 4.9), subplot_kw={"projection": "polar"})
     ax.set_theta_zero_location("N")
@@ -365,13 +381,13 @@ def radar(reports: pd.DataFrame, ceiling: pd.DataFrame | None = None, source: st
         top = closed(_ceiling(ceiling))
         ax.fill(closed(angles), top, color="#F1F2F4", zorder=0)
         ax.plot(closed(angles), top, color=INK, linewidth=1.1, linestyle=(0, (4, 2)), label="supervised ceiling")
-    for (name, colour), row in zip(_colours(reports.index).items(), scores, strict=True):
+    for (name, colour), row in zip(_colours(reports.index).items(), scores.to_numpy(), strict=True):
         ax.plot(closed(angles), closed(row), color=colour, label=_name(name), marker=MARKERS.get(name, "o"),
                 markersize=4, markeredgecolor="white", markeredgewidth=0.5)  # fmt: skip
         ax.fill(closed(angles), closed(row), color=colour, alpha=0.07)
     ax.set_ylim(0, 1)
     ax.set_rgrids((0.25, 0.5, 0.75, 1), ("25", "50", "75", "100 %"), angle=20, fontsize=7, color=GREY)
-    ax.set_thetagrids(np.degrees(angles), [textwrap.fill(name, 16) for name in PATTERNS.values()], fontsize=8)
+    ax.set_thetagrids(np.degrees(angles), [textwrap.fill(name, 16) for name in scores], fontsize=8)
     for label, angle in zip(ax.get_xticklabels(), angles, strict=True):
         label.set_horizontalalignment("center" if angle == 0 else "left" if angle < np.pi else "right")
     ax.spines["polar"].set(color=FAINT)
@@ -481,8 +497,8 @@ def trade_off(
 
 
 @_styled
-def objective_differences(differences: pd.DataFrame, source: str = "") -> Figure:
-    """A table of what each objective changed, paired with the untouched encoder: dot, 95 % interval and numbers.
+def objective_differences(differences: pd.DataFrame, source: str = "", baseline: str = "none") -> Figure:
+    """A table of what each objective changed, paired with the `baseline`: dot, 95 % interval and numbers.
 
     `differences`: columns `objective`, `measure`, `difference`, `low`, `high` (fractions; shown as points). Intervals
     that hold zero are drawn hollow; undefined ones (a single seed) are left out.
@@ -517,7 +533,7 @@ def objective_differences(differences: pd.DataFrame, source: str = "") -> Figure
         ax.set_yticks(range(len(objectives)), [_name(name) for name in objectives])
         ax.grid(False, axis="y")
     for ax in axes.flat[max(len(measures) - columns, 0) : len(measures)]:
-        ax.set_xlabel("points against none", fontsize=8)
+        ax.set_xlabel(f"points against {baseline}", fontsize=8)
     return _signed(fig, source)
 
 
@@ -527,12 +543,13 @@ def benchmark_scores(table: pd.DataFrame, published: pd.DataFrame | None = None,
 
     Args:
         table: rows of `diva_lab.evaluate.evaluate`; an encoder that is not above chance is drawn hollow.
-        published: rows of data/published/results.csv, which have panels of their own beneath, in grey: their sets,
-            backbones and seeds are not ours.
+        published: rows of data/published/results.csv, which have panels of their own beneath, one more for each
+            backbone, in grey: their sets, backbones and seeds are not ours. What was read second hand is drawn hollow.
     """
     _need(table, ("encoder", "benchmark", "set", "metric", "category", "value", "low", "high", "chance", "note"))
-    ours = list(table[table["category"] == "all"].groupby(["benchmark", "set", "metric"], sort=False))
-    theirs = [] if published is None else list(published.groupby(["benchmark", "set", "metric"], sort=False))
+    groups = ["benchmark", "set", "metric"]
+    ours = list(table[table["category"] == "all"].groupby(groups, sort=False))
+    theirs = [] if published is None else list(published.groupby([*groups, "backbone"], sort=False))
     columns = 3
     above, below = -(-len(ours) // columns), -(-len(theirs) // columns)
     tall = max([table["encoder"].nunique()] + [len(rows) for _, rows in theirs])
@@ -552,9 +569,11 @@ def benchmark_scores(table: pd.DataFrame, published: pd.DataFrame | None = None,
         if np.isfinite(chance):
             ax.axvline(100 * chance, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)))
         _panel(ax, rows["encoder"], f"{benchmark}: {metric}\n{name}")
-    for ax, ((_, name, metric), rows) in zip(axes.flat[above * columns :], theirs, strict=False):
-        ax.plot(rows["percent"], range(len(rows)), "D", color=GREY, markersize=4)
-        _panel(ax, rows["method"], f"published: {metric}\n{name}")
+    for ax, ((_, name, metric, backbone), rows) in zip(axes.flat[above * columns :], theirs, strict=False):
+        for y, row in enumerate(rows.itertuples()):
+            hollow = "second hand" in row.source
+            ax.plot(row.percent, y, "D", color=GREY, markersize=4, markerfacecolor="white" if hollow else GREY)
+        _panel(ax, rows["method"], f"published, {backbone}: {metric}\n{name}")
     return _signed(fig, source)
 
 

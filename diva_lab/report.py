@@ -40,9 +40,12 @@ HEADLINE = {
     "nmi": "NMI",
     "acc": "ACC",
     "ari": "ARI",
+    "emoji/mean": "emoji",
+    "emoji-match/mean": "emoji match",
     "conflict_rate": "conflict",
     "seconds_per_step": "s / step",
     "steps": "steps",
+    "note": "note",
 }
 
 

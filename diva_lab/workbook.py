@@ -2,7 +2,8 @@
 
     runs/ID/NN_name.ipynb   the notebooks as they ran
     runs/ID/RUN/            every run of training that they made, in diva_lab.runs' format
-    runs/ID/summary.csv     one row per objective and seed
+    runs/ID/evaluation.csv  what `diva_lab.evaluate` says of those that the summary shows, on the world and on emoji
+    runs/ID/summary.csv     one row per objective and seed, made of it
     runs/ID/report.html     all of it on one page
 
 A notebook gets those of the parameters `runs_root`, `images`, `seeds` and `steps` that its `parameters` cell declares;
@@ -26,48 +27,129 @@ import pandas as pd
 from diva_lab.parameters import assignments
 from diva_lab.report import write_report
 from diva_lab.runs import ROOT, RUNS, Run, environment
-from diva_lab.world import DETAILS
+from diva_lab.world import CLASSES, DETAILS, PATTERNS
 
 NOTEBOOKS = ROOT / "notebooks"
 MEASURES = [f"{kind}/{name}" for kind in ("pairs", "probe") for name in (*DETAILS, "mean")]
 MEASURES += ["zeroshot", "nmi", "acc", "ari"]
 COLUMNS = ["objective", "seed", *MEASURES, "conflict_rate", "seconds_per_step", "steps", "run"]
+ADDED = ["pairs/mean/low", "pairs/mean/high"]
+ADDED += [f"{name}/mean{end}" for name in ("emoji", "emoji-match") for end in ("", "/low", "/high")] + ["note"]
 ORDER = ("none", "diva", "contrastive", "naive", "dcr", "genhancer", "perturb-norm", "perturb-drift")
 
 
 # --- the summary ------------------------------------------------------------------------------------------------
 
 
-def _row(run: Run) -> dict:
+def _runs(root: Path) -> list[Run]:
+    """The runs that the summary shows, in its order; see there."""
+    runs = [Run(file.parent) for file in Path(root).glob("*/settings.json")]
+    runs = [run for run in runs if run.done and run.settings.get("stage") in ("tune", "perturb")]
+    runs.sort(key=lambda run: (not len(recorded(run)), (run.folder / "settings.json").stat().st_mtime_ns, run.id))
+    first: dict[tuple, Run] = {}
+    for run in runs:
+        first.setdefault((run.settings["objective"], run.settings["seed"]), run)
+    rank = {name: i for i, name in enumerate(ORDER)}
+    return [first[key] for key in sorted(first, key=lambda key: (rank.get(key[0], len(ORDER)), *key))]
+
+
+def recorded(run: Run) -> pd.DataFrame:
+    """A run's last evaluation on the tiny world (`world_report`, on the split `measure`) as rows of `evaluate`.
+
+    Without rows where the run recorded none. Pairs and zero-shot have their interval and what chance would score.
+    """
+    from diva_lab.evaluate import COLUMNS, FACTS
+    from diva_lab.evaluation.intervals import wilson
+    from diva_lab.evaluation.world import SCENES, SPLITS
+
+    evaluations = run.evaluations()
+    last = evaluations.iloc[-1].to_dict() if "pairs/mean" in evaluations else {}
+    each, rows = SPLITS["measure"][0], []
+    for name in [name for name in MEASURES if name in last]:
+        metric, _, category = name.partition("/")
+        category = "all" if category in ("", "mean") else category
+        n, value, low, high, chance = SCENES, last[name], np.nan, np.nan, np.nan
+        if metric == "pairs":
+            n, chance = each * (len(PATTERNS) if category == "all" else 1), 0.25
+            low, high = (last.get(f"{name}/{end}", np.nan) for end in ("low", "high"))
+        elif metric == "zeroshot":
+            (low, high), chance = wilson(round(value * n), n), 1 / len(CLASSES)
+        note = "not above chance" if low <= chance else ""
+        rows.append((metric, category, n, value, low, high, chance, note))
+    table = pd.DataFrame(rows, columns=COLUMNS[3:]).assign(encoder=run.id, benchmark="world", set="world")
+    if rows:
+        made = run.environment
+        table = table.assign(seed=0, features="global", precision="no", weights="", git=made["git"])
+        table["torch"] = made["versions"]["torch"]
+    return table.reindex(columns=COLUMNS + FACTS)
+
+
+def evaluation(root: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Every run of the summary on the tiny world and on EmojiPairs, as `evaluate` has it, and what failed.
+
+    `encoder` is the run's id. The world's rows are those of the run's own record where it has them: to ask again would
+    take a dozen seconds a run, and give the same to rounding.
+    """
+    from diva_lab.evaluate import COLUMNS, FACTS, evaluate
+
+    empty = pd.DataFrame(columns=COLUMNS + FACTS)
+    tables, failures = [], []
+    for run in _runs(root):
+        known = recorded(run)
+        try:
+            found = evaluate([run.folder], ["emoji"] if len(known) else ["world", "emoji"])
+        except (ValueError, OSError) as error:
+            failures.append(str(error))
+            found = getattr(error, "table", empty)
+        if len(found):
+            known = known.assign(weights=found["weights"].iloc[0])
+        tables += [table for table in (known, found.assign(encoder=run.id)) if len(table)]
+    return pd.concat(tables, ignore_index=True) if tables else empty, failures
+
+
+def _measures(rows: pd.DataFrame) -> dict[str, float | str]:
+    """The summary's columns from one encoder's rows: `metric/category`, `mean` for all; with its interval."""
+    found: dict[str, float | str] = {}
+    notes: dict[str, list[str]] = {}
+    for row in rows.itertuples():
+        name = row.metric if row.metric in MEASURES else f"{row.metric}/{row.category}".replace("/all", "/mean")
+        found[name] = row.value
+        found |= {f"{name}/low": row.low, f"{name}/high": row.high}  # of which the summary shows some
+        if row.note and row.category == "all":
+            notes.setdefault(row.note, []).append(row.metric)
+    return found | {"note": "; ".join(f"{note}: {', '.join(names)}" for note, names in notes.items())}
+
+
+def _row(run: Run, rows: pd.DataFrame) -> dict:
     settings, metrics, evaluations = run.settings, run.metrics(), run.evaluations()
-    last = evaluations.iloc[-1].to_dict() if len(evaluations) else {}
     cos = metrics["cos"].dropna() if "cos" in metrics else pd.Series(dtype=float)
     seconds = metrics["seconds"].diff() if "seconds" in metrics else pd.Series(dtype=float)
     return {
         "objective": settings.get("objective"),
         "seed": settings.get("seed"),
-        **{name: last.get(name, np.nan) for name in MEASURES},
+        **_measures(rows),
         "conflict_rate": (cos < 0).mean() if len(cos) else np.nan,
         "seconds_per_step": seconds.median(),
-        "steps": int(last.get("step", len(metrics))),
+        "steps": int(evaluations["step"].iloc[-1]) if len(evaluations) else len(metrics),
         "run": run.id,
     }
 
 
-def summary(root: Path) -> pd.DataFrame:
-    """One row per objective and seed from the finished stage-2 runs and controls under `root`; columns `COLUMNS`.
+def summary(root: Path, table: pd.DataFrame | None = None) -> pd.DataFrame:
+    """One row per objective and seed from the finished stage-2 runs and controls under `root`.
 
-    Measures are those of a run's last evaluation; `conflict_rate` is the share of steps whose gradients have a negative
-    cosine, and `seconds_per_step` the median over the steps; what a run has not recorded is NaN. Of several runs of one
-    objective and seed the row shows the earliest that was evaluated: that of the comparison, in the notebooks' order.
+    Args:
+        root: folder of the runs.
+        table: what `evaluation` says of them; if None, what they recorded themselves (`recorded`).
+
+    Returns:
+        Columns `COLUMNS`, and with a table `ADDED`: intervals, the emoji's scores, and `note`, which says what is not
+        above chance. `conflict_rate` is the share of steps whose gradients have a negative cosine, and
+        `seconds_per_step` the median over the steps; what is not known is NaN. Of several runs of one objective and
+        seed the row shows the earliest that was evaluated: that of the comparison, in the notebooks' order.
     """
-    found = [Run(file.parent) for file in Path(root).glob("*/settings.json")]
-    found = [run for run in found if run.done and run.settings.get("stage") in ("tune", "perturb")]
-    found.sort(key=lambda run: ((run.folder / "settings.json").stat().st_mtime_ns, run.id))
-    frame = pd.DataFrame([_row(run) for run in found], columns=COLUMNS)
-    frame = frame.sort_values("pairs/mean", key=pd.isna, kind="stable").drop_duplicates(["objective", "seed"])
-    rank = frame["objective"].map(lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
-    return frame.assign(rank=rank).sort_values(["rank", "objective", "seed"], ignore_index=True)[COLUMNS]
+    rows = [_row(run, recorded(run) if table is None else table[table["encoder"] == run.id]) for run in _runs(root)]
+    return pd.DataFrame(rows, columns=COLUMNS + (ADDED if table is not None else []))
 
 
 # --- the notebooks ----------------------------------------------------------------------------------------------
@@ -212,12 +294,21 @@ def main(argv: list[str] | None = None, notebooks: Path = NOTEBOOKS) -> int:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     facts["peak memory"] = f"{peak:.1f} GB"
 
-    table = summary(out)
-    table.to_csv(out / "summary.csv", index=False, float_format="%.6g")
-    (out / "workbook.json").write_text(json.dumps(facts | {"failure": failure}, indent=1) + "\n")
     ran = [path for path in ran if path.exists()]
     failed = ran[-1].name if failure and ran else ""
+    print("evaluation ...", flush=True)
+    start = time.time()
+    every, failures = evaluation(out)
+    facts["evaluation"] = f"{time.time() - start:.0f} s"
+    every.to_csv(out / "evaluation.csv", index=False, float_format="%.6g")
+    table = summary(out, every)
+    table.to_csv(out / "summary.csv", index=False, float_format="%.6g")
+    if failures:
+        failure = failure or "\n".join(failures)
+        print("FAILED: evaluation\n" + "\n".join(failures), file=sys.stderr, flush=True)
+    (out / "workbook.json").write_text(json.dumps(facts | {"failure": failure}, indent=1) + "\n")
     write_report(out / "report.html", ran, table, facts, failed)
+    print(out / "evaluation.csv")
     print(out / "summary.csv")
     print(out / "report.html")
     return 1 if failure else 0

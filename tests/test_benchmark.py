@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from diva_lab.benchmark import LiveBytes, main
+from diva_lab.benchmark import LiveBytes, main, measure_evaluate
 
 
 @pytest.mark.parametrize("what", ["dcr-step", "diva-step"])
@@ -29,9 +29,30 @@ def test_some_variants_are_chosen_by_name(tmp_path):
         main([*arguments, "fast"])
 
 
-def test_evaluation_gives_the_embeddings_of_a_bare_loop(tmp_path):
-    main(["evaluate", "--scale", "small", "--batch", "4", "--rounds", "1", "--json", str(tmp_path / "out.json")])
-    assert json.loads((tmp_path / "out.json").read_text())["largest_difference"] < 1e-5
+def test_evaluation_gives_the_embeddings_of_a_bare_loop_and_says_how_long_it_waits_for_files(tmp_path, capsys):
+    arguments = ["evaluate", "--scale", "small", "--batch", "4", "--rounds", "2", "--workers", "0"]
+    main([*arguments, "--pictures", "20", "--json", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["largest_difference"] < 1e-5 and found["workers"] == 0
+    assert list(found["variants"]) == ["reference", "exact", "from files"]
+    rows = found["variants"]
+    for name, n in (("reference", 16), ("exact", 16), ("from files", 20)):  # in memory four batches, of files all
+        assert rows[name]["pictures_per_second"] == pytest.approx(n / rows[name]["median"])
+    assert found["ratio"] == pytest.approx(rows["reference"]["median"] / rows["exact"]["median"], rel=0.5)
+    assert 0 < rows["from files"]["waited"] < 1  # without workers all of the decoding is waited for
+    assert f"{100 * rows['from files']['waited']:.1f} %" in capsys.readouterr().out
+
+
+def test_a_scale_without_a_denoiser_takes_no_step(capsys):
+    with pytest.raises(SystemExit):
+        main(["dcr-step", "--scale", "l14"])
+    assert "l14 is a CLIP alone; expected --scale tiny, small or sd21" in capsys.readouterr().err
+
+
+@pytest.mark.cuda
+def test_eight_workers_keep_a_gpu_waiting_for_at_most_a_twentieth_of_the_time_at_the_size_of_vit_l14():
+    found = measure_evaluate("l14", batch=64, rounds=1, workers=8, pictures=8192)
+    assert found["variants"]["from files"]["waited"] <= 0.05
 
 
 def test_live_bytes_counts_what_is_alive_at_once():

@@ -102,3 +102,14 @@ def test_results_are_paired_over_at_least_three_seeds():
     assert seeds.nunique() == 1 and len(seeds.iloc[0]) >= 3
     assert {"none", "perturb-norm", "perturb-drift", "diva", "contrastive", "naive", "dcr"} == set(seeds.index)
     assert results["run"].notna().all() and results["git"].notna().all()
+
+
+def test_every_published_number_has_a_source_and_stands_once():
+    published = pd.read_csv(DATA / "published" / "results.csv")
+    assert published.notna().all(axis=None) and published["percent"].between(0, 100, inclusive="neither").all()
+    assert published["source"].str.fullmatch(r"arXiv \d{4}\.\d{5}( \(second hand\))?").all()
+    assert not published.duplicated(["benchmark", "set", "metric", "backbone", "method"]).any()
+    kinds = {"mmvp-vlm", "clustering", "zero-shot", "retrieval", "mllm", "segmentation", "ablation"}
+    assert set(published["benchmark"]) == kinds
+    second = published[published["benchmark"] != "mmvp-vlm"]["source"]
+    assert second.str.endswith("(second hand)").all()

@@ -54,6 +54,25 @@ SCORES = {
     "none": pd.DataFrame({"t1i1": [0.3, 0.3], "t1i2": [0.2, 0.3], "t2i1": [0.2, 0.1], "t2i2": [0.1, 0.2]}),
     "dcr": pd.DataFrame({"t1i1": [0.3, 0.1], "t1i2": [0.2, 0.3], "t2i1": [0.1, 0.1], "t2i2": [0.2, 0.2]}),
 }
+SUMMARY = pd.DataFrame(  # of a folder with three patterns of its own, as `summarise` tells it
+    [{"Fur": 0.1, "Fur/low": 0.0, "Fur/high": 0.3, "Ears": 0.2, "Ears/low": 0.1, "Ears/high": 0.4, "Tail": value,
+      "Tail/low": 0.2, "Tail/high": 0.9, "mean": 0.3, "mean/low": 0.2, "mean/high": 0.4, "ties": 0.0, "group": 0.1}
+     for value in (0.6, 0.8)],
+    index=["openai-l14", "mine"],
+)  # fmt: skip
+BENCHMARKS = pd.DataFrame(
+    [("none", "knn", "cifar10", "top-1", "all", 0.2, 0.1, 0.3, 0.1, ""),
+     ("dcr", "knn", "cifar10", "top-1", "all", 0.1, 0.05, 0.2, 0.1, "not above chance"),
+     ("none", "clustering", "cifar10", "nmi", "all", 0.4, np.nan, np.nan, np.nan, ""),
+     ("none", "mmvp-vlm", "mmvp", "pairs", "Texts", 0.9, 0.8, 1.0, 0.25, "")],
+    columns=["encoder", "benchmark", "set", "metric", "category", "value", "low", "high", "chance", "note"],
+)  # fmt: skip
+PUBLISHED = pd.DataFrame(
+    [("clustering", "six sets", "nmi", "openai-l14", "dcr", 76.0, "a paper (second hand)"),
+     ("clustering", "six sets", "nmi", "siglip-so400m", "none", 78.0, "a paper (second hand)"),
+     ("clustering", "six sets", "nmi", "siglip-so400m", "dcr", 83.0, "a paper")],
+    columns=["benchmark", "set", "metric", "backbone", "method", "percent", "source"],
+)  # fmt: skip
 QUALITY = pd.DataFrame({"attribute": ["class", *DETAILS], "share": 0.8, "low": 0.75, "high": 0.84, "n": 200})
 
 DRAWN = {
@@ -73,6 +92,7 @@ DRAWN = {
     ),
     "conflict_over_steps": lambda source="": figures.conflict_over_steps(METRICS, source=source),
     "conflict_by_block": lambda source="": figures.conflict_by_block(METRICS, source=source),
+    "benchmark_scores": lambda source="": figures.benchmark_scores(BENCHMARKS, PUBLISHED, source),
     "term_norms": lambda source="": figures.term_norms(METRICS, source=source),
 }
 
@@ -185,6 +205,46 @@ def test_the_radar_closes_each_line_and_draws_the_ceiling():
     drawn = {line.get_label(): line.get_ydata() for line in ax.lines}
     assert drawn["DCR"] == pytest.approx(np.full(10, 0.5))
     assert drawn["supervised ceiling"] == pytest.approx([*CEILING["after"], CEILING["after"][0]])
+
+
+def test_the_radar_has_the_patterns_of_any_folder_as_its_axes():
+    ax = figures.radar(SUMMARY).axes[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["Fur", "Ears", "Tail"]
+    drawn = {line.get_label(): line.get_ydata() for line in ax.lines}
+    assert drawn["mine"] == pytest.approx([0.1, 0.2, 0.8, 0.1]) and set(drawn) == {"chance", "openai-l14", "mine"}
+    with pytest.raises(KeyError, match="<pattern>/low; it has mean, ties"):
+        figures.radar(SUMMARY[["mean", "ties"]])
+
+
+def test_benchmark_scores_draw_value_interval_and_chance_hollow_where_not_above_it():
+    ax = figures.benchmark_scores(BENCHMARKS).axes[0]
+    assert ax.get_title(loc="left") == "knn: top-1\ncifar10"
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["none (original)", "DCR"]
+    none, dcr = (lines(ax, figures.COLOURS[name]) for name in ("none", "dcr"))
+    assert [line.tolist() for line in none] == [[[10, 0], [30, 0]], [[20, 0]]]
+    assert [line.tolist() for line in dcr] == [[[5, 1], [20, 1]], [[10, 1]]]
+    faces = [line.get_markerfacecolor() for line in ax.lines if len(line.get_xdata()) == 1]
+    assert faces == [figures.COLOURS["none"], "white"]
+    (chance,) = lines(ax, figures.GREY)
+    assert chance[:, 0].tolist() == [10, 10]
+
+
+def test_benchmark_scores_have_a_panel_for_each_metric_of_the_whole_and_leave_patterns_out():
+    fig = figures.benchmark_scores(BENCHMARKS)
+    titles = [ax.get_title(loc="left") for ax in fig.axes if ax.lines]
+    assert titles == ["knn: top-1\ncifar10", "clustering: nmi\ncifar10"]
+    assert len(fig.axes[1].lines) == 1  # neither interval nor chance are known
+
+
+def test_published_numbers_have_panels_of_their_own_and_second_hand_ones_are_hollow():
+    fig = figures.benchmark_scores(BENCHMARKS, PUBLISHED)
+    ours, theirs = fig.axes[:3], fig.axes[3:]
+    titles = [ax.get_title(loc="left") for ax in theirs if ax.lines]
+    assert titles == ["published, openai-l14: nmi\nsix sets", "published, siglip-so400m: nmi\nsix sets"]
+    assert not any(line.get_marker() == "D" for ax in ours for line in ax.lines)
+    drawn = [(line.get_xydata().tolist(), line.get_markerfacecolor()) for line in theirs[1].lines]
+    assert drawn == [([[78, 0]], "white"), ([[83, 1]], figures.GREY)]
+    assert [to_hex(line.get_color()) for ax in theirs for line in ax.lines] == [figures.GREY.lower()] * 3
 
 
 def test_the_recovered_fraction_is_drawn_in_the_order_of_the_timesteps():

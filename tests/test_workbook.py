@@ -11,7 +11,21 @@ from datasets import Dataset
 from PIL import Image
 
 from diva_lab.runs import Run
-from diva_lab.workbook import COLUMNS, MEASURES, _seeds, declared, locate, main, select, summary
+from diva_lab.workbook import (
+    ADDED,
+    COLUMNS,
+    MEASURES,
+    NOTEBOOKS,
+    _seeds,
+    declared,
+    evaluation,
+    execute,
+    locate,
+    main,
+    recorded,
+    select,
+    summary,
+)
 from diva_lab.world import DETAILS
 
 
@@ -31,11 +45,12 @@ def write_run(
     run.folder.mkdir(parents=True)
     settings = {"stage": "tune", "objective": objective, "seed": seed} | settings
     (run.folder / "settings.json").write_text(json.dumps(settings))
+    (run.folder / "environment.json").write_text(json.dumps({"git": "abc", "versions": {"torch": "2.0"}}))
     rows = [{"step": i, "loss": 1.0, "seconds": s} for i, s in enumerate(seconds)]
     for row, value in zip(rows, cos or [], strict=False):
         row["cos"] = value
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values = {name: 0.5 for name in MEASURES} | {"pairs/colour/low": 0.4}
+    values = {name: 0.5 for name in MEASURES} | {"pairs/colour/low": 0.4, "pairs/colour/high": 0.6}
     records = [{"step": 0} | values, {"step": len(rows)} | values | {"zeroshot": zeroshot}]
     (run.folder / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if done:
@@ -112,6 +127,81 @@ def test_a_folder_without_runs_gives_an_empty_table_with_the_same_columns(tmp_pa
     assert len(table) == 0 and list(table.columns) == COLUMNS
 
 
+# --- the evaluation ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_run(tmp_path, small_clip):
+    """A run of the untouched small CLIP, with a record of the tiny world made up."""
+    from diva_lab.training import Settings, tune  # not above: the kernels of `notebooks` import this file
+
+    record = {name: 0.5 for name in MEASURES} | {"pairs/mean": 0.2, "pairs/mean/low": 0.18, "pairs/mean/high": 0.22}
+    return tune(Settings(str(small_clip), objective="none"), tmp_path, lambda encoder: record)
+
+
+def test_a_runs_record_gives_the_rows_that_evaluate_would_make_of_it(small_run, monkeypatch):
+    from diva_lab.evaluate import evaluate
+
+    last = small_run.evaluations().iloc[-1].drop("step").to_dict()
+    monkeypatch.setattr("diva_lab.evaluate.world_report", lambda encoder, seed: last)
+    theirs, ours = evaluate([small_run.folder], ["world"]), recorded(small_run)
+    names = ["metric", "category", "value"]
+    assert sorted(ours[names].itertuples(index=False)) == sorted(theirs[names].itertuples(index=False))
+    assert list(ours.columns) == list(theirs.columns) and set(ours["encoder"]) == {small_run.id}
+
+
+def test_recorded_rows_have_n_interval_chance_and_note(tmp_path):
+    from diva_lab.evaluation import wilson
+
+    rows = recorded(write_run(tmp_path, "dcr", 0, zeroshot=0.9)).set_index(["metric", "category"])
+    colour, all_pairs, zeroshot = rows.loc["pairs", "colour"], rows.loc["pairs", "all"], rows.loc["zeroshot", "all"]
+    assert (colour["n"], colour["low"], colour["high"], colour["chance"]) == (300, 0.4, 0.6, 0.25)
+    assert all_pairs["n"] == 2700 and np.isnan(all_pairs["low"]) and all_pairs["note"] == ""
+    assert (zeroshot["n"], zeroshot["chance"]) == (3000, 1 / 12)
+    assert (zeroshot["low"], zeroshot["high"]) == wilson(2700, 3000)
+    assert (rows[["git", "torch"]] == ["abc", "2.0"]).all(axis=None)
+
+
+def test_the_summary_comes_from_the_evaluation_with_intervals_and_what_is_not_above_chance(small_run):
+    table, failures = evaluation(small_run.folder.parent)
+    assert not failures and list(table.columns) == list(recorded(small_run).columns)
+    assert set(table["encoder"]) == {small_run.id} and set(table["benchmark"]) == {"world", "emoji"}
+    assert table["weights"].nunique() == 1 and table["n"].notna().all()
+    row = summary(small_run.folder.parent, table).iloc[0]
+    assert list(row.index) == COLUMNS + ADDED
+    assert (row["pairs/mean"], row["pairs/mean/low"], row["pairs/mean/high"]) == (0.2, 0.18, 0.22)
+    emoji = table[(table["metric"] == "emoji-match") & (table["category"] == "all")].iloc[0]
+    assert (row["emoji-match/mean"], row["emoji-match/mean/low"]) == (emoji["value"], emoji["low"])
+    assert row["note"].startswith("not above chance: pairs") and row["zeroshot"] == 0.5
+
+
+def test_a_run_that_cannot_be_evaluated_keeps_the_rows_of_its_record_and_is_told(tmp_path):
+    run = write_run(tmp_path, "dcr", 0)  # without weights
+    table, failures = evaluation(tmp_path)
+    assert len(failures) == 1 and "no checkpoint" in failures[0] and run.id in failures[0]
+    assert set(table["benchmark"]) == {"world"}
+    row = summary(tmp_path, table).iloc[0]
+    assert row["zeroshot"] == 0.9 and np.isnan(row["emoji/mean"])
+
+
+# --- the notebooks that ship ------------------------------------------------------------------------------------
+
+
+def test_the_grids_compare_any_encoders_on_any_folder_of_pairs(tmp_path, small_clip, monkeypatch):
+    from diva_lab.emoji import EMOJI
+
+    for name, value in (("MPLBACKEND", ""), ("DIVA_LAB_CACHE", str(tmp_path)), ("DIVA_LAB_RUNS", str(tmp_path))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MPLBACKEND")
+    grids = NOTEBOOKS / "04_mmvp_grids.ipynb"
+    parameters = {"encoders": ["tiny", str(small_clip)], "pairs_folder": str(EMOJI / "noto")}
+    assert execute(grids, tmp_path, parameters) == ""
+    cells = nbformat.read(tmp_path / grids.name, as_version=4).cells
+    shown = json.dumps([cell.outputs for cell in cells if cell.cell_type == "code"], ensure_ascii=False)
+    assert "McNemar" in shown and f"- {small_clip.name}: **" in shown and "of 9 patterns rose" in shown
+    assert not list(tmp_path.glob("tune-*"))  # nothing was trained
+
+
 # --- the command ------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +220,11 @@ def notebooks(tmp_path, monkeypatch):
     for name in ("MPLBACKEND", "JUPYTER_PREFER_ENV_PATH"):  # main() sets them: put them back afterwards
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    row = {"metric": "emoji", "category": "all", "n": 334, "value": 0.3, "low": 0.2, "high": 0.4, "chance": 0.25}
+    row = {"benchmark": "emoji", "set": "emoji", **row, "note": "not above chance", "weights": "f00"}
+    monkeypatch.setattr(
+        "diva_lab.evaluate.evaluate", lambda *_: pd.DataFrame([row])
+    )  # runs written by hand hold no weights
     folder = tmp_path / "notebooks"
     write_notebook(folder, "00_draw.ipynb", "import matplotlib.pyplot as plt", "plt.plot([0, 1])\nplt.show()")
     write_notebook(
@@ -149,12 +244,16 @@ def test_the_notebooks_run_in_order_and_leave_notebooks_summary_and_report(noteb
     code = main(["--out", str(out), "--seeds", "0,3", "--steps", "3"], notebooks)
     printed = capsys.readouterr().out
     assert code == 0, printed
-    assert printed.splitlines()[-2:] == [str(out / "summary.csv"), str(out / "report.html")]
+    files = ("evaluation.csv", "summary.csv", "report.html")
+    assert printed.splitlines()[-3:] == [str(out / name) for name in files]
     assert "here: notebooks" in printed and "seen 3" in printed
     assert [path.name for path in select(out, None)] == ["00_draw.ipynb", "01_train.ipynb", "02_print.ipynb"]
     table = pd.read_csv(out / "summary.csv")
     assert table["seed"].tolist() == [0, 3] and table["steps"].tolist() == [3, 3]
-    assert list(table.columns) == COLUMNS
+    assert list(table.columns) == COLUMNS + ADDED
+    every = pd.read_csv(out / "evaluation.csv")
+    assert set(every["benchmark"]) == {"world", "emoji"} and set(every["encoder"]) == set(table["run"])
+    assert table["emoji/mean"].eq(0.3).all() and table["note"].eq("not above chance: emoji").all()
 
     page = (out / "report.html").read_text()
     assert "data:image/png;base64," in page and "seen 3" in page and "The question of 01_train" in page
@@ -185,6 +284,18 @@ def test_an_ill_typed_parameter_fails_with_the_notebooks_own_error(notebooks, tm
 def test_only_the_notebooks_asked_for_run(notebooks, tmp_path):
     assert main(["--out", str(tmp_path / "out"), "--only", "02"], notebooks) == 0
     assert [path.name for path in select(tmp_path / "out", None)] == ["02_print.ipynb"]
+
+
+def test_a_failing_evaluation_ends_with_exit_code_1_and_leaves_the_summary(notebooks, tmp_path, monkeypatch, capsys):
+    def refuse(encoders, benchmarks):
+        raise ValueError("no emoji here")
+
+    monkeypatch.setattr("diva_lab.evaluate.evaluate", refuse)
+    out = tmp_path / "out"
+    assert main(["--out", str(out), "--only", "01"], notebooks) == 1
+    assert "FAILED: evaluation\nno emoji here" in capsys.readouterr().err
+    assert pd.read_csv(out / "summary.csv")["zeroshot"].tolist() == [0.9]
+    assert "failed</span>" not in (out / "report.html").read_text()  # no notebook did
 
 
 @pytest.mark.parametrize(

