@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 export JUPYTER_PREFER_ENV_PATH := 1
-export IMAGES SEEDS STEPS
+export IMAGES SEEDS STEPS SMALL
 
 NBVAL := -p no:python --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 # a finished run is never repeated: a folder of its own makes the notebooks train anew
@@ -44,8 +44,8 @@ figures: $(INSTALLED) ## run the notebooks in place: their committed outputs and
 pretrain: $(INSTALLED) ## remake data/tiny from a seed: hours on two cores, goes on where it was stopped
 	$(BIN)/python -m diva_lab.pretrain all --threads $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
-study: $(INSTALLED) ## remake data/results: all objectives over several seeds
-	$(BIN)/python -m diva_lab.study
+study: $(INSTALLED) ## remake data/results: hours, goes on where it was stopped [SMALL=1: a thin slice in minutes]
+	$(BIN)/python -m diva_lab.study $${SMALL:+--small}
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) *.egg-info build dist .pytest_cache .ruff_cache

@@ -241,6 +241,7 @@ def collect(study: Study) -> list[Path]:
     paths = []
     for name, parts in tables.items():
         if not parts:
+            (study.results / f"{name}.csv").unlink(missing_ok=True)
             continue
         table = pd.concat(parts) if isinstance(parts[0], pd.DataFrame) else pd.DataFrame(parts)
         if name == "curves":

@@ -1,0 +1,116 @@
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from diva_lab import study as module
+from diva_lab.encoders import load_encoder
+from diva_lab.evaluation.conflict import probe
+from diva_lab.figures import MEASURES
+from diva_lab.study import ROWS, SEEDS, SMALL_ROWS, Study, collect, main, readme_table, remembered, run
+from diva_lab.training import Settings
+from diva_lab.workbook import MEASURES as EACH
+
+
+def test_every_row_of_the_study_is_a_setting_of_its_own():
+    settings = [Settings(**changes) for rows in ROWS.values() for changes in rows.values()]
+    assert len(set(settings)) == len(settings) == len(Study().rows)
+    assert set(ROWS) == set(SEEDS) and set(SMALL_ROWS) <= set(Study().rows)
+
+
+def test_equal_evaluations_are_equal():
+    steps = Settings(**ROWS["variants"]["diva, equal evaluations"]).steps
+    assert steps * Settings.batch * Settings.draws == module.STEPS * (Settings.batch**2 + Settings.batch)
+
+
+def test_a_report_is_made_once_for_each_encoder():
+    encoder, calls = load_encoder("tiny"), []
+    asked = remembered(lambda e: calls.append(1) or {"x": float(len(calls))})
+    assert asked(encoder) == asked(encoder) == {"x": 1.0}
+    encoder.proj.weight.data += 0.1
+    assert asked(encoder) == {"x": 2.0}
+
+
+class Report:
+    """In place of `world_report`: a score that is best at the first learning rate asked for."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, encoder, **_) -> dict[str, float]:
+        self.calls += 1
+        return {name: 0.5 - 1e-3 * self.calls for name in EACH}
+
+
+@pytest.fixture
+def small(small_settings, tmp_path, monkeypatch):
+    """A study of three rows on small models, and its stand-in for the world's benchmarks."""
+    models = {
+        name: getattr(small_settings, name) for name in ("encoder", "denoiser", "projector", "batch", "precision")
+    }
+    rows = {
+        "objectives": {"naive": models | {"objective": "naive"}, "dcr": models | {"objective": "dcr"}},
+        "rivals": {"naive, upgrad": models | {"objective": "naive", "combine": "upgrad"}}, "variants": {}, "ours": {},
+    }  # fmt: skip
+    monkeypatch.setattr(module, "ROWS", rows)
+    report = Report()
+    monkeypatch.setattr(module, "world_report", report)
+    names = ("naive", "dcr", "naive, upgrad")
+    few = lambda at, parameters: probe(at, parameters, batches=2, bins=1)  # noqa: E731
+    return Study(tmp_path / "runs", tmp_path / "results", 2, 1, (1e-4, 1e-3), 2, names, few)
+
+
+def table(study: Study, name: str) -> pd.DataFrame:
+    return pd.read_csv(study.results / f"{name}.csv")
+
+
+def test_a_study_is_run_collected_and_run_no_second_time(small, monkeypatch):
+    run(small)
+    collect(small)
+    objectives, ablations = table(small, "objectives"), table(small, "ablations")
+    assert set(objectives["objective"]) == {"none", "naive", "dcr", "perturb-norm", "perturb-drift"}
+    assert objectives.groupby("objective")["seed"].apply(list).map(tuple).unique().tolist() == [(0, 1)]
+    assert ablations["objective"].tolist() == ["naive, upgrad"] * 2
+    for name in ("objectives", "ablations", "rates"):
+        assert table(small, name)[["run", "git", "torch", "seed"]].notna().all(axis=None)
+    rates = table(small, "rates")
+    assert rates.groupby("objective")["chosen"].sum().eq(1).all() and set(rates["seed"]) == {100}
+    assert objectives.query("objective == 'dcr'")["lr"].isin(small.rates).all()
+    assert table(small, "missing").empty
+    claims = table(small, "claims")
+    assert set(claims["measure"]) == set(MEASURES) and "none" not in set(claims["objective"])
+    assert set(table(small, "conflict")["objective"]) == {"naive", "naive, upgrad"}
+    assert {"naive", "dcr"} == set(table(small, "probes")["objective"])
+    monkeypatch.setattr(module, "world_report", lambda *_, **__: pytest.fail("evaluated again"))
+    run(small)
+
+
+def test_what_has_not_been_run_is_named_as_missing_and_not_filled_in(small):
+    run(replace(small, rows=("naive",)))
+    collect(small)
+    missing = table(small, "missing")
+    assert set(missing["row"]) == {"dcr", "naive, upgrad"} and set(missing["seed"]) == {0, 1}
+    assert set(table(small, "objectives")["objective"]) == {"none", "naive"}
+    assert not (small.results / "ablations.csv").exists()
+
+
+def test_a_table_of_rows_that_are_gone_is_removed(small):
+    small.results.mkdir(parents=True)
+    (small.results / "ablations.csv").write_text("objective\nold\n")
+    run(replace(small, rows=("naive",)))
+    collect(small)
+    assert not (small.results / "ablations.csv").exists()
+
+
+def test_an_unknown_row_is_refused_with_the_known_ones(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "dcr, faster"])
+    assert "unknown row 'dcr, faster'; expected objectives, rivals" in capsys.readouterr().err
+
+
+def test_the_readmes_table_is_that_of_the_records(small):
+    run(small)
+    collect(small)
+    text = readme_table(table(small, "objectives"))
+    naive = table(small, "objectives").query("objective == 'naive'")["pairs/mean"].mean()
+    assert f"| naive sum | {100 * naive:.1f}<br>" in text
