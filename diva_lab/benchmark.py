@@ -1,7 +1,7 @@
 """How fast and how small a step is: against a plain implementation, with each lever left out alone.
 
     python -m diva_lab.benchmark dcr-step --scale tiny --batch 8 --json out.json
-    python -m diva_lab.benchmark diva-step | align-step | evaluate | input
+    python -m diva_lab.benchmark diva-step | align-step | conflict-step | evaluate | input
 
 `reference` is the step as METHOD describes the released code: eager, one call for all evaluations, the empty prompt
 encoded for every picture, pictures augmented one by one, every activation held. `exact` is the training's own step.
@@ -42,6 +42,7 @@ from diva_lab.evaluation.features import FeatureStore
 from diva_lab.evaluation.image_sets import Place
 from diva_lab.evaluation.world import world_report
 from diva_lab.frozen import LEVERS
+from diva_lab.gradients import combine, measure, term_gradients
 from diva_lab.images import augment, open_images
 from diva_lab.machine import default_device, fast_bf16, generator
 from diva_lab.objectives import OBJECTIVES, Step, dcr_loss, draw_others, reconstruction
@@ -133,13 +134,13 @@ def build(name: str, device: torch.device) -> tuple[Encoder, Denoiser]:
 
 @dataclass
 class Variant:
-    """One way to take a step: models, settings, and the function that gives the loss of a batch."""
+    """One way to take a step: models, settings, and the function that gives the loss of a batch, or its terms."""
 
     encoder: Encoder
     conditioner: Conditioner
     denoiser: Denoiser
     settings: Settings
-    loss: Callable[["Variant", Tensor], Tensor]
+    loss: Callable[["Variant", Tensor], Tensor | dict[str, Tensor]]
     fused: bool = True
     autocast: bool = True
 
@@ -158,8 +159,16 @@ class Variant:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.loss(self, images)
-        loss.backward()
-        return loss.detach()
+        if isinstance(loss, Tensor):
+            loss.backward()
+            return loss.detach()
+        parts = {"encoder": self.encoder, "conditioner": self.conditioner}
+        named = {n: p for n, p in nn.ModuleDict(parts).named_parameters() if p.requires_grad}
+        gradients = term_gradients(loss, named)
+        measure(gradients)
+        for name, gradient in combine(gradients, "sum").items():
+            named[name].grad = gradient
+        return sum(term.mean() for term in loss.values()).detach()
 
     def gradients(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and the gradients of all that is trained as one vector, in float64."""
@@ -179,6 +188,11 @@ class Variant:
 def ours(variant: Variant, images: Tensor) -> Tensor:
     """The training's step."""
     return sum(term.mean() for term in OBJECTIVES[variant.settings.objective](variant.start(images)).values())
+
+
+def measured(variant: Variant, images: Tensor) -> dict[str, Tensor]:
+    """The training's step with its terms apart: cosines and norms of their gradients are taken in the backward pass."""
+    return OBJECTIVES[variant.settings.objective](variant.start(images))
 
 
 def _plain_context(variant: Variant, pictures: Tensor, random: torch.Generator) -> Tensor:
@@ -296,7 +310,8 @@ def variants(
     Each works on its own copy of the same models, computing in `dtype`.
     """
     encoder, denoiser = build(scale, device)
-    settings = Settings(objective="dcr" if what == "dcr-step" else "diva", batch=batch, lora_dropout=0.0)
+    objective = {"dcr-step": "dcr", "conflict-step": "naive"}.get(what, "diva")
+    settings = Settings(objective=objective, batch=batch, lora_dropout=0.0)
     settings = replace(settings, projector="shipped" if scale == "tiny" else "new")
     conditioner = build_conditioner(settings, encoder, denoiser).to(device)
     if what == "align-step":
@@ -323,6 +338,8 @@ def variants(
     plain = partial(variant, plain_diva if what == "diva-step" else plain_dcr, (), fused=False)
     if what == "align-step":  # the released code aligns by the whole DCR loss, ours by reconstruction as in the paper
         return {"reference": plain, "exact": partial(variant, ours, draws=1)}
+    if what == "conflict-step":  # the naive sum by one backward pass, and with both gradients apart and measured
+        return {"reference": partial(variant, ours), "exact, measured": partial(variant, measured)}
     made = {"reference": plain, "exact": partial(variant, ours)}
     if what == "dcr-step":
         made["exact, row by row"] = partial(variant, ours, rows=1)
@@ -507,7 +524,7 @@ def show(found: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m diva_lab.benchmark", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("dcr-step", "diva-step", "align-step", "evaluate", "input"))
+    parser.add_argument("what", choices=("dcr-step", "diva-step", "align-step", "conflict-step", "evaluate", "input"))
     parser.add_argument("--scale", choices=tuple(SCALES), help="default: tiny; of evaluate l14")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
