@@ -43,7 +43,8 @@ STEPS, RATE_STEPS = 200, 60  # of a run, and of one that only chooses a learning
 SEEDS = {"objectives": (0, 1, 2, 3, 4), "rivals": (0, 1, 2), "variants": (0, 1, 2), "ours": (0, 1, 2)}
 PROBES = ("diva", "naive", "dcr", "dcr-guidance")  # rows whose first seed is probed
 NAIVE, DCR, OURS = ({"objective": name} for name in ("naive", "dcr", "dcr-guidance"))
-ROWS: dict[str, dict[str, dict]] = {  # tier -> row -> what differs from the defaults of `Settings`
+# tier -> row -> what differs from the defaults of `Settings`; `align` is for a stage 1 of its own
+ROWS: dict[str, dict[str, dict]] = {
     "objectives": {"diva": {"objective": "diva"}, "contrastive": {"objective": "contrastive"}, "naive": NAIVE,
                    "dcr": DCR, "dcr-guidance": OURS},
     "rivals": {
@@ -67,6 +68,11 @@ ROWS: dict[str, dict[str, dict]] = {  # tier -> row -> what differs from the def
         "diva, high noise": {"objective": "diva", "timesteps": "high-noise"},
         "diva, recap": {"objective": "diva", "condition": "recap"},
         "dcr, batch 16": DCR | {"batch": 16, "steps": 100},
+        "dcr, short stage 1": DCR | {"align": {"steps": 300}},
+        "dcr, short stage 1 by DCR": DCR | {"align": {"steps": 300, "align_by": "dcr"}},
+        "dcr, recap-all": DCR | {"condition": "recap-all", "align": {"steps": 1000}},
+        "genhancer": {"objective": "genhancer", "denoiser": "light-tiny", "timesteps": "logit-normal",
+                      "align": {"steps": 3000}},
     },
     "ours": {
         "dcr-guidance, τ .3": OURS | {"tau": 0.3},
@@ -141,10 +147,22 @@ class Study:
     def seeds_of(self, tier: str) -> tuple[int, ...]:
         return SEEDS[tier][: self.seeds]
 
+    def stage_one(self, changes: dict) -> Settings | None:
+        """The alignment that a row begins with; None where it takes the shipped projector."""
+        own = {"steps": self.steps, "lr": 1e-3, "batch": 8, "projector": "new"} | changes.get("align", {})
+        shared = {name: value for name, value in changes.items() if name not in ("align", "steps")}
+        return Settings(**shared | own) if "align" in changes else None
+
+    def stage_two(self, changes: dict, **more: float | int) -> Settings:
+        """A row's settings, with its own projector where it has one."""
+        if first := self.stage_one(changes):
+            more["projector"] = str(planned(first, self.root, "align").folder)
+        return Settings(**{name: value for name, value in changes.items() if name != "align"} | more)
+
     def choosing(self, changes: dict) -> list[Settings]:
         """The runs that choose a row's learning rate, on a seed and on pairs that are not reported."""
         steps = round(self.rate_steps * changes.get("steps", self.steps) / self.steps) or 1
-        return [Settings(**changes | {"lr": lr, "steps": steps, "seed": 100}) for lr in self.rates]
+        return [self.stage_two(changes, lr=lr, steps=steps, seed=100) for lr in self.rates]
 
     def chosen(self, changes: dict) -> float | None:
         """The learning rate of the best mean of pair score and zero-shot; None before all have been run."""
@@ -155,8 +173,7 @@ class Study:
         return self.rates[int(np.argmax(scores))]
 
     def settings(self, changes: dict, seed: int) -> Settings:
-        lr = self.chosen(changes)
-        return Settings(**{"steps": self.steps} | changes | {"lr": lr, "seed": seed})
+        return self.stage_two({"steps": self.steps} | changes, lr=self.chosen(changes), seed=seed)
 
 
 SMALL = Study(
@@ -170,6 +187,8 @@ def run(study: Study) -> None:
     choose, report = remembered(partial(world_report, split="choose")), remembered(world_report)
     held_out = torch.from_numpy(World().render(draw_scenes(1000, (World().seed, 8)))).permute(0, 3, 1, 2)
     for tier, name, changes in study.tiers():
+        if first := study.stage_one(changes):
+            align(first, study.root, alignment_report if first.denoiser == "tiny" else None)
         for settings in study.choosing(changes):
             tune(settings, study.root, choose)
         for seed in study.seeds_of(tier):

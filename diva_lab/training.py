@@ -502,9 +502,7 @@ def align(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None
         root: the run's folder is made under it; a finished run of the same settings is returned at once.
         evaluate: called as `evaluate(conditioner, encoder, denoiser)`, returns what is to be recorded.
     """
-    by_dcr = settings.align_by == "dcr" and settings.objective != "genhancer"
-    objective = "genhancer" if settings.objective == "genhancer" else "dcr" if by_dcr else "diva"
-    settings = replace(settings, objective=objective, lora_rank=0)
+    settings = _stage_one(settings)
     run = _open({**_portable(settings), "stage": "align"}, root)
     if run.done:
         return run
@@ -513,12 +511,20 @@ def align(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None
     conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(True)
     denoiser.network.requires_grad_(denoiser.scratch)
     watch = evaluate and (lambda: evaluate(conditioner, encoder, denoiser))
-    return _train(run, settings, encoder, conditioner, denoiser, OBJECTIVES[objective], watch)
+    return _train(run, settings, encoder, conditioner, denoiser, OBJECTIVES[settings.objective], watch)
 
 
-def planned(settings: Settings, root: str | Path = RUNS) -> Run:
-    """Where the run of `tune` with these settings lies, done, begun, or not."""
-    return Run.at({**_portable(settings), "stage": "tune"}, root)
+def _stage_one(settings: Settings) -> Settings:
+    """Settings of stage 1 as its run keeps them: its own objective, and no LoRA."""
+    by_dcr = settings.align_by == "dcr" and settings.objective != "genhancer"
+    objective = "genhancer" if settings.objective == "genhancer" else "dcr" if by_dcr else "diva"
+    return replace(settings, objective=objective, lora_rank=0)
+
+
+def planned(settings: Settings, root: str | Path = RUNS, stage: str = "tune") -> Run:
+    """Where the run of `tune` (or of `align`, by `stage`) with these settings lies, done, begun, or not."""
+    kept = _stage_one(settings) if stage == "align" else settings
+    return Run.at({**_portable(kept), "stage": stage}, root)
 
 
 def tune(

@@ -7,14 +7,16 @@ from diva_lab import study as module
 from diva_lab.encoders import load_encoder
 from diva_lab.evaluation.conflict import probe
 from diva_lab.figures import MEASURES
+from diva_lab.runs import Run
 from diva_lab.study import ROWS, SEEDS, SMALL_ROWS, Study, collect, main, readme_table, remembered, run
 from diva_lab.training import Settings
 from diva_lab.workbook import MEASURES as EACH
 
 
 def test_every_row_of_the_study_is_a_setting_of_its_own():
-    settings = [Settings(**changes) for rows in ROWS.values() for changes in rows.values()]
-    assert len(set(settings)) == len(settings) == len(Study().rows)
+    study = Study()
+    settings = [study.stage_two(changes) for _, _, changes in study.tiers()]
+    assert len(set(settings)) == len(settings) == len(study.rows)
     assert set(ROWS) == set(SEEDS) and set(SMALL_ROWS) <= set(Study().rows)
 
 
@@ -44,18 +46,20 @@ class Report:
 
 @pytest.fixture
 def small(small_settings, tmp_path, monkeypatch):
-    """A study of three rows on small models, and its stand-in for the world's benchmarks."""
+    """A study of four rows on small models, and its stand-in for the world's benchmarks."""
     models = {
         name: getattr(small_settings, name) for name in ("encoder", "denoiser", "projector", "batch", "precision")
     }
     rows = {
         "objectives": {"naive": models | {"objective": "naive"}, "dcr": models | {"objective": "dcr"}},
-        "rivals": {"naive, upgrad": models | {"objective": "naive", "combine": "upgrad"}}, "variants": {}, "ours": {},
+        "rivals": {"naive, upgrad": models | {"objective": "naive", "combine": "upgrad"}},
+        "variants": {"dcr, aligned": models | {"objective": "dcr", "align": {"steps": 1}}}, "ours": {},
     }  # fmt: skip
     monkeypatch.setattr(module, "ROWS", rows)
     report = Report()
     monkeypatch.setattr(module, "world_report", report)
-    names = ("naive", "dcr", "naive, upgrad")
+    names = ("naive", "dcr", "naive, upgrad", "dcr, aligned")
+    monkeypatch.setattr(module, "alignment_report", None)
     few = lambda at, parameters: probe(at, parameters, batches=2, bins=1)  # noqa: E731
     return Study(tmp_path / "runs", tmp_path / "results", 2, 1, (1e-4, 1e-3), 2, names, few)
 
@@ -70,7 +74,10 @@ def test_a_study_is_run_collected_and_run_no_second_time(small, monkeypatch):
     objectives, ablations = table(small, "objectives"), table(small, "ablations")
     assert set(objectives["objective"]) == {"none", "naive", "dcr", "perturb-norm", "perturb-drift"}
     assert objectives.groupby("objective")["seed"].apply(list).map(tuple).unique().tolist() == [(0, 1)]
-    assert ablations["objective"].tolist() == ["naive, upgrad"] * 2
+    assert ablations["objective"].tolist() == ["naive, upgrad"] * 2 + ["dcr, aligned"] * 2
+    (aligned,) = small.root.glob("align-*")
+    run_of = {row.objective: row.run for row in ablations.itertuples()}
+    assert Run(small.root / run_of["dcr, aligned"]).settings["projector"] == str(aligned)
     for name in ("objectives", "ablations", "rates"):
         assert table(small, name)[["run", "git", "torch", "seed"]].notna().all(axis=None)
     rates = table(small, "rates")
@@ -89,7 +96,7 @@ def test_what_has_not_been_run_is_named_as_missing_and_not_filled_in(small):
     run(replace(small, rows=("naive",)))
     collect(small)
     missing = table(small, "missing")
-    assert set(missing["row"]) == {"dcr", "naive, upgrad"} and set(missing["seed"]) == {0, 1}
+    assert set(missing["row"]) == {"dcr", "naive, upgrad", "dcr, aligned"} and set(missing["seed"]) == {0, 1}
     assert set(table(small, "objectives")["objective"]) == {"none", "naive"}
     assert not (small.results / "ablations.csv").exists()
 
