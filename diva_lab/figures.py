@@ -710,11 +710,14 @@ def theorem_bounds(record: pd.DataFrame, source: str = "") -> Figure:
         if side == "inner_slack":
             ax.set_title(f"t = {column}")
         else:
-            ax.axhspan(ax.get_ylim()[0], 0, color=WRONG, alpha=0.07, linewidth=0)
             ax.axhline(0, color=WRONG, linewidth=0.9)
-            ax.set(xlabel="step", ylim=(None, 1.15))
+            ax.set_xlabel("step")
         if column == timesteps[0]:
             ax.set_ylabel(label)
+    lowest = axes[1, 0].get_ylim()[0]
+    for ax in axes[1]:
+        ax.axhspan(lowest, 0, color=WRONG, alpha=0.07, linewidth=0)
+    axes[1, 0].set_ylim(lowest, 1.15)
     axes[0, 0].set_yscale("log")
     axes[0, 0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes[0, 0].yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value in (2, 5) else ""))
