@@ -721,9 +721,11 @@ def theorem_bounds(record: pd.DataFrame, source: str = "") -> Figure:
     axes[0, 0].set_yscale("log")
     axes[0, 0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes[0, 0].yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value in (2, 5) else ""))
-    for ax, text, y in ((axes[0, 0], "equal", 1), (axes[1, 0], "equal", 1), (axes[1, 0], "below: says nothing", 0)):
-        ax.annotate(text, (1, y), (-2, -2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                    fontsize=6.5, color=WRONG if y == 0 else GREY, ha="right", va="top")  # fmt: skip
+    for ax, text, y in ((axes[0, 0], "equal", 1), (axes[1, 0], "equal", 1), (axes[1, -1], "says nothing", lowest)):
+        ax.annotate(text, (1, y), (-2, -2 if y == 1 else 3), xycoords=("axes fraction", "data"), fontsize=6.5,
+                    textcoords="offset points", color=GREY if y == 1 else WRONG, ha="right",
+                    va="top" if y == 1 else "bottom")  # fmt: skip
+    axes[0, 0].set_ylim(bottom=0.85)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
     styles = " · ".join(f"{kind}: {style}" for kind, style in zip(kinds, ("line", "dashes"), strict=False))
     fig.text(0.01, 0.975, f"m and M from {styles}", fontsize=7.5, color=GREY)
@@ -739,7 +741,7 @@ def affine_range(record: pd.DataFrame, limit: float | None = None, source: str =
             `/high`: of `evaluation.theory.theorem_2`, one distance. Negatives that are not `turned` are a point each.
         limit: the slope where negatives make up the denominator.
     """
-    rows = {"r2": "R² of the line", "slope": "slope"}
+    rows = {"r2": "1 − R² of the line", "slope": "slope"}
     ends = [f"{name}/{end}" for name in rows for end in ("low", "high")]
     _need(record, ("denominator", "view", "negatives", "cosine", "t", *rows, *ends))
     panels = [(d, v) for v in dict.fromkeys(record["view"]) for d in dict.fromkeys(record["denominator"])]
@@ -750,6 +752,9 @@ def affine_range(record: pd.DataFrame, limit: float | None = None, source: str =
         part = record[(record["denominator"] == denominator) & (record["view"] == view)]
         for ax, (measure, label) in zip(axes[:, column], rows.items(), strict=True):
             for t, each in part.groupby("t", sort=False):
+                if measure == "r2":
+                    bent = 1 - each[[measure, *ends[:2]]]
+                    each = each.assign(**bent.clip(lower=1e-6))
                 turned = each[each["negatives"] == "turned"].sort_values("cosine")
                 ax.fill_between(turned["cosine"], turned[f"{measure}/low"], turned[f"{measure}/high"], color=shades[t],
                                 alpha=0.15, linewidth=0)  # fmt: skip
@@ -758,17 +763,17 @@ def affine_range(record: pd.DataFrame, limit: float | None = None, source: str =
                 ax.plot(still["cosine"], still[measure], "o", color=shades[t], markerfacecolor="white", markersize=4.5)
             if column == 0:
                 ax.set_ylabel(label)
-        axes[0, column].axhline(0.99, color=WRONG, linewidth=0.9, linestyle=(0, (3, 2)))
+        axes[0, column].axhline(0.01, color=WRONG, linewidth=0.9, linestyle=(0, (3, 2)))
         axes[0, column].set_title(f"{denominator} denominator\nview {view}", fontsize=8.5)
         axes[1, column].set(xlabel="negatives' cosine")
         if limit is not None:
             axes[1, column].axhline(limit, color=INK, linewidth=0.9, linestyle=(0, (3, 2)))
-    axes[0, 0].annotate(".99", (0, 0.99), (2, -2), xycoords=("axes fraction", "data"), textcoords="offset points",
+    axes[0, 0].annotate("R² = .99", (0, 0.01), (2, -2), xycoords=("axes fraction", "data"), textcoords="offset points",
                         fontsize=7, color=WRONG, va="top")  # fmt: skip
     if limit is not None:
         axes[1, 0].annotate("1 / 4τ", (0, limit), (2, 2), xycoords=("axes fraction", "data"), fontsize=7, color=INK,
                             textcoords="offset points")  # fmt: skip
-    axes[0, 0].set_ylim(-0.05, 1.05)
+    axes[0, 0].set(yscale="log", ylim=(7e-7, 1.3))
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(timesteps))
     return _signed(fig, source)
 

@@ -306,7 +306,7 @@ def test_the_affine_range_has_a_panel_a_form_and_a_line_a_timestep_in_the_order_
     ]
     drawn = [line.get_xydata() for line in fig.axes[0].lines if line.get_label().startswith("t = ")]
     assert len(drawn) == 2
-    assert drawn[0] == pytest.approx(np.array([[-1, 0.8], [0, 0.9], [1, 1.0]]))
+    assert drawn[0] == pytest.approx(np.array([[-1, 0.2], [0, 0.1], [1, 1e-6]]))
 
 
 def test_message_maps_show_the_first_maps_strongest_channels_and_their_spread():
