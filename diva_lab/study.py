@@ -22,15 +22,26 @@ import numpy as np
 import pandas as pd
 import torch
 
-from diva_lab.encoders import Encoder, embed
+from diva_lab.encoders import Encoder, embed, load_encoder
 from diva_lab.evaluation.alignment import alignment_report
 from diva_lab.evaluation.comparison import paired_differences
 from diva_lab.evaluation.conflict import probe
+from diva_lab.evaluation.theory import dcr_predictions, theorem_2, theory_report
 from diva_lab.evaluation.world import world_report
 from diva_lab.figures import MEASURES, NAMES
 from diva_lab.gradients import COMBINE
-from diva_lab.runs import DATA, ROOT, RUNS, Run, sha256
-from diva_lab.training import PROJECTORS, SHIPPED, Settings, align, perturb, planned, tune
+from diva_lab.runs import DATA, ROOT, RUNS, Run, environment, sha256
+from diva_lab.training import (
+    PROJECTORS,
+    SHIPPED,
+    Settings,
+    align,
+    build_conditioner,
+    build_denoiser,
+    perturb,
+    planned,
+    tune,
+)
 from diva_lab.world import World, draw_scenes
 
 STUDY = RUNS / "study"
@@ -41,6 +52,7 @@ SNR_WEIGHTS = (
 )
 STEPS, RATE_STEPS = 200, 60  # of a run, and of one that only chooses a learning rate
 SEEDS = {"objectives": (0, 1, 2, 3, 4), "rivals": (0, 1, 2), "variants": (0, 1, 2), "ours": (0, 1, 2)}
+THEORY = ("diva", "dcr", "dcr-guidance")  # objectives under which theorem 1 is measured
 PROBES = ("diva", "naive", "dcr", "dcr-guidance")  # rows whose first seed is probed
 NAIVE, DCR, OURS = ({"objective": name} for name in ("naive", "dcr", "dcr-guidance"))
 # tier -> row -> what differs from the defaults of `Settings`; `align` is for a stage 1 of its own
@@ -138,6 +150,9 @@ class Study:
     seeds: int = 5  # at most so many a row
     rows: tuple[str, ...] = tuple(name for tier in ROWS.values() for name in tier)
     probe: Callable = probe
+    theory_steps: int = 100
+    theory: Callable = theory_report
+    theory_batches: int = 2  # of eight pictures, on which theorem 2 is tried
 
     def tiers(self) -> Iterator[tuple[str, str, dict]]:
         """Tier, name and settings of every row asked for."""
@@ -178,7 +193,7 @@ class Study:
 
 SMALL = Study(
     RUNS / "study-small", RUNS / "study-small" / "results", 6, 3, (1e-5, 1e-4), 2, SMALL_ROWS,
-    partial(probe, batches=2, bins=2),
+    partial(probe, batches=2, bins=2), 2, partial(theory_report, timesteps=(400,), n=48, halvings=4), 1,
 )  # fmt: skip
 
 
@@ -201,6 +216,44 @@ def run(study: Study) -> None:
             last = made.evaluations().iloc[-1]
             facts = f"pairs {last['pairs/mean']:.4f}, probes {last['probe/mean']:.4f}, zero-shot {last['zeroshot']:.4f}"
             print(f"{name}, seed {seed}, lr {settings.lr:g}: {facts}", flush=True)
+
+
+def theory_tables(study: Study) -> list[Path]:
+    """Both theorems measured: theory_scatter.csv in runs of its own, theory_affine.csv on the original encoder.
+
+    theory_scatter.csv: one row an objective, step, kind of features, timestep and way to read the constants off, with
+    what `theorem_1` returns; every step 0 is the original encoder. theory_affine.csv: records of `theorem_2`, and `t`.
+    """
+    every, rows = max(1, study.theory_steps // 4), []
+    for name in THEORY:
+        settings = Settings(objective=name, steps=study.theory_steps, evaluate_every=every)
+        denoiser, encoder = build_denoiser(settings), load_encoder(settings.encoder)
+        conditioner = build_conditioner(settings, encoder, denoiser)
+        report = remembered(partial(study.theory, conditioner=conditioner, denoiser=denoiser))
+        made = tune(settings, study.root / "theory", report)
+        facts = {"run": made.id, "seed": settings.seed, "lr": settings.lr}
+        facts |= {"git": made.environment["git"], "torch": made.environment["versions"]["torch"]}
+        for record in made.evaluations().to_dict("records"):
+            found: dict[tuple, dict] = {}
+            for key, value in record.items():
+                if key != "step":
+                    features, t, constants, quantity = key.split("/", 3)
+                    found.setdefault((features, int(t), constants), {})[quantity] = value
+            for (features, t, constants), values in found.items():
+                place = {"features": features, "t": t, "constants": constants}
+                rows.append({"objective": name, "step": record["step"], **place, **values, **facts})
+    timesteps = dict.fromkeys(row["t"] for row in rows)
+    images = torch.from_numpy(World().render(draw_scenes(8 * study.theory_batches, (World().seed, 12))))
+    batches = (images.permute(0, 3, 1, 2).float() / 255).split(8)
+    now = environment()
+    facts = {"objective": "none", "seed": 0, "git": now["git"], "torch": now["versions"]["torch"]}
+    affine = []
+    for t in timesteps:
+        each = [dcr_predictions(encoder, conditioner, denoiser, batch, t) for batch in batches]
+        affine += [{"t": t, **row, **facts} for row in theorem_2(*map(torch.cat, zip(*each, strict=True)))]
+    study.results.mkdir(parents=True, exist_ok=True)
+    tables = {"theory_scatter": rows, "theory_affine": affine}
+    return [_write(pd.DataFrame(table), study.results / f"{name}.csv") for name, table in tables.items()]
 
 
 def _facts(made: Run, name: str, tier: str) -> dict:
@@ -348,6 +401,8 @@ def main(argv: list[str] | None = None) -> None:
         run(study)
     if args.part in (None, "collect"):
         print("written:", *collect(replace(study, rows=Study().rows if not args.small else study.rows)))
+    if args.part in (None, "theory"):
+        print("written:", *theory_tables(study))
     if args.part == "table" or (args.part is None and not args.small):
         print("written:", write_readme())
 

@@ -74,6 +74,33 @@ PUBLISHED = pd.DataFrame(
     columns=["benchmark", "set", "metric", "backbone", "method", "percent", "source"],
 )  # fmt: skip
 QUALITY = pd.DataFrame({"attribute": ["class", *DETAILS], "share": 0.8, "low": 0.75, "high": 0.84, "n": 200})
+BOUNDS = pd.DataFrame(
+    [
+        {"objective": name, "step": step, "t": t, "constants": kind, "inner_slack": 2 + step, "inter_slack": -step}
+        for name in ("diva", "dcr")
+        for step in (0, 1, 2)
+        for t in (100, 900)
+        for kind in ("extremes", "quantiles")
+    ]
+)
+BOUNDS = BOUNDS.assign(
+    **{
+        f"{side}/{end}": BOUNDS[side] + d
+        for side in ("inner_slack", "inter_slack")
+        for end, d in (("low", -0.1), ("high", 0.1))
+    }
+)
+AFFINE = pd.DataFrame(
+    [
+        {"denominator": d, "view": view, "negatives": "turned", "cosine": s, "t": t, "r2": 0.9 + s / 10, "slope": s}
+        for d in ("shared", "own")
+        for view in ("moves", "stays")
+        for s in (1, 0, -1)
+        for t in (100, 900)
+    ]
+)
+AFFINE = AFFINE.assign(**{f"{name}/{end}": AFFINE[name] for name in ("r2", "slope") for end in ("low", "high")})
+MAPS = {"global": np.broadcast_to(np.arange(8.0), (4, 4, 8)), "recap": RNG.normal(0, 1, (4, 4, 8))}
 
 DRAWN = {
     "image_grid": lambda source="": figures.image_grid(PICTURES[0], ["one", "two"], source=source),
@@ -94,6 +121,9 @@ DRAWN = {
     "conflict_by_block": lambda source="": figures.conflict_by_block(METRICS, source=source),
     "benchmark_scores": lambda source="": figures.benchmark_scores(BENCHMARKS, PUBLISHED, source),
     "term_norms": lambda source="": figures.term_norms(METRICS, source=source),
+    "theorem_bounds": lambda source="": figures.theorem_bounds(BOUNDS, source),
+    "affine_range": lambda source="": figures.affine_range(AFFINE, 2.5, source),
+    "message_maps": lambda source="": figures.message_maps(MAPS, source=source),
 }
 
 
@@ -319,6 +349,33 @@ def test_norms_are_drawn_on_a_logarithmic_axis():
     ax = figures.term_norms(METRICS).axes[0]
     assert ax.get_yscale() == "log"
     assert sorted({float(line.get_ydata()[-1]) for line in ax.lines}) == pytest.approx([0.01, 30.0])
+
+
+def test_the_bounds_have_a_column_a_timestep_and_a_line_an_objective_and_way_to_read_constants():
+    fig = figures.theorem_bounds(BOUNDS.sample(frac=1, random_state=0).sort_values("t", kind="stable"))
+    assert [ax.get_title(loc="left") for ax in fig.axes[:2]] == ["t = 100", "t = 900"]
+    for ax, side in ((fig.axes[0], [2, 3, 4]), (fig.axes[3], [0, -1, -2])):
+        for colour in (figures.COLOURS["diva"], figures.COLOURS["dcr"]):
+            assert [line[:, 1].tolist() for line in lines(ax, colour)] == [side, side]
+
+
+def test_the_affine_range_has_a_panel_a_form_and_a_line_a_timestep_in_the_order_of_the_cosines():
+    fig = figures.affine_range(AFFINE)
+    assert [ax.get_title(loc="left") for ax in fig.axes[:4]] == [
+        f"{denominator} denominator\nview {view}" for view in ("moves", "stays") for denominator in ("shared", "own")
+    ]
+    drawn = [line.get_xydata() for line in fig.axes[0].lines if line.get_label().startswith("t = ")]
+    assert len(drawn) == 2
+    assert drawn[0] == pytest.approx(np.array([[-1, 0.2], [0, 0.1], [1, 1e-6]]))
+
+
+def test_message_maps_show_the_first_maps_strongest_channels_and_their_spread():
+    fig = figures.message_maps(MAPS, channels=2)
+    assert [float(ax.images[0].get_array()[0, 0]) for ax in fig.axes[:2]] == [7, 6]
+    assert np.array_equal(fig.axes[2].images[0].get_array(), MAPS["recap"][..., 7])
+    assert [ax.get_title(loc="left") for ax in fig.axes] == [
+        "sd 0", "sd 0", *(f"sd {MAPS['recap'][..., c].std():.2g}" for c in (7, 6))
+    ]  # fmt: skip
 
 
 def test_the_trace_names_the_runs_the_git_sha_and_the_versions():

