@@ -793,7 +793,7 @@ def affine_range(record: pd.DataFrame, limit: float | None = None, source: str =
         axes[1, 0].annotate("1 / 4τ", (0, limit), (2, 2), xycoords=("axes fraction", "data"), fontsize=7, color=INK,
                             textcoords="offset points")  # fmt: skip
     axes[0, 0].set(yscale="log", ylim=(7e-7, 1.3))
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(timesteps))
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=len(timesteps))
     return _signed(fig, source)
 
 
