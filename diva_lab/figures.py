@@ -40,6 +40,7 @@ COLOURS = {
 }
 MARKERS = dict(zip(COLOURS, "oXDp^vsP*", strict=True))
 TERMS = {"loss": "none", "rec": "diva", "con": "contrastive", "dcr": "dcr"}  # a term has its objective's colour
+TERMS |= {"truth": "diva", "view": "contrastive", "push": "naive"}  # DCR's parts: that of what pulls like it
 NAMES = {
     "none": "none (original)",
     "perturb-norm": "perturbed, DCR's norms",
@@ -49,7 +50,10 @@ NAMES = {
     "naive": "naive sum",
     "dcr": "DCR",
     "genhancer": "GenHancer",
-    "dcr-guidance": "DCR, guidance",
+    "dcr-guidance": "DCR, guided (ours)",
+    "truth": "pull to the truth",
+    "view": "pull to the view",
+    "push": "push of the negatives",
     "loss": "loss",
     "rec": "reconstruction",
     "con": "contrastive",
@@ -159,14 +163,20 @@ def _need(frame: pd.DataFrame, columns: Iterable[str]) -> None:
         raise KeyError(f"the record lacks {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
 
 
+def _base(key: object) -> str:
+    """The objective that a row of the study varies: `dcr` of `dcr, velocity`."""
+    return str(key).split(",")[0]
+
+
 def _name(key: object) -> str:
-    return NAMES.get(str(key), str(key))
+    key, base = str(key), _base(key)
+    return NAMES[key] if key in NAMES else NAMES.get(base, base) + key.removeprefix(base)
 
 
 def _colours(names: Iterable[str]) -> dict[str, str]:
-    """The fixed colour of each objective; what is no objective takes the palette's coloured part in order."""
+    """The fixed colour of each objective and its variants; what is none takes the palette's coloured part in order."""
     spare = iter([*list(COLOURS.values())[3:], *list(COLOURS.values())[:3]] * 9)
-    return {name: COLOURS[name] if name in COLOURS else next(spare) for name in names}
+    return {name: COLOURS[_base(name)] if _base(name) in COLOURS else next(spare) for name in names}
 
 
 def _picture(ax: Axes, pixels: np.ndarray) -> None:
@@ -520,22 +530,130 @@ def objective_differences(differences: pd.DataFrame, source: str = "", baseline:
         for y, name in enumerate(objectives):
             if name not in table.index:
                 continue
-            value, low, high = (100 * float(table.loc[name, column]) for column in ("difference", "low", "high"))
-            known = np.isfinite([low, high]).all()
-            if known:
-                ax.plot([low, high], [y, y], color=colours[name], linewidth=1.6)
-            hollow = not known or low <= 0 <= high
-            ax.plot(value, y, marker=MARKERS.get(name, "o"), color=colours[name], markersize=5.5,
-                    markerfacecolor="white" if hollow else colours[name])  # fmt: skip
-            text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]" if known else f"{value:+.1f}"
-            ax.annotate(_minus(text), (1, y), (3, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                        fontsize=6.5, va="center", color=GREY if hollow else INK)  # fmt: skip
+            _difference(ax, y, table.loc[name], colours[name], MARKERS.get(_base(name), "o"))
         ax.set(ylim=(len(objectives) - 0.4, -0.6))
         ax.set_title(textwrap.shorten(_name(measure), 36, placeholder=" …"), fontsize=8.5)
         ax.set_yticks(range(len(objectives)), [_name(name) for name in objectives])
         ax.grid(False, axis="y")
     for ax in axes.flat[max(len(measures) - columns, 0) : len(measures)]:
         ax.set_xlabel(f"points against {baseline}", fontsize=8)
+    return _signed(fig, source)
+
+
+def _difference(ax: Axes, y: float | int | np.integer, row: pd.Series, colour: str, marker: str) -> None:
+    """A dot with its interval at height `y` and both in numbers at the right edge; hollow where undecided."""
+    value, low, high = (100 * float(row[column]) for column in ("difference", "low", "high"))
+    known = np.isfinite([low, high]).all()
+    if known:
+        ax.plot([low, high], [y, y], color=colour, linewidth=1.6)
+    hollow = not known or low <= 0 <= high
+    face = "white" if hollow else colour
+    ax.plot(value, y, marker=marker, color=colour, markersize=5.5, markerfacecolor=face)
+    text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]" if known else f"{value:+.1f}"
+    ax.annotate(_minus(text), (1, y), (3, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+                fontsize=6.5, va="center", color=GREY if hollow else INK)  # fmt: skip
+
+
+@_styled
+def claims(
+    differences: pd.DataFrame, groups: Mapping[str, Sequence[str]], source: str = "", baseline: str = "none"
+) -> Figure:
+    """What rows of the study changed against the `baseline`, grouped by question; a column a measure.
+
+    Args:
+        differences: as in `objective_differences`, of at least one measure.
+        groups: question -> its rows of the study, in order. One that `differences` lacks is named as not run.
+    """
+    _need(differences, ("objective", "measure", "difference", "low", "high"))
+    measures = list(dict.fromkeys(differences["measure"]))
+    rows = [name for group in groups.values() for name in group]
+    tops = np.cumsum([0, *(len(group) + 1 for group in groups.values())])[:-1]  # a line for each question
+    places = [top + 1 + k for top, group in zip(tops, groups.values(), strict=True) for k in range(len(group))]
+    shape = (WIDTH, 0.6 + 0.21 * (len(rows) + len(groups)))
+    fig, axes = plt.subplots(1, max(len(measures), 1), figsize=shape, squeeze=False, sharey=True)
+    colours = _colours(rows)
+    for ax, measure in zip(axes[0], measures, strict=False):
+        table = differences[differences["measure"] == measure].set_index("objective")
+        ax.axvline(0, color=INK, linewidth=0.9)
+        for y, name in zip(places, rows, strict=True):
+            if name in table.index:
+                _difference(ax, y, table.loc[name], colours[name], MARKERS.get(_base(name), "o"))
+        ax.set_title(_name(measure), fontsize=8.5)
+        ax.set_xlabel(f"points against {_name(baseline)}", fontsize=7)
+    for ax in axes[0]:
+        ax.set(ylim=(max(places, default=0) + 0.6, -0.5))
+        ax.grid(False, axis="y")
+    run = set(differences["objective"])
+    labels = [_name(name) + ("" if name in run else " (not run)") for name in rows]
+    axes[0, 0].set_yticks([*places, *tops], [*labels, *groups])
+    for label in axes[0, 0].get_yticklabels()[len(rows) :]:
+        label.set_fontweight("bold")
+    for label, name in zip(axes[0, 0].get_yticklabels(), rows, strict=False):
+        label.set_color(INK if name in run else GREY)
+    return _signed(fig, source)
+
+
+@_styled
+def runs_scatter(
+    runs: pd.DataFrame,
+    x: str,
+    y: str,
+    line: pd.DataFrame | None = None,
+    labels: tuple[str, str] = ("", ""),
+    source: str = "",
+) -> Figure:
+    """A mark a run at (x, y), a shape a row of the study where they are ten at most, else one an objective.
+
+    Args:
+        runs: columns `objective` and those named by `x` and `y`.
+        line: a regression with its interval: columns `x`, `mean`, `low`, `high`, in the units of `runs`.
+        labels: of the two axes.
+    """
+    _need(runs, ("objective", x, y))
+    fig, ax = plt.subplots(figsize=(WIDTH, 3.2))
+    if line is not None:
+        ax.fill_between(line["x"], line["low"], line["high"], color=FAINT, alpha=0.6, linewidth=0)
+        ax.plot(line["x"], line["mean"], color=INK, linewidth=1.2, label="regression, 95 %")
+    ax.axhline(0, color=INK, linewidth=0.8)
+    ax.axvline(0, color=INK, linewidth=0.8)
+    few = runs["objective"].nunique() <= len(MARKERS) + 1
+    key = runs["objective"] if few else runs["objective"].map(_base)
+    colours = _colours(dict.fromkeys(key))
+    spare = {name: list(MARKERS.values())[k % len(MARKERS)] for k, name in enumerate(colours)}
+    for name, rows in runs.groupby(key, sort=False):
+        marker = spare[name] if few else MARKERS.get(name, "o")
+        ax.plot(rows[x], rows[y], marker, color=colours[name], markersize=6, markeredgecolor="white",
+                markeredgewidth=0.6, alpha=0.85, label=_name(name))  # fmt: skip
+    ax.set(xlabel=labels[0] or _name(x), ylabel=labels[1] or _name(y))
+    fig.legend(loc="outside right upper")
+    return _signed(fig, source)
+
+
+@_styled
+def learning_rates(rates: pd.DataFrame, source: str = "") -> Figure:
+    """Every learning rate tried for each row of the study: the mean of P and D by which one was chosen (ring).
+
+    `rates`: columns `objective`, `lr`, `chosen`, `pairs/mean`, `zeroshot`. In points below the row's best.
+    """
+    _need(rates, ("objective", "lr", "chosen", "pairs/mean", "zeroshot"))
+    score = 50 * (rates["pairs/mean"] + rates["zeroshot"])
+    names = list(dict.fromkeys(rates["objective"]))
+    table = rates.assign(score=score).pivot_table("score", "objective", "lr").loc[names]
+    below = table.sub(table.max(axis=1), axis=0).to_numpy()  # [rows, rates]
+    fig, ax = plt.subplots(figsize=(WIDTH, 0.7 + 0.2 * len(names)))
+    ax.imshow(below, aspect="auto", cmap=LinearSegmentedColormap.from_list("rates", [WRONG, "#FAFAF8"]),
+              vmin=min(float(np.nanmin(below)), -1e-3), vmax=0, interpolation="nearest")  # fmt: skip
+    chosen = rates[rates["chosen"].astype(bool)]
+    for name, rate in zip(chosen["objective"], chosen["lr"], strict=True):
+        place = (list(table.columns).index(rate), names.index(name))
+        ax.plot(*place, "o", markersize=15, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=0.9)
+    for (i, j), value in np.ndenumerate(below):
+        if np.isfinite(value):
+            ax.annotate(_minus(f"{value:.1f}"), (j, i), ha="center", va="center", fontsize=6.5)
+    ax.set_yticks(range(len(names)), [_name(name) for name in names])
+    ax.set_xticks(range(table.shape[1]), [f"{rate:g}" for rate in table.columns])
+    ax.set(xlabel="learning rate")
+    ax.grid(False)
     return _signed(fig, source)
 
 
@@ -590,11 +708,15 @@ def _panel(ax: Axes, names: Iterable[str], title: str) -> None:
 # --- the conflict of gradients ------------------------------------------------------------------------------------
 
 
+def _normal(x: np.ndarray, mean: float, sd: float) -> np.ndarray:
+    return np.exp(-(((x - mean) / sd) ** 2) / 2) / (sd * np.sqrt(2 * np.pi))
+
+
 @_styled
 def conflict_histogram(
     cosines: Float[np.ndarray, " n"],
     rate: tuple[float, float, float],
-    null: Float[np.ndarray, " m"] | None = None,
+    null: tuple[float, float] | None = None,
     bins: int = 30,
     source: str = "",
 ) -> Figure:
@@ -603,10 +725,11 @@ def conflict_histogram(
     Args:
         cosines: one a step, in -1..1.
         rate: share of negative cosines and its 95 % interval (value, low, high).
-        null: cosines of gradients that have nothing to do with each other (unrelated batches): the dashed outline,
-            scaled to the same area.
+        null: mean and standard deviation of cosines of gradients that have nothing to do with each other (unrelated
+            batches): the dashed line, a normal curve of the same area.
     """
-    reach = 1.05 * max(np.abs(cosines).max(initial=0.01), 0 if null is None else np.abs(null).max(initial=0))
+    mean_null, spread_null = null or (0.0, 0.0)
+    reach = 1.05 * max(np.abs(cosines).max(initial=0.01), abs(mean_null) + 3 * spread_null)
     edges = np.linspace(-reach, reach, 2 * (bins // 2) + 1)  # zero is an edge, so no bin has both signs
     fig, ax = plt.subplots(figsize=(WIDTH, 3))
     counts, _, patches = ax.hist(cosines, edges, rwidth=0.92)
@@ -614,9 +737,10 @@ def conflict_histogram(
         patch.set_facecolor(WRONG if left + 1e-12 < 0 else RIGHT)
     top = counts.max()
     if null is not None:
-        heights = np.histogram(null, edges)[0] * (len(cosines) / max(len(null), 1))
+        places = np.linspace(-reach, reach, 200)
+        heights = len(cosines) * (edges[1] - edges[0]) * _normal(places, mean_null, spread_null)
         top = max(top, heights.max())
-        ax.stairs(heights, edges, color=INK, linewidth=1, linestyle=(0, (3, 2)), label="null: unrelated batches")
+        ax.plot(places, heights, color=INK, linewidth=1, linestyle=(0, (3, 2)), label="null: unrelated batches")
         ax.legend(loc="best")
     mean, spread = float(np.mean(cosines)), float(np.std(cosines, ddof=1)) if len(cosines) > 1 else float("nan")
     ax.axvline(0, color=INK, linewidth=0.9)
@@ -650,14 +774,20 @@ def conflict_over_steps(metrics: pd.DataFrame, window: int = 10, source: str = "
 
 
 @_styled
-def conflict_by_block(metrics: pd.DataFrame, bins: int = 40, source: str = "") -> Figure:
-    """Heat map of the cosine, block of the encoder by step (means over at most `bins` stretches of steps).
+def conflict_by_block(metrics: pd.DataFrame, bins: int = 40, source: str = "", of: str = "blocks") -> Figure:
+    """Heat map of the cosine, part of the encoder by step (means over at most `bins` stretches of steps).
 
-    Reads the columns `cos/<block>` of a metrics table in their order, first block at the top. On the right, each
-    block's mean over the steps with its 95 % interval (normal, steps taken as independent).
+    On the right, each part's mean over the steps with its 95 % interval (normal, steps taken as independent).
+
+    Args:
+        metrics: with columns `cos/<block>` and `cos/kind/<kind>`, drawn in their order, first at the top.
+        of: `blocks`, with the gradient in the global embedding (`cos/features`) where it is there, or `kinds` of layer.
     """
-    blocks = [name for name in metrics if str(name).startswith("cos/")]
-    _need(metrics, ("step", *(blocks or ["cos/<block>"])))
+    if of not in ("blocks", "kinds"):
+        raise ValueError(f"unknown parts {of!r}; expected blocks or kinds")
+    parts = [str(name) for name in metrics if str(name).startswith("cos/")]
+    blocks = [name for name in parts if name.startswith("cos/kind/") == (of == "kinds")]
+    _need(metrics, ("step", *(blocks or ["cos/<block>" if of == "blocks" else "cos/kind/<kind>"])))
     metrics = metrics.sort_values("step")
     edges = np.linspace(0, len(metrics), min(bins, len(metrics)) + 1).astype(int)
     values = metrics[blocks].to_numpy(float)  # [steps, blocks]
@@ -668,7 +798,7 @@ def conflict_by_block(metrics: pd.DataFrame, bins: int = 40, source: str = "") -
     image = axes[0].imshow(cells, aspect="auto", cmap=DIVERGING, vmin=-reach, vmax=reach, interpolation="nearest",
                            extent=(first, last, len(blocks) - 0.5, -0.5))  # fmt: skip
     axes[0].set(xlabel="step")
-    axes[0].set_yticks(range(len(blocks)), [str(name).removeprefix("cos/") for name in blocks])
+    axes[0].set_yticks(range(len(blocks)), [name.split("/")[-1] for name in blocks])
     axes[0].grid(False)
     bar = fig.colorbar(image, ax=axes[0], location="top", shrink=0.5, aspect=30, pad=0.02)
     bar.set_label("cos(g_con, g_rec)", fontsize=8)
@@ -698,6 +828,125 @@ def term_norms(metrics: pd.DataFrame, window: int = 10, source: str = "") -> Fig
         ax.annotate(_name(term), (1, metrics[name].tail(window).mean()), (5, 0), xycoords=("axes fraction", "data"),
                     textcoords="offset points", color=colour, va="center", fontsize=8.5)  # fmt: skip
     ax.set(xlabel="step", ylabel="norm of the gradient", yscale="log")
+    return _signed(fig, source)
+
+
+@_styled
+def parts_conflict(metrics: pd.DataFrame, window: int = 5, source: str = "") -> Figure:
+    """Cosines among the gradients of more than two terms over the steps, and the norm of each.
+
+    `metrics`: `step`, `norm_<term>` and `<one>~<other>:cos`, as of DCR with `parts`. Each step faint, the running mean
+    strong; beside the first panel each pair's mean over all steps.
+    """
+    pairs = [str(name) for name in metrics if str(name).endswith(":cos")]
+    norms = [str(name) for name in metrics if str(name).startswith("norm_")]
+    _need(metrics, ("step", *(pairs or ["<one>~<other>:cos"]), *(norms or ["norm_<term>"])))
+    metrics = metrics.sort_values("step")
+    fig, axes = plt.subplots(2, 1, figsize=(WIDTH, 4.2), sharex=True)
+    spare = [COLOURS[name] for name in ("dcr", "dcr-guidance", "genhancer", "none")]
+    drawn = [(axes[0], name, spare[k % len(spare)], " ~ ".join(name.removesuffix(":cos").split("~")))
+             for k, name in enumerate(pairs)]  # fmt: skip
+    for name in norms:
+        term = name.removeprefix("norm_")
+        drawn.append((axes[1], name, COLOURS[TERMS.get(term, "none")], _name(term)))
+    for ax, name, colour, text in drawn:
+        ax.plot(metrics["step"], metrics[name], color=colour, linewidth=0.7, alpha=0.4)
+        said = f"{text}, mean {metrics[name].mean():+.2f}" if ax is axes[0] else text
+        ax.plot(metrics["step"], running_mean(metrics[name], window), color=colour, label=_minus(said))
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[0].axhline(0, color=INK, linewidth=0.9)
+    axes[0].set(ylabel="cosine", ylim=(-1.05, 1.05))
+    axes[1].set(xlabel="step", ylabel="norm of the gradient", yscale="log")
+    return _signed(fig, source)
+
+
+# --- probes -------------------------------------------------------------------------------------------------------
+
+
+def _probed(probes: pd.DataFrame, of: str, measure: str, step: int) -> pd.Series:
+    """A measure by bin of timesteps, `all` left out, low noise first."""
+    rows = probes[(probes["of"] == of) & (probes["measure"] == measure) & (probes["step"] == step)]
+    rows = rows[rows["bin"].astype(str) != "all"]
+    return rows.set_index(rows["bin"].astype(int))["value"].sort_index()
+
+
+def _noise_axis(axis: mpl.axis.Axis, bins: int) -> None:
+    names = [str(k) for k in range(bins)]
+    names[0], names[-1] = f"{names[0]}\nlow noise", f"{names[-1]}\nhigh noise"
+    axis.set_ticks(range(bins), names)
+
+
+@_styled
+def cosine_by_timestep(probes: pd.DataFrame, pairs: Sequence[str] = (), source: str = "") -> Figure:
+    """Ridgelines: what a batch's own two gradients have in common, part of the timesteps by part, above its null.
+
+    A ridge is the null, a normal curve of the mean and spread of gradients of *different* batches; on its line the dot
+    is the mean over batches of a batch's *own* two gradients with its 95 % interval, at the last probed step, the ring
+    at the first. The thick bar at zero holds 95 % of random directions.
+
+    Args:
+        probes: one run's records of `diva_lab.evaluation.conflict.probe`: `step`, `bin`, `of`, `measure`, `value`.
+        pairs: of objectives, as `a~b`; by default all that are there. A panel each.
+    """
+    _need(probes, ("step", "bin", "of", "measure", "value"))
+    pairs = list(pairs or dict.fromkeys(name for name in probes["of"] if "~" in str(name)))
+    first, last = int(probes["step"].min()), int(probes["step"].max())
+    fig, axes = plt.subplots(1, len(pairs), figsize=(WIDTH, 3.6), squeeze=False, sharey=True)
+    for ax, pair in zip(axes[0], pairs, strict=True):
+        found = {m: _probed(probes, pair, m, last)
+                 for m in ("cos", "cos/low", "cos/high", "other", "other/sd", "random/sd")}  # fmt: skip
+        begun = _probed(probes, pair, "cos", first)
+        colour = COLOURS.get(pair.split("~")[0], INK)
+        ends = pd.concat([found["cos/low"], found["cos/high"], found["other"] - 3 * found["other/sd"],
+                          found["other"] + 3 * found["other/sd"], pd.Series([0.0])])  # fmt: skip
+        x = np.linspace(ends.min(), ends.max(), 300)
+        for k in found["cos"].index:
+            null = _normal(x, found["other"][k], max(found["other/sd"][k], 1e-6))
+            ax.fill_between(x, k, k + 0.75 * null / null.max(), color=FAINT, linewidth=0, zorder=1)
+            wide = 1.96 * found["random/sd"][k]
+            ax.plot([-wide, wide], [k, k], color=INK, linewidth=4, solid_capstyle="butt", zorder=2)
+            ax.plot([found["cos/low"][k], found["cos/high"][k]], [k, k], color=colour, zorder=3)
+            clear = found["cos/low"][k] > 0 or found["cos/high"][k] < 0
+            ax.plot(found["cos"][k], k, "o", color=colour, markersize=6, zorder=4,
+                    markerfacecolor=colour if clear else "white")  # fmt: skip
+            if k in begun.index and first != last:
+                ax.plot(begun[k], k, "o", color=INK, markersize=9, markerfacecolor="none", markeredgewidth=0.7)
+        ax.axvline(0, color=INK, linewidth=0.8)
+        one, other = pair.split("~")
+        ax.set_title(f"{_name(one)} ~ {_name(other)}", fontsize=8.5)
+        ax.set(xlabel="cosine")
+        ax.grid(False, axis="y")
+    _noise_axis(axes[0, 0].yaxis, len(set(probes["bin"].astype(str)) - {"all"}))
+    axes[0, 0].set(ylabel="part of the timesteps")
+    return _signed(fig, source)
+
+
+@_styled
+def signal_by_timestep(probes: pd.DataFrame, source: str = "") -> Figure:
+    """Signal-to-noise ratio of each objective's gradient and its noise scale, part of the timesteps by part.
+
+    Dashed at the first probed step, solid at the last. A ratio below zero is one whose signal noise has swallowed; an
+    infinite noise scale is left out.
+
+    `probes`: as in `cosine_by_timestep`. The contrast has no timesteps: its line is level.
+    """
+    _need(probes, ("step", "bin", "of", "measure", "value"))
+    names = list(dict.fromkeys(name for name in probes["of"] if "~" not in str(name)))
+    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.9))
+    steps = dict.fromkeys((int(probes["step"].min()), int(probes["step"].max())))
+    for ax, measure in zip(axes, ("snr", "noise_scale"), strict=True):
+        for name, colour in _colours(names).items():
+            for step, dashes in zip(reversed(steps), ("solid", (0, (3, 2))), strict=False):
+                values = _probed(probes, name, measure, step).replace([np.inf, -np.inf], np.nan)
+                ax.plot(values.index, values, color=colour, linestyle=dashes, marker=MARKERS.get(name, "o"),
+                        markersize=4.5, markeredgecolor="white", markeredgewidth=0.5,
+                        label=f"{_name(name)}, step {step}")  # fmt: skip
+        _noise_axis(ax.xaxis, len(set(probes["bin"].astype(str)) - {"all"}))
+        ax.set(xlabel="part of the timesteps")
+    axes[0].axhline(0, color=INK, linewidth=0.8)
+    axes[0].set(ylabel="signal / noise of a batch's gradient")
+    axes[1].set(ylabel="noise scale, pictures", yscale="log")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return _signed(fig, source)
 
 

@@ -31,6 +31,26 @@ REPORTS = pd.DataFrame([report(0.3), report(0.5)], index=["none", "dcr"])
 CEILING = pd.DataFrame({"detail": list(DETAILS), "before": 0.25, "after": np.linspace(0.5, 0.9, 9)})
 METRICS = pd.DataFrame({"step": np.arange(N), "loss": 2.0, "rec": 0.03, "con": 1.97, "cos": RNG.normal(0, 0.1, N)})
 METRICS = METRICS.assign(norm_con=30.0, norm_rec=0.01, **{"cos/stem": 0.2, "cos/block0": -0.1, "cos/head": 0.0})
+METRICS = METRICS.assign(**{"cos/kind/q": 0.1, "cos/kind/fc1": 0.3, "cos/features": -0.2})
+PARTS = pd.DataFrame({"step": np.arange(6), "norm_truth": 0.5, "norm_view": 0.1, "norm_push": 0.4})
+PARTS = PARTS.assign(
+    **{"truth~view:cos": 0.25, "truth~push:cos": -0.5, "view~push:cos": -0.75, "truth~view:cos/stem": 1.0}
+)
+PROBES = pd.DataFrame(
+    [(step, bin_, of, measure, value + (0.1 if step else 0.0))
+     for step in (0, 9) for bin_ in ("all", "0", "1")
+     for of, facts in {"diva": {"snr": 0.5, "noise_scale": 16.0}, "dcr": {"snr": -0.05, "noise_scale": np.inf},
+                       "diva~dcr": {"cos": 0.3, "cos/low": 0.2, "cos/high": 0.4, "other": 0.0, "other/sd": 0.1,
+                                    "random/sd": 0.01}}.items()
+     for measure, value in facts.items()],
+    columns=["step", "bin", "of", "measure", "value"],
+)  # fmt: skip
+RUNS = pd.DataFrame(
+    {"objective": ["naive", "naive, upgrad", "dcr, velocity"], "cos": [-0.1, 0.0, 0.1], "p": [1.0, 2, 3]}
+)
+LINE = pd.DataFrame({"x": [-0.1, 0.1], "mean": [1.0, 3.0], "low": [0.5, 2.5], "high": [1.5, 3.5]})
+RATES = pd.DataFrame({"objective": ["dcr", "dcr", "naive, upgrad"], "lr": [1e-5, 1e-4, 1e-5]})
+RATES = RATES.assign(chosen=[False, True, True], zeroshot=[0.9, 0.9, 0.8], **{"pairs/mean": [0.2, 0.3, 0.2]})
 RECOVERED = pd.DataFrame({"condition": ["global"] * 3, "t": [50, 150, 250], "recovered": [0.2, 0.5, 0.4]})
 RECOVERED = RECOVERED.assign(low=RECOVERED["recovered"] - 0.1, high=RECOVERED["recovered"] + 0.1)
 PATHS = pd.DataFrame(
@@ -115,7 +135,7 @@ DRAWN = {
     "trade_off": lambda source="": figures.trade_off(PATHS, source=source),
     "objective_differences": lambda source="": figures.objective_differences(DIFFERENCES, source),
     "conflict_histogram": lambda source="": figures.conflict_histogram(
-        METRICS["cos"].to_numpy(), (0.5, 0.4, 0.6), METRICS["cos"].to_numpy(), source=source
+        METRICS["cos"].to_numpy(), (0.5, 0.4, 0.6), (0.0, 0.1), source=source
     ),
     "conflict_over_steps": lambda source="": figures.conflict_over_steps(METRICS, source=source),
     "conflict_by_block": lambda source="": figures.conflict_by_block(METRICS, source=source),
@@ -124,6 +144,12 @@ DRAWN = {
     "theorem_bounds": lambda source="": figures.theorem_bounds(BOUNDS, source),
     "affine_range": lambda source="": figures.affine_range(AFFINE, 2.5, source),
     "message_maps": lambda source="": figures.message_maps(MAPS, source=source),
+    "claims": lambda source="": figures.claims(DIFFERENCES, {"Does it?": ["diva", "dcr, velocity"]}, source),
+    "runs_scatter": lambda source="": figures.runs_scatter(RUNS, "cos", "p", LINE, source=source),
+    "learning_rates": lambda source="": figures.learning_rates(RATES, source),
+    "parts_conflict": lambda source="": figures.parts_conflict(PARTS, source=source),
+    "cosine_by_timestep": lambda source="": figures.cosine_by_timestep(PROBES, source=source),
+    "signal_by_timestep": lambda source="": figures.signal_by_timestep(PROBES, source),
 }
 
 
@@ -340,9 +366,19 @@ def test_cosines_over_steps_are_all_there_with_their_running_mean():
 def test_the_heat_map_has_a_row_a_block_and_stretches_of_steps_that_average_to_the_whole():
     fig = figures.conflict_by_block(METRICS.assign(**{"cos/stem": METRICS["cos"]}), bins=12)
     cells = fig.axes[0].images[0].get_array()
-    assert cells.shape == (3, 12)
+    assert cells.shape == (4, 12)
     assert cells[0].mean() == pytest.approx(METRICS["cos"].mean())
-    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["stem", "block0", "head"]
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["stem", "block0", "head", "features"]
+
+
+def test_the_heat_map_of_kinds_has_no_block_and_that_of_blocks_no_kind():
+    fig = figures.conflict_by_block(METRICS, of="kinds")
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["q", "fc1"]
+    assert np.asarray(fig.axes[0].images[0].get_array())[:, 0] == pytest.approx([0.1, 0.3])
+    with pytest.raises(ValueError, match="unknown parts 'heads'; expected blocks or kinds"):
+        figures.conflict_by_block(METRICS, of="heads")
+    with pytest.raises(KeyError, match="cos/kind/<kind>"):
+        figures.conflict_by_block(METRICS[["step", "cos", "cos/head"]], of="kinds")
 
 
 def test_norms_are_drawn_on_a_logarithmic_axis():
@@ -376,6 +412,90 @@ def test_message_maps_show_the_first_maps_strongest_channels_and_their_spread():
     assert [ax.get_title(loc="left") for ax in fig.axes] == [
         "sd 0", "sd 0", *(f"sd {MAPS['recap'][..., c].std():.2g}" for c in (7, 6))
     ]  # fmt: skip
+
+
+def test_the_histograms_null_is_a_normal_curve_of_the_same_area():
+    cosines = METRICS["cos"].to_numpy()
+    ax = figures.conflict_histogram(cosines, (0.5, 0.4, 0.6), (0.02, 0.1)).axes[0]
+    (curve,) = (line.get_xydata() for line in ax.lines if "null" in line.get_label())
+    bar = next(iter(ax.containers[0]))
+    width = (ax.get_xlim()[1] - ax.get_xlim()[0]) / len(ax.containers[0])
+    assert bar.get_width() == pytest.approx(0.92 * width)
+    assert np.trapezoid(curve[:, 1], curve[:, 0]) == pytest.approx(N * width, rel=0.02)
+    assert curve[curve[:, 1].argmax(), 0] == pytest.approx(0.02, abs=0.01)
+
+
+def test_a_variant_has_the_colour_and_the_name_of_its_objective():
+    assert figures._colours(["dcr, velocity", "naive, upgrad"]) == {
+        "dcr, velocity": figures.COLOURS["dcr"],
+        "naive, upgrad": figures.COLOURS["naive"],
+    }
+    assert figures._name("dcr, velocity") == "DCR, velocity"
+    assert figures._name("dcr-guidance, τ .3") == f"{figures.NAMES['dcr-guidance']}, τ .3"
+    assert figures._name("mine") == "mine"
+
+
+def test_claims_are_grouped_by_question_and_what_was_not_run_is_named():
+    groups = {"Does it rise?": ["dcr", "dcr, velocity"], "And this?": ["diva"]}
+    ax = figures.claims(DIFFERENCES, groups, baseline="naive").axes[0]
+    said = {label.get_text(): y for y, label in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True)}
+    assert said == {"DCR": 1, "DCR, velocity (not run)": 2, "DIVA": 4, "Does it rise?": 0, "And this?": 3}
+    dots = {float(line.get_ydata()[0]): float(line.get_xdata()[0]) for line in ax.lines if len(line.get_xdata()) == 1}
+    assert dots == pytest.approx({1: 4.0, 4: 2.0})
+    assert ax.get_xlabel() == "points against naive sum"
+
+
+def test_the_scatter_has_a_mark_a_run_its_line_and_a_legend_of_rows():
+    fig = figures.runs_scatter(RUNS, "cos", "p", LINE)
+    marks = [line for line in fig.axes[0].lines if line.get_marker() not in ("None", None)]
+    assert sorted(float(line.get_ydata()[0]) for line in marks) == [1, 2, 3]
+    assert len({line.get_marker() for line in marks}) == 3
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == [
+        "regression, 95 %", "naive sum", "naive sum, upgrad", "DCR, velocity"
+    ]  # fmt: skip
+    many = pd.DataFrame({"objective": [f"dcr, {k}" for k in range(30)], "cos": 0.0, "p": 1.0})
+    assert [text.get_text() for text in figures.runs_scatter(many, "cos", "p").legends[0].get_texts()] == ["DCR"]
+
+
+def test_learning_rates_are_points_below_the_rows_best_and_the_chosen_ones_are_ringed():
+    ax = figures.learning_rates(RATES).axes[0]
+    shown = np.ma.filled(ax.images[0].get_array().astype(float), np.nan)
+    assert shown == pytest.approx(np.array([[-5, 0], [0, np.nan]]), nan_ok=True)
+    assert [tuple(line.get_xydata()[0]) for line in ax.lines] == [(1, 0), (0, 1)]
+
+
+def test_the_parts_of_dcr_have_a_line_a_pair_and_a_norm_each_and_no_blocks():
+    cosines, norms = figures.parts_conflict(PARTS).axes
+    labels = [line.get_label() for line in cosines.lines if not line.get_label().startswith("_")]
+    minus = "\N{MINUS SIGN}"
+    assert labels == ["truth ~ view, mean +0.25", f"truth ~ push, mean {minus}0.50", f"view ~ push, mean {minus}0.75"]
+    ends = {line.get_label(): line.get_ydata()[-1] for line in norms.lines if not line.get_label().startswith("_")}
+    assert ends == {"pull to the truth": 0.5, "pull to the view": 0.1, "push of the negatives": 0.4}
+    with pytest.raises(KeyError, match="<one>~<other>:cos"):
+        figures.parts_conflict(METRICS)
+
+
+def test_cosines_by_timestep_show_the_last_probed_step_over_the_first_and_leave_all_timesteps_out():
+    ax = figures.cosine_by_timestep(PROBES).axes[0]
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    last = [line.get_xydata()[0].tolist() for line in dots if line.get_markersize() == 6]
+    first = [line.get_xydata()[0].tolist() for line in dots if line.get_markersize() == 9]
+    assert np.array(last) == pytest.approx(np.array([[0.4, 0], [0.4, 1]]))
+    assert np.array(first) == pytest.approx(np.array([[0.3, 0], [0.3, 1]]))
+    assert len(ax.collections) == 2  # a ridge a bin
+    assert ax.get_title(loc="left") == "DIVA ~ DCR"
+    undecided = PROBES.assign(value=PROBES["value"].where(PROBES["measure"] != "cos/low", -0.3))
+    faces = {line.get_markerfacecolor() for line in figures.cosine_by_timestep(undecided).axes[0].lines
+             if line.get_markersize() == 6 and line.get_marker() == "o"}  # fmt: skip
+    assert faces == {"white"}
+
+
+def test_the_signal_is_drawn_by_timestep_and_an_infinite_noise_scale_left_out():
+    snr, scale = figures.signal_by_timestep(PROBES).axes
+    (last,) = (line.get_ydata() for line in snr.lines if line.get_label() == "DCR, step 9")
+    assert last == pytest.approx([0.05, 0.05])
+    assert [np.isnan(line.get_ydata()).all() for line in scale.lines if line.get_label() == "DCR, step 0"] == [True]
+    assert scale.get_yscale() == "log"
 
 
 def test_the_trace_names_the_runs_the_git_sha_and_the_versions():

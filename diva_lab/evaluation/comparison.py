@@ -36,6 +36,38 @@ def paired_differences(
     return pd.DataFrame(rows, columns=["objective", "measure", "difference", "low", "high", "seeds"])
 
 
+def compared(
+    results: pd.DataFrame, rows: Sequence[str], measures: Sequence[str], baseline: str = "none"
+) -> pd.DataFrame:
+    """`paired_differences` of those of `rows` that have a seed in common with `baseline`; the others are left out."""
+    seeds = set(results.loc[results["objective"] == baseline, "seed"])
+    shared = results[results["seed"].isin(seeds)]
+    kept = [name for name in rows if name != baseline and name in set(shared["objective"])]
+    if not kept:
+        return pd.DataFrame(columns=["objective", "measure", "difference", "low", "high", "seeds"])
+    return paired_differences(shared[shared["objective"].isin([*kept, baseline])], measures, baseline)
+
+
+def stated(differences: pd.DataFrame, objective: str, measure: str, expected: int = 0) -> str:
+    """A difference in words, with the `verdict` on an expected sign (0: none); "not run" where it is not there."""
+    found = differences[(differences["objective"] == objective) & (differences["measure"] == measure)]
+    if found.empty:
+        return "not run"
+    row = found.iloc[0]
+    said = points(row["difference"], row["low"], row["high"])
+    return said + (f", {verdict(row['low'], row['high'], expected)}" if expected else "")
+
+
+def absent(missing: pd.DataFrame, rows: Sequence[str]) -> str:
+    """Those of `rows` that have not been run with all their seeds, named for a sentence; "" where none is missing.
+
+    `missing`: columns `row` and `seed`, as in data/results/missing.csv.
+    """
+    found = missing[missing["row"].isin(list(rows))].groupby("row", sort=False)["seed"]
+    parts = [f"{name} (seeds {', '.join(map(str, seeds))})" for name, seeds in found]
+    return f" Not run: {'; '.join(parts)}." if parts else ""
+
+
 def percent(value: float, low: float, high: float, digits: int = 1) -> str:
     """A fraction with its interval, in words: "54.2 % (95 % interval 45.1 to 63.0)"."""
     return f"{100 * value:.{digits}f} % (95 % interval {100 * low:.{digits}f} to {100 * high:.{digits}f})"

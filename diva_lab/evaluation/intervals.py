@@ -50,3 +50,28 @@ def paired_t(differences: Sequence[float] | np.ndarray, level: float = 0.95) -> 
     mean = float(values.mean())
     half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
     return mean, mean - half, mean + half
+
+
+def regression(
+    x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, level: float = 0.95, points: int = 50
+) -> tuple[tuple[float, float, float], dict[str, np.ndarray]]:
+    """Least squares of y on x: the slope with its interval (slope, low, high), and the line with that of its mean.
+
+    Returns:
+        The slope, in units of y over x, and the line at `points` places from the least x to the largest: `x`, `mean`,
+        `low`, `high`. Student's t with n - 2 degrees of freedom; the pairs are taken as independent.
+
+    Raises:
+        ValueError: for fewer than three pairs, or x all alike.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if len(x) != len(y) or len(x) < 3 or np.ptp(x) == 0:
+        raise ValueError(f"no regression of {len(y)} values on {len(x)}: it takes three pairs, and x that vary")
+    centre, spread = x.mean(), ((x - x.mean()) ** 2).sum()
+    slope = float(((x - centre) * y).sum() / spread)
+    rest = y - y.mean() - slope * (x - centre)
+    sd, t = np.sqrt((rest**2).sum() / (len(x) - 2)), stats.t.ppf((1 + level) / 2, len(x) - 2)
+    half = float(t * sd / np.sqrt(spread))
+    at = np.linspace(x.min(), x.max(), points)
+    mean, reach = y.mean() + slope * (at - centre), t * sd * np.sqrt(1 / len(x) + (at - centre) ** 2 / spread)
+    return (slope, slope - half, slope + half), {"x": at, "mean": mean, "low": mean - reach, "high": mean + reach}

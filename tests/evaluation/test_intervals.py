@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diva_lab.evaluation.intervals import bootstrap_mean, paired_t, wilson
+from diva_lab.evaluation.intervals import bootstrap_mean, paired_t, regression, wilson
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,28 @@ def test_paired_t_of_equal_differences_is_a_point():
 def test_paired_t_refuses_a_single_seed():
     with pytest.raises(ValueError, match="at least two"):
         paired_t([0.1])
+
+
+def test_regression_agrees_with_scipy_and_its_band_is_narrowest_at_the_mean():
+    x = np.array([0.0, 1.0, 2.0, 3.0, 4.0])
+    y = np.array([1.0, 2.5, 2.0, 4.0, 4.5])
+    (slope, low, high), line = regression(x, y, points=5)
+    fit = stats.linregress(x, y)
+    half = stats.t.ppf(0.975, 3) * fit.stderr
+    assert (slope, low, high) == pytest.approx((fit.slope, fit.slope - half, fit.slope + half))
+    assert line["x"] == pytest.approx(x)
+    assert line["mean"] == pytest.approx(fit.intercept + fit.slope * x)
+    width = line["high"] - line["low"]
+    assert width.argmin() == 2 and width[0] == pytest.approx(width[4])
+    # at the mean of x the band is that of a mean: t s / sqrt(n)
+    s = np.sqrt(((y - fit.intercept - fit.slope * x) ** 2).sum() / 3)
+    assert width[2] == pytest.approx(2 * stats.t.ppf(0.975, 3) * s / np.sqrt(5))
+
+
+def test_regression_of_points_on_a_line_has_an_interval_of_no_width_and_takes_three():
+    (slope, low, high), _ = regression([0, 1, 2], [1, 3, 5])
+    assert (slope, low, high) == pytest.approx((2, 2, 2))
+    with pytest.raises(ValueError, match="no regression of 2 values on 2"):
+        regression([0, 1], [0, 1])
+    with pytest.raises(ValueError, match="x that vary"):
+        regression([1, 1, 1], [0, 1, 2])
