@@ -89,9 +89,9 @@ def test_regression_agrees_with_scipy_and_its_band_is_narrowest_at_the_mean():
 
 
 def test_regression_of_points_on_a_line_has_an_interval_of_no_width_and_takes_three():
-    (slope, low, high), _ = regression([0, 1, 2], [1, 3, 5])
+    (slope, low, high), _ = regression([0.0, 1.0, 2.0], [1.0, 3.0, 5.0])
     assert (slope, low, high) == pytest.approx((2, 2, 2))
     with pytest.raises(ValueError, match="no regression of 2 values on 2"):
-        regression([0, 1], [0, 1])
+        regression([0.0, 1.0], [0.0, 1.0])
     with pytest.raises(ValueError, match="x that vary"):
-        regression([1, 1, 1], [0, 1, 2])
+        regression([1.0, 1.0, 1.0], [0.0, 1.0, 2.0])
