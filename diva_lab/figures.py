@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 from diva_lab.world import DETAILS, PATTERNS
@@ -579,7 +579,9 @@ def claims(
             if name in table.index:
                 _difference(ax, y, table.loc[name], colours[name], MARKERS.get(_base(name), "o"))
         ax.set_title(_name(measure), fontsize=8.5)
-        ax.set_xlabel(f"points against {_name(baseline)}", fontsize=7)
+        ax.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
+        ax.margins(x=0.15)
+    fig.supxlabel(f"points against {_name(baseline)}, 95 % intervals over seeds", fontsize=8)
     for ax in axes[0]:
         ax.set(ylim=(max(places, default=0) + 0.6, -0.5))
         ax.grid(False, axis="y")
@@ -944,7 +946,7 @@ def signal_by_timestep(probes: pd.DataFrame, source: str = "") -> Figure:
         _noise_axis(ax.xaxis, len(set(probes["bin"].astype(str)) - {"all"}))
         ax.set(xlabel="part of the timesteps")
     axes[0].axhline(0, color=INK, linewidth=0.8)
-    axes[0].set(ylabel="signal / noise of a batch's gradient")
+    axes[0].set(ylabel="signal / noise of a batch")
     axes[1].set(ylabel="noise scale, pictures", yscale="log")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return _signed(fig, source)
