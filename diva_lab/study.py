@@ -289,7 +289,9 @@ def collect(study: Study) -> list[Path]:
                 missing.append({"tier": tier, "row": name, "seed": seed, "lr": lr})
                 continue
             facts, evaluations, metrics = _facts(made, name, tier), made.evaluations(), made.metrics()
-            untouched.setdefault(seed, facts | {"objective": "none", "lr": np.nan} | _measures(evaluations, 0))
+            untouched.setdefault(
+                seed, facts | {"objective": "none", "lr": np.nan, "steps": 0} | _measures(evaluations, 0)
+            )
             where = "objectives" if tier == "objectives" else "ablations"
             cos = metrics["cos"].dropna() if "cos" in metrics else pd.Series(dtype=float)
             extra = {"steps": half.steps, "seconds_per_step": metrics["seconds"].diff().median()}
