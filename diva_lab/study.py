@@ -306,7 +306,8 @@ def collect(study: Study) -> list[Path]:
                         tables["objectives"].append(row | {"steps": half.steps})
             tables["curves"].append(evaluations.assign(**facts))
             if changes["objective"] == "naive" and seed < 3:
-                kept = metrics[[c for c in metrics if not c.startswith("cos/") or name == "naive"]]
+                few = ["step", "loss", "con", "rec", "norm_con", "norm_rec", "cos", "magnitude"]  # of rivals
+                kept = metrics if name == "naive" else metrics[few]
                 tables["conflict"].append(kept.assign(objective=name, seed=seed, run=made.id))
             if len(made.probes()):
                 tables["probes"].append(made.probes().assign(objective=name, seed=seed, run=made.id))
