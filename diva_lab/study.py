@@ -268,7 +268,7 @@ def collect(study: Study) -> list[Path]:
 
     rates.csv: every rate tried, and which was chosen. objectives.csv: the first tier with its controls, one row an
     objective and seed; ablations.csv: the others. curves.csv: every evaluation. conflict.csv: every step of the naive
-    sum and of its rivals. probes.csv: what the probes said. claims.csv: differences to `none` with intervals.
+    sum. probes.csv: what the probes said. claims.csv: differences to `none` with intervals.
     """
     tables: dict[str, list] = {
         name: [] for name in ("rates", "objectives", "ablations", "curves", "conflict", "probes")
@@ -305,10 +305,8 @@ def collect(study: Study) -> list[Path]:
                         row = _facts(control, f"perturb-{match}", tier) | _measures(control.evaluations(), -1)
                         tables["objectives"].append(row | {"steps": half.steps})
             tables["curves"].append(evaluations.assign(**facts))
-            if changes["objective"] == "naive" and seed < 3:
-                few = ["step", "loss", "con", "rec", "norm_con", "norm_rec", "cos", "magnitude"]  # of rivals
-                kept = metrics if name == "naive" else metrics[few]
-                tables["conflict"].append(kept.assign(objective=name, seed=seed, run=made.id))
+            if name == "naive":
+                tables["conflict"].append(metrics.assign(objective=name, seed=seed, run=made.id))
             if len(made.probes()):
                 tables["probes"].append(made.probes().assign(objective=name, seed=seed, run=made.id))
     tables["objectives"] = [*untouched.values(), *tables["objectives"]]

@@ -86,7 +86,7 @@ def test_a_study_is_run_collected_and_run_no_second_time(small, monkeypatch):
     assert table(small, "missing").empty
     claims = table(small, "claims")
     assert set(claims["measure"]) == set(MEASURES) and "none" not in set(claims["objective"])
-    assert set(table(small, "conflict")["objective"]) == {"naive", "naive, upgrad"}
+    assert table(small, "conflict")[["seed", "step"]].values.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert {"naive", "dcr"} == set(table(small, "probes")["objective"])
     monkeypatch.setattr(module, "world_report", lambda *_, **__: pytest.fail("evaluated again"))
     run(small)
