@@ -166,8 +166,9 @@ COMBINE: dict[str, Callable[[Tensor], Tensor]] = {  # name -> from the terms' Gr
 def combine(gradients: dict[str, Gradient], how: str) -> Gradient:
     """One gradient of the terms': their sum, or what a key of `COMBINE` makes of it."""
     terms = list(gradients.values())
-    plain = how == "sum" or len(terms) == 1
-    weights = [1.0] * len(terms) if plain else COMBINE[how](total_gram(terms)).tolist()
+    if len(terms) == 1:
+        return {name: g for name, g in terms[0].items() if name != FEATURES}
+    weights = [1.0] * len(terms) if how == "sum" else COMBINE[how](total_gram(terms)).tolist()
     return {
         name: sum(w * g[name] for w, g in zip(weights, terms, strict=True)) for name in terms[0] if name != FEATURES
     }
