@@ -121,7 +121,7 @@ def projectors(condition: str, rounds: int = 6, steps: int = 500) -> Path:
 
 
 # a thin slice: every tier and every kind of record
-SMALL_ROWS = ("diva", "naive", "dcr", "naive, upgrad", "dcr, velocity", "dcr-guidance, τ .3")
+SMALL_ROWS = ("naive", "dcr", "naive, upgrad", "dcr-guidance, τ .3")
 
 
 def remembered(report: Callable[[Encoder], dict[str, float]]) -> Callable[[Encoder], dict[str, float]]:
