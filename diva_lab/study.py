@@ -120,7 +120,7 @@ def projectors(condition: str, rounds: int = 6, steps: int = 500) -> Path:
     return path
 
 
-# a thin slice: every tier and every kind of record
+# a thin slice: every kind of record
 SMALL_ROWS = ("naive", "dcr", "naive, upgrad", "dcr-guidance, τ .3")
 
 
