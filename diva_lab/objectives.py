@@ -277,14 +277,15 @@ def dcr(step: Step, guided: bool = False) -> dict[str, Tensor]:
     c_augmented = step.condition(step.encode(step.augment(step.images)))
     truth = step.denoiser.target(settings.target, x0, noise, t).flatten(1)
     others = draw_others(b, settings.negatives or b - 1, step.generator).to(c.device)
-    common = torch.zeros_like(truth)
     if guided:
         with torch.no_grad():
             common = step.denoiser.predict(x_t, t, step.denoiser.empty.expand(b, -1, -1)).flatten(1)
+        truth = truth - common
 
     def predict(rows: slice, contexts: Tensor) -> Tensor:
         predicted = step.denoiser.predict(x_t[rows], t[rows], contexts.flatten(0, 1))
-        return predicted.flatten(1).unflatten(0, contexts.shape[:2]) - common[rows, None]
+        predicted = predicted.flatten(1).unflatten(0, contexts.shape[:2])
+        return predicted - common[rows, None] if guided else predicted
 
     def loss(rows: slice, own: Tensor, negatives: Tensor, form: Callable = dcr_loss) -> Tensor:
         if negatives.requires_grad:
@@ -294,7 +295,7 @@ def dcr(step: Step, guided: bool = False) -> dict[str, Tensor]:
                 fixed = predict(rows, negatives)
             predicted = torch.cat([predict(rows, own), fixed], dim=1)
         kept = torch.cat([predicted[:, :1], predicted[:, 2:]], dim=1)
-        return form(kept, predicted[:, 1], (truth - common)[rows], settings.tau, settings.denominator)
+        return form(kept, predicted[:, 1], truth[rows], settings.tau, settings.denominator)
 
     own = torch.stack([c, c_augmented], dim=1)
     negatives = (c if settings.negative_gradient else c.detach())[others]  # [b, k, l, c]

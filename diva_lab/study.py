@@ -47,9 +47,8 @@ from diva_lab.world import World, draw_scenes
 STUDY = RUNS / "study"
 RESULTS = DATA / "results"
 RATES = (1e-5, 3e-5, 1e-4, 3e-4)  # the same small budget for every row
-SNR_WEIGHTS = (
-    "1.19,1.00,1.17,1.51,1.31"  # in proportion to DCR's SNR in fifths of T at the original encoder (probes.csv)
-)
+# in proportion to the SNR of DCR's gradient in fifths of T, at the original encoder (probes.csv)
+SNR_WEIGHTS = "1.19,1.00,1.17,1.51,1.31"
 STEPS, RATE_STEPS = 200, 60  # of a run, and of one that only chooses a learning rate
 SEEDS = {"objectives": (0, 1, 2, 3, 4), "rivals": (0, 1, 2), "variants": (0, 1, 2), "ours": (0, 1, 2)}
 THEORY = ("diva", "dcr", "dcr-guidance")  # objectives under which theorem 1 is measured
@@ -188,7 +187,9 @@ class Study:
         return self.rates[int(np.argmax(scores))]
 
     def settings(self, changes: dict, seed: int) -> Settings:
-        return self.stage_two({"steps": self.steps} | changes, lr=self.chosen(changes), seed=seed)
+        """A row's run of one seed at the chosen rate, evaluated before, halfway and at the end."""
+        found = self.stage_two({"steps": self.steps} | changes, lr=self.chosen(changes), seed=seed)
+        return replace(found, evaluate_every=max(1, found.steps // 2))
 
 
 SMALL = Study(
@@ -208,8 +209,7 @@ def run(study: Study) -> None:
             tune(settings, study.root, choose)
         for seed in study.seeds_of(tier):
             settings = study.settings(changes, seed)
-            half = replace(settings, evaluate_every=max(1, settings.steps // 2))
-            made = tune(half, study.root, report, study.probe if name in PROBES and seed == 0 else None)
+            made = tune(settings, study.root, report, study.probe if name in PROBES and seed == 0 else None)
             if name == "dcr":
                 for match in ("norm", "drift"):
                     perturb(made, held_out, match, study.root, report)
@@ -283,8 +283,7 @@ def collect(study: Study) -> list[Path]:
                 tables["rates"].append(row | last[["pairs/mean", "probe/mean", "zeroshot"]].to_dict())
         for seed in study.seeds_of(tier):
             settings = None if lr is None else study.settings(changes, seed)
-            half = settings and replace(settings, evaluate_every=max(1, settings.steps // 2))
-            made = half and planned(half, study.root)
+            made = settings and planned(settings, study.root)
             if made is None or not made.done:
                 missing.append({"tier": tier, "row": name, "seed": seed, "lr": lr})
                 continue
@@ -294,7 +293,7 @@ def collect(study: Study) -> list[Path]:
             )
             where = "objectives" if tier == "objectives" else "ablations"
             cos = metrics["cos"].dropna() if "cos" in metrics else pd.Series(dtype=float)
-            extra = {"steps": half.steps, "seconds_per_step": metrics["seconds"].diff().median()}
+            extra = {"steps": settings.steps, "seconds_per_step": metrics["seconds"].diff().median()}
             if len(cos):
                 extra |= {"conflict_rate": (cos < 0).mean(), "cos": cos.mean()}
             tables[where].append(facts | _measures(evaluations, -1) | extra)
@@ -303,7 +302,7 @@ def collect(study: Study) -> list[Path]:
                     control = controlled(made, match, study.root)
                     if control is not None:
                         row = _facts(control, f"perturb-{match}", tier) | _measures(control.evaluations(), -1)
-                        tables["objectives"].append(row | {"steps": half.steps})
+                        tables["objectives"].append(row | {"steps": settings.steps})
             tables["curves"].append(evaluations.assign(**facts))
             if name == "naive":
                 tables["conflict"].append(metrics.assign(objective=name, seed=seed, run=made.id))

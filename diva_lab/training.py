@@ -393,7 +393,8 @@ def _train(
         position = positions[rank]
     source = open_images(settings.images, px, settings.batch, settings.seed, position, rank, processes)
     skipped: list[dict] = []  # since the last checkpoint
-    probed, shown = open_images(settings.images, px, settings.batch, settings.seed + PROBE_SEED), []
+    shown: list[Tensor] = []  # to probes; their pictures are not opened where nobody probes
+    probed = probe and open_images(settings.images, px, settings.batch, settings.seed + PROBE_SEED)
 
     def save(step: int) -> None:
         places, lines = gather_object([source.position]), gather_object(skipped)
