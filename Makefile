@@ -44,8 +44,10 @@ figures: $(INSTALLED) ## run the notebooks in place: their committed outputs and
 pretrain: $(INSTALLED) ## remake data/tiny from a seed: hours on two cores, goes on where it was stopped
 	$(BIN)/python -m diva_lab.pretrain all --threads $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
-study: $(INSTALLED) ## remake data/results: hours, goes on where it was stopped [SMALL=1: a thin slice in minutes]
+study: $(INSTALLED) ## remake data/results, in a second world too: hours, goes on where it was stopped [SMALL=1: a thin slice in minutes]
 	$(BIN)/python -m diva_lab.study $${SMALL:+--small}
+	@test -n "$$SMALL" || { set -ex; $(BIN)/python -m diva_lab.pretrain models --world 1 --out runs/world-1; \
+	    $(BIN)/python -m diva_lab.study --models runs/world-1; }
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) *.egg-info build dist .pytest_cache .ruff_cache

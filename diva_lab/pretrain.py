@@ -2,7 +2,8 @@
 
 `python -m diva_lab.pretrain all` writes `data/tiny/clip` in open_clip's on-disk format and
 `data/tiny/diffusion` in Stable Diffusion's, each with `record.json`: seed, git sha, versions, sha256 and time.
-Killed, it goes on from its last checkpoint under `runs/pretrain/`.
+Killed, it goes on from its last checkpoint under `runs/pretrain/`. `models --world 1 --out runs/world-1` makes those of
+another world, which `python -m diva_lab.study --models runs/world-1` studies.
 
 The CLIP is made in two phases. *Words*: the text tower learns, by contrast, to match captions with the attribute lists
 of their scenes, in batches of minimal pairs, whose captions name the one detail in which the two differ and each other
@@ -16,7 +17,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -407,17 +408,20 @@ def pretrain_diffusion(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m diva_lab.pretrain", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "what", choices=("clip", "vae", "diffusion", "pairs", "all"), help="diffusion needs clip and vae first"
+        "what",
+        choices=("clip", "vae", "diffusion", "models", "pairs", "all"),
+        help="diffusion needs clip and vae first; models: those three; all: the shipped pairs of pictures too",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", type=int, default=0, help="seed of the world to learn from")
+    parser.add_argument("--sight", type=float, default=SIGHT, help="how often a caption names a detail as CLIP sees")
     parser.add_argument("--out", type=Path, default=DATA / "tiny")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    parts = {"clip": pretrain_clip, "vae": pretrain_vae, "diffusion": pretrain_diffusion}
+    parts = {"clip": partial(pretrain_clip, p=args.sight), "vae": pretrain_vae, "diffusion": pretrain_diffusion}
     for name, train in parts.items():
-        if args.what in (name, "all"):
+        if args.what in (name, "models", "all"):
             train(args.out / ("clip" if name == "clip" else "diffusion"), World(args.world), args.seed)
     if args.what in ("pairs", "all"):
         write_pairs(DATA / "world" / "pairs", World(args.world), 15, args.seed)

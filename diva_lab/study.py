@@ -8,6 +8,11 @@
 
 Without a part, all but the first. Each goes on where it was stopped: runs are kept under runs/study. What has not been
 run is missing from the tables, and named in data/results/missing.csv.
+
+    python -m diva_lab.study --models FOLDER  the first tier on other models, as `diva_lab.pretrain` writes them
+
+aligns their projector, runs and collects: another world, or a CLIP that is less blind. The name of FOLDER is that of
+the runs' folder, runs/study-NAME, and of the tables', data/results/NAME.
 """
 
 import argparse
@@ -15,7 +20,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +55,7 @@ RATES = (1e-5, 3e-5, 1e-4, 3e-4)  # the same small budget for every row
 # in proportion to the SNR of DCR's gradient in fifths of T, at the original encoder (probes.csv)
 SNR_WEIGHTS = "1.19,1.00,1.17,1.51,1.31"
 STEPS, RATE_STEPS = 200, 60  # of a run, and of one that only chooses a learning rate
-SEEDS = {"objectives": (0, 1, 2, 3, 4), "rivals": (0, 1, 2), "variants": (0, 1, 2), "ours": (0, 1, 2)}
+SEEDS = {"objectives": (0, 1, 2, 3, 4)} | dict.fromkeys(("rivals", "variants", "ours", "suspects"), (0, 1, 2))
 THEORY = ("diva", "dcr", "dcr-guidance")  # objectives under which theorem 1 is measured
 PROBES = ("diva", "naive", "dcr", "dcr-guidance")  # rows whose first seed is probed
 NAIVE, DCR, OURS = ({"objective": name} for name in ("naive", "dcr", "dcr-guidance"))
@@ -91,18 +96,28 @@ ROWS: dict[str, dict[str, dict]] = {
         "dcr-guidance, high noise": OURS | {"timesteps": "high-noise"},
         "dcr-guidance, no flips": OURS | {"flips": False},
     },
+    # what may keep DIVA's effect away, beside steps ("diva, equal evaluations") and the models
+    "suspects": {
+        "diva, all weights": {"objective": "diva", "lora_rank": 0},
+        "diva, LoRA 64": {"objective": "diva", "lora_rank": 64, "lora_alpha": 64.0},
+        "diva, batch 64": {"objective": "diva", "batch": 64, "steps": 100},
+    },
 }  # fmt: skip
 PLATEAU = 0.01  # the recovered fraction gained in 1000 steps below which stage 1 has converged
 
 
-def projectors(condition: str, rounds: int = 6, steps: int = 500) -> Path:
-    """Align in rounds of `steps` until one gains less than `PLATEAU`; ship the last projector with its record."""
-    settings = Settings(condition=condition, projector="new", batch=16, lr=1e-3, steps=steps, save_every=250)
+def projectors(study: "Study", condition: str, rounds: int = 6, steps: int = 500) -> Path:
+    """Align in rounds of `steps` until one gains less than `PLATEAU`; the last projector goes to the models' folder.
+
+    Returns the file, beside which lies its record: in projectors/ of the study's models, or of data/tiny.
+    """
+    own = {"condition": condition, "batch": 16, "lr": 1e-3, "steps": steps, "save_every": 250}
+    settings = Settings(**study.base() | own | {"projector": "new"})
     history = []
     for number in range(rounds):
         if history:
-            settings = replace(settings, projector=str(STUDY / history[-1]["run"]), seed=number)
-        run = align(settings, STUDY, alignment_report)
+            settings = replace(settings, projector=str(study.root / history[-1]["run"]), seed=number)
+        run = align(settings, study.root, partial(alignment_report, world=study.world))
         table = run.evaluations()
         first, last = table["recovered"].iloc[0], table.iloc[-1]
         history.append(
@@ -111,9 +126,9 @@ def projectors(condition: str, rounds: int = 6, steps: int = 500) -> Path:
         print(condition, f"round {number + 1}: recovered {first:.4f} -> {last['recovered']:.4f}", flush=True)
         if number and history[-1]["gained"] < PLATEAU * steps / 1000:
             break
-    SHIPPED.mkdir(parents=True, exist_ok=True)
-    path = SHIPPED / f"{condition}.safetensors"
-    shutil.copy(STUDY / history[-1]["run"] / "checkpoint" / "weights.safetensors", path)
+    path = (study.models / "projectors" if study.models else SHIPPED) / f"{condition}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(study.root / history[-1]["run"] / "checkpoint" / "weights.safetensors", path)
     record = {"sha256": sha256(path), "settings": run.settings, "rounds": history, **run.environment}
     path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     return path
@@ -152,6 +167,34 @@ class Study:
     theory_steps: int = 100
     theory: Callable = theory_report
     theory_batches: int = 2  # of eight pictures, on which theorem 2 is tried
+    models: Path | None = None  # a folder of `diva_lab.pretrain`; None for the shipped one
+
+    @classmethod
+    def of(cls, models: Path) -> "Study":
+        """The first tier on the models in a folder.
+
+        Raises FileNotFoundError where the folder holds none.
+        """
+        missing = [part for part in ("clip/record.json", "diffusion/model_index.json") if not (models / part).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"models {models}: no {missing[0]}; expected a folder that `python -m diva_lab.pretrain models` wrote"
+            )
+        name = models.resolve().name
+        return cls(RUNS / f"study-{name}", RESULTS / name, rows=tuple(ROWS["objectives"]), models=models.resolve())
+
+    @cached_property
+    def world(self) -> World:
+        """The world that the models learned from."""
+        return World(json.loads((self.models / "clip" / "record.json").read_text())["world"] if self.models else 0)
+
+    def base(self, condition: str = "global") -> dict:
+        """The settings that name the study's models; empty for the shipped ones."""
+        if self.models is None:
+            return {}
+        folders = {"encoder": self.models / "clip", "denoiser": self.models / "diffusion",
+                   "projector": self.models / "projectors" / f"{condition}.safetensors"}  # fmt: skip
+        return {name: str(path) for name, path in folders.items()} | {"images": f"world:{self.world.seed}"}
 
     def tiers(self) -> Iterator[tuple[str, str, dict]]:
         """Tier, name and settings of every row asked for."""
@@ -165,13 +208,14 @@ class Study:
         """The alignment that a row begins with; None where it takes the shipped projector."""
         own = {"steps": self.steps, "lr": 1e-3, "batch": 8, "projector": "new"} | changes.get("align", {})
         shared = {name: value for name, value in changes.items() if name not in ("align", "steps")}
-        return Settings(**shared | own) if "align" in changes else None
+        return Settings(**self.base() | shared | own) if "align" in changes else None
 
     def stage_two(self, changes: dict, **more: float | int) -> Settings:
         """A row's settings, with its own projector where it has one."""
         if first := self.stage_one(changes):
             more["projector"] = str(planned(first, self.root, "align").folder)
-        return Settings(**{name: value for name, value in changes.items() if name != "align"} | more)
+        shared = {name: value for name, value in changes.items() if name != "align"}
+        return Settings(**self.base(changes.get("condition", "global")) | shared | more)
 
     def choosing(self, changes: dict) -> list[Settings]:
         """The runs that choose a row's learning rate, on a seed and on pairs that are not reported."""
@@ -200,11 +244,14 @@ SMALL = Study(
 
 def run(study: Study) -> None:
     """All rows asked for: their learning rates, then seed by seed; each with its probes and controls."""
-    choose, report = remembered(partial(world_report, split="choose")), remembered(world_report)
-    held_out = torch.from_numpy(World().render(draw_scenes(1000, (World().seed, 8)))).permute(0, 3, 1, 2)
+    world = study.world
+    choose = remembered(partial(world_report, world=world, split="choose"))
+    report = remembered(partial(world_report, world=world))
+    held_out = torch.from_numpy(world.render(draw_scenes(1000, (world.seed, 8)))).permute(0, 3, 1, 2)
     for tier, name, changes in study.tiers():
         if first := study.stage_one(changes):
-            align(first, study.root, alignment_report if first.denoiser == "tiny" else None)
+            drawn = first.denoiser == Settings(**study.base()).denoiser  # by a denoiser that knows the world's captions
+            align(first, study.root, partial(alignment_report, world=world) if drawn else None)
         for settings in study.choosing(changes):
             tune(settings, study.root, choose)
         for seed in study.seeds_of(tier):
@@ -226,10 +273,10 @@ def theory_tables(study: Study) -> list[Path]:
     """
     every, rows = max(1, study.theory_steps // 4), []
     for name in THEORY:
-        settings = Settings(objective=name, steps=study.theory_steps, evaluate_every=every)
+        settings = Settings(**study.base(), objective=name, steps=study.theory_steps, evaluate_every=every)
         denoiser, encoder = build_denoiser(settings), load_encoder(settings.encoder)
         conditioner = build_conditioner(settings, encoder, denoiser)
-        report = remembered(partial(study.theory, conditioner=conditioner, denoiser=denoiser))
+        report = remembered(partial(study.theory, conditioner=conditioner, denoiser=denoiser, world=study.world))
         made = tune(settings, study.root / "theory", report)
         facts = {"run": made.id, "seed": settings.seed, "lr": settings.lr}
         facts |= {"git": made.environment["git"], "torch": made.environment["versions"]["torch"]}
@@ -243,7 +290,7 @@ def theory_tables(study: Study) -> list[Path]:
                 place = {"features": features, "t": t, "constants": constants}
                 rows.append({"objective": name, "step": record["step"], **place, **values, **facts})
     timesteps = dict.fromkeys(row["t"] for row in rows)
-    images = torch.from_numpy(World().render(draw_scenes(8 * study.theory_batches, (World().seed, 12))))
+    images = torch.from_numpy(study.world.render(draw_scenes(8 * study.theory_batches, (study.world.seed, 12))))
     batches = (images.permute(0, 3, 1, 2).float() / 255).split(8)
     now = environment()
     facts = {"objective": "none", "seed": 0, "git": now["git"], "torch": now["versions"]["torch"]}
@@ -384,26 +431,31 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help="run: names of rows or of tiers; default: all")
     parser.add_argument("--condition", choices=PROJECTORS, help="only this condition's projector")
     parser.add_argument("--rounds", type=int, default=6, help="projectors: at most so many")
-    parser.add_argument("--small", action="store_true", help="a thin slice of it, in a folder of its own")
+    parser.add_argument("--seeds", type=int, default=Study.seeds, help="run: at most so many a row")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--small", action="store_true", help="a thin slice of it, in a folder of its own")
+    which.add_argument("--models", type=Path, metavar="FOLDER", help="the first tier on models of `diva_lab.pretrain`")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    study = SMALL if args.small else Study()
-    if args.rows:
-        rows = [name for row in args.rows for name in (ROWS.get(row, [row]))]
-        if unknown := set(rows) - set(Study().rows):
-            parser.error(f"unknown row {min(unknown)!r}; expected {', '.join((*ROWS, *Study().rows))}")
-        study = replace(study, rows=tuple(rows))
-    if args.part == "projectors":
-        for condition in (args.condition,) if args.condition else PROJECTORS:
-            print("written:", projectors(condition, args.rounds))
+    try:
+        study = SMALL if args.small else Study.of(args.models) if args.models else Study()
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    rows = tuple(name for row in args.rows for name in ROWS.get(row, [row]))
+    if unknown := set(rows) - set(Study().rows):
+        parser.error(f"unknown row {min(unknown)!r}; expected {', '.join((*ROWS, *Study().rows))}")
+    conditions = (args.condition,) if args.condition else PROJECTORS if args.models is None else ("global",)
+    if args.part == "projectors" or (args.part is None and args.models):
+        for condition in conditions:
+            print("written:", projectors(study, condition, args.rounds))
     if args.part in (None, "run"):
-        run(study)
+        run(replace(study, rows=rows or study.rows, seeds=min(args.seeds, study.seeds)))
     if args.part in (None, "collect"):
-        print("written:", *collect(replace(study, rows=Study().rows if not args.small else study.rows)))
-    if args.part in (None, "theory"):
+        print("written:", *collect(replace(study, rows=tuple(dict.fromkeys((*study.rows, *rows))))))
+    if args.part in (None, "theory") and not (args.part is None and args.models):
         print("written:", *theory_tables(study))
-    if args.part == "table" or (args.part is None and not args.small):
+    if args.part == "table" or (args.part is None and study.results == RESULTS):
         print("written:", write_readme())
 
 

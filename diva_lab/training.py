@@ -50,7 +50,7 @@ class Settings:
         condition: what the denoiser is told of the picture.
         prompt: the empty prompt; DIVA's is its template without a class.
         projection: `mlp` (DCR: LayerNorm, Linear, GELU, Linear) or one `linear` (DIVA).
-        projector: `shipped`, `new`, or the folder of a run of stage 1.
+        projector: `shipped`, `new`, or the folder of a run of stage 1, or its weights' .safetensors file.
         train_projector: tune it together with the encoder, as DIVA as published does.
         batch, accumulate: pictures a micro-batch and process, micro-batches a step.
         optimizer: `adamw` or `sgd` (momentum .9).
@@ -216,7 +216,8 @@ def _load_aligned(settings: Settings, module: nn.Module, part: str) -> None:
     if settings.projector == "shipped":
         path = SHIPPED / f"{settings.condition}.safetensors"
     else:
-        path = Path(settings.projector) / "checkpoint" / "weights.safetensors"
+        path = Path(settings.projector)
+        path = path if path.suffix == ".safetensors" else path / "checkpoint" / "weights.safetensors"
     if not path.is_file():
         raise FileNotFoundError(
             f"projector={settings.projector!r}: no {path}; expected 'new', 'shipped' (tiny models only) or the folder "
@@ -481,7 +482,7 @@ def _leave() -> None:
 def _portable(settings: Settings) -> dict:
     """Settings as a run keeps them: folders inside the repository relative to it."""
     values = asdict(settings)
-    for name in ("projector", "images"):
+    for name in ("encoder", "denoiser", "projector", "images"):
         values[name] = values[name].removeprefix(f"{ROOT}/")
     return values
 

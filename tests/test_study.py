@@ -1,15 +1,19 @@
+import json
+import shutil
 from dataclasses import replace
 
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from diva_lab import study as module
 from diva_lab.encoders import load_encoder
 from diva_lab.evaluation.conflict import probe
 from diva_lab.figures import MEASURES
-from diva_lab.runs import Run
-from diva_lab.study import ROWS, SEEDS, SMALL_ROWS, Study, collect, main, readme_table, remembered, run
-from diva_lab.training import Settings
+from diva_lab.runs import DATA, Run
+from diva_lab.study import ROWS, SEEDS, SMALL_ROWS, Study, collect, main, projectors, readme_table, remembered, run
+from diva_lab.training import Settings, build_conditioner, build_denoiser
 from diva_lab.workbook import MEASURES as EACH
 
 
@@ -121,3 +125,45 @@ def test_the_readmes_table_is_that_of_the_records(small):
     text = readme_table(table(small, "objectives"))
     naive = table(small, "objectives").query("objective == 'naive'")["pairs/mean"].mean()
     assert f"| naive sum | {100 * naive:.1f}<br>" in text
+
+
+# --- on other models --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def models(tmp_path):
+    """The shipped models in a folder of their own, said to be of world 3."""
+    folder = tmp_path / "world-3"
+    for part in ("clip", "diffusion"):
+        shutil.copytree(DATA / "tiny" / part, folder / part)
+    record = json.loads((folder / "clip" / "record.json").read_text())
+    (folder / "clip" / "record.json").write_text(json.dumps(record | {"world": 3}))
+    return folder
+
+
+def test_a_study_on_other_models_takes_them_their_world_and_their_projector(models, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "alignment_report", lambda *_, world: asked.append(world.seed) or {"recovered": 0.1})
+    study = replace(Study.of(models), root=tmp_path / "runs")
+    path = projectors(study, "global", rounds=2, steps=1)
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert path == models / "projectors" / "global.safetensors" and len(record["rounds"]) == 2
+    assert set(asked) == {3} and record["settings"]["images"] == "world:3"
+    settings = study.stage_two(ROWS["objectives"]["dcr"])
+    assert (settings.encoder, settings.denoiser) == (str(models / "clip"), str(models / "diffusion"))
+    assert settings.images == "world:3" and study.rows == tuple(ROWS["objectives"])
+    encoder, denoiser = load_encoder(settings.encoder), build_denoiser(settings)
+    loaded = build_conditioner(settings, encoder, denoiser).state_dict()
+    (kept,) = study.root.glob(f"{record['rounds'][-1]['run']}/checkpoint/weights.safetensors")
+    assert all(torch.equal(loaded[name.removeprefix("conditioner.")], w) for name, w in load_file(kept).items())
+
+
+def test_other_models_have_runs_and_tables_of_their_own(models):
+    study = Study.of(models)
+    assert study.root != Study.root and study.results == Study.results / "world-3" and study.world.seed == 3
+
+
+def test_a_folder_without_models_is_refused_with_what_makes_one(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--models", str(tmp_path)])
+    assert f"models {tmp_path}: no clip/record.json; expected a folder that" in capsys.readouterr().err
