@@ -46,6 +46,7 @@ from diva_lab.training import (
     perturb,
     planned,
     tune,
+    tuned_encoder,
 )
 from diva_lab.world import World, draw_scenes
 
@@ -266,17 +267,22 @@ def run(study: Study) -> None:
 
 
 def theory_tables(study: Study) -> list[Path]:
-    """Both theorems measured: theory_scatter.csv in runs of its own, theory_affine.csv on the original encoder.
+    """Both theorems measured before and after training, in runs of their own.
 
     theory_scatter.csv: one row an objective, step, kind of features, timestep and way to read the constants off, with
-    what `theorem_1` returns; every step 0 is the original encoder. theory_affine.csv: records of `theorem_2`, and `t`.
+    what `theorem_1` returns; every step 0 is the original encoder. theory_affine.csv: records of `theorem_2` at each t,
+    of the original encoder (`none`) and of each run's last.
     """
-    every, rows = max(1, study.theory_steps // 4), []
+    world = study.world
+    images = torch.from_numpy(world.render(draw_scenes(8 * study.theory_batches, (world.seed, 12))))
+    batches = (images.permute(0, 3, 1, 2).float() / 255).split(8)
+    every, rows, affine, now = max(1, study.theory_steps // 4), [], [], environment()
+    measured = {"git": now["git"], "torch": now["versions"]["torch"]}
     for name in THEORY:
         settings = Settings(**study.base(), objective=name, steps=study.theory_steps, evaluate_every=every)
-        denoiser, encoder = build_denoiser(settings), load_encoder(settings.encoder)
-        conditioner = build_conditioner(settings, encoder, denoiser)
-        report = remembered(partial(study.theory, conditioner=conditioner, denoiser=denoiser, world=study.world))
+        denoiser, original = build_denoiser(settings), load_encoder(settings.encoder)
+        conditioner = build_conditioner(settings, original, denoiser)
+        report = remembered(partial(study.theory, conditioner=conditioner, denoiser=denoiser, world=world))
         made = tune(settings, study.root / "theory", report)
         facts = {"run": made.id, "seed": settings.seed, "lr": settings.lr}
         facts |= {"git": made.environment["git"], "torch": made.environment["versions"]["torch"]}
@@ -289,15 +295,13 @@ def theory_tables(study: Study) -> list[Path]:
             for (features, t, constants), values in found.items():
                 place = {"features": features, "t": t, "constants": constants}
                 rows.append({"objective": name, "step": record["step"], **place, **values, **facts})
-    timesteps = dict.fromkeys(row["t"] for row in rows)
-    images = torch.from_numpy(study.world.render(draw_scenes(8 * study.theory_batches, (study.world.seed, 12))))
-    batches = (images.permute(0, 3, 1, 2).float() / 255).split(8)
-    now = environment()
-    facts = {"objective": "none", "seed": 0, "git": now["git"], "torch": now["versions"]["torch"]}
-    affine = []
-    for t in timesteps:
-        each = [dcr_predictions(encoder, conditioner, denoiser, batch, t) for batch in batches]
-        affine += [{"t": t, **row, **facts} for row in theorem_2(*map(torch.cat, zip(*each, strict=True)))]
+        encoders = {} if affine else {"none": original}
+        for objective, encoder in (encoders | {name: tuned_encoder(made)}).items():
+            place = {"objective": objective, "step": 0 if objective == "none" else settings.steps}
+            for t in dict.fromkeys(row["t"] for row in rows):
+                each = [dcr_predictions(encoder, conditioner, denoiser, batch, t) for batch in batches]
+                found = theorem_2(*map(torch.cat, zip(*each, strict=True)))
+                affine += [{**place, "t": t, **record, **facts, **measured} for record in found]
     study.results.mkdir(parents=True, exist_ok=True)
     tables = {"theory_scatter": rows, "theory_affine": affine}
     return [_write(pd.DataFrame(table), study.results / f"{name}.csv") for name, table in tables.items()]

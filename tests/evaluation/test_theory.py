@@ -242,7 +242,14 @@ def test_the_studys_tables_hold_every_step_and_say_which_run_and_code_made_them(
     scatter_of, affine = (pd.read_csv(path) for path in study.theory_tables(slice_))
     assert scatter_of.groupby("step").size().to_dict() == {0: 4, 1: 4}  # two kinds of features, two of constants
     assert set(scatter_of["run"]) == {path.name for path in (tmp_path / "theory").iterdir()}
-    assert set(affine.groupby(["t", "denominator", "view", "distance"]).size()) == {len(COSINES) + 1}
+    groups = affine.groupby(["objective", "step", "t", "denominator", "view", "distance"])
+    assert set(groups.size()) == {len(COSINES) + 1}
+    assert affine.drop_duplicates(["objective", "step"])[["objective", "step"]].values.tolist() == [
+        ["none", 0],
+        ["diva", 1],
+    ]
+    cosines = affine[affine["negatives"] == "as they are"].groupby("objective")["cosine"].first()
+    assert cosines["none"] != cosines["diva"]  # it is the tuned encoder that was measured
     for table in (scatter_of, affine):
         assert {"objective", "seed", "git", "torch"} <= set(table)
         assert not table.isna().any(axis=None)
