@@ -31,7 +31,7 @@ from diva_lab.encoders import Encoder, embed, load_encoder
 from diva_lab.evaluation.alignment import alignment_report
 from diva_lab.evaluation.comparison import paired_differences
 from diva_lab.evaluation.conflict import probe
-from diva_lab.evaluation.theory import dcr_predictions, theorem_2, theory_report
+from diva_lab.evaluation.theory import COSINES, dcr_predictions, theorem_2, theory_report
 from diva_lab.evaluation.world import world_report
 from diva_lab.figures import MEASURES, NAMES
 from diva_lab.gradients import COMBINE
@@ -271,7 +271,7 @@ def theory_tables(study: Study) -> list[Path]:
 
     theory_scatter.csv: one row an objective, step, kind of features, timestep and way to read the constants off, with
     what `theorem_1` returns; every step 0 is the original encoder. theory_affine.csv: records of `theorem_2` at each t,
-    of the original encoder (`none`) and of each run's last.
+    of the original encoder (`none`), and of each run's last with its negatives as they are.
     """
     world = study.world
     images = torch.from_numpy(world.render(draw_scenes(8 * study.theory_batches, (world.seed, 12))))
@@ -300,7 +300,8 @@ def theory_tables(study: Study) -> list[Path]:
             place = {"objective": objective, "step": 0 if objective == "none" else settings.steps}
             for t in dict.fromkeys(row["t"] for row in rows):
                 each = [dcr_predictions(encoder, conditioner, denoiser, batch, t) for batch in batches]
-                found = theorem_2(*map(torch.cat, zip(*each, strict=True)))
+                cosines = COSINES if objective == "none" else ()
+                found = theorem_2(*map(torch.cat, zip(*each, strict=True)), cosines)
                 affine += [{**place, "t": t, **record, **facts, **measured} for record in found]
     study.results.mkdir(parents=True, exist_ok=True)
     tables = {"theory_scatter": rows, "theory_affine": affine}
