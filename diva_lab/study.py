@@ -458,7 +458,7 @@ def main(argv: list[str] | None = None) -> None:
         run(replace(study, rows=rows or study.rows, seeds=min(args.seeds, study.seeds)))
     if args.part in (None, "collect"):
         print("written:", *collect(replace(study, rows=tuple(dict.fromkeys((*study.rows, *rows))))))
-    if args.part in (None, "theory") and not (args.part is None and args.models):
+    if args.part == "theory" or (args.part is None and not args.models):
         print("written:", *theory_tables(study))
     if args.part == "table" or (args.part is None and study.results == RESULTS):
         print("written:", write_readme())
