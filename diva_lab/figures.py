@@ -132,13 +132,13 @@ def running_mean(values: Sequence[float] | np.ndarray | pd.Series, window: int) 
     return pd.Series(np.asarray(values, float)).rolling(window, min_periods=(window + 1) // 2).mean().to_numpy()
 
 
-def _in_64_colours(canvas: FigureCanvasAgg):
+def _in_48_colours(canvas: FigureCanvasAgg):
     """A `print_png` for `canvas` that writes a palette image: a quarter of the bytes, so that notebooks stay small."""
 
     def print_png(file: object, **_: object) -> None:  # matplotlib's other wishes are for other formats
         canvas.draw()
         pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-        small = pixels.quantize(64, kmeans=1, dither=Image.Dither.NONE)  # without k-means cyan would turn teal
+        small = pixels.quantize(48, kmeans=1, dither=Image.Dither.NONE)  # without k-means cyan would turn teal
         small.save(file, format="png", optimize=True, dpi=(canvas.figure.dpi,) * 2)
 
     return print_png
@@ -150,7 +150,7 @@ def _minus(text: str) -> str:
 
 def _signed(fig: Figure, source: str) -> Figure:
     if isinstance(fig.canvas, FigureCanvasAgg):
-        fig.canvas.print_png = _in_64_colours(fig.canvas)
+        fig.canvas.print_png = _in_48_colours(fig.canvas)
     if source:
         lines = "\n".join(textwrap.wrap(source, int(fig.get_figwidth() * 21)))
         fig.text(0.005, -0.09 / fig.get_figheight(), lines, fontsize=6, color=GREY, va="top", gid="source")

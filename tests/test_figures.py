@@ -200,7 +200,7 @@ def test_each_objective_has_a_colour_and_a_marker_of_its_own():
     assert len(set(figures.COLOURS.values())) == len(set(figures.MARKERS.values())) == len(figures.COLOURS)
 
 
-def test_a_palette_of_64_colours_keeps_the_worlds_hues():
+def test_a_palette_of_48_colours_keeps_the_worlds_hues():
     hues = np.array([(242, 31, 31), (242, 242, 31), (31, 242, 31), (31, 242, 242), (31, 31, 242), (242, 31, 242)])
     noise = RNG.integers(-8, 9, (6, 32, 32, 3))
     fig = figures.image_grid((hues[:, None, None] + noise).clip(0, 255).astype(np.uint8), [""] * 6)
