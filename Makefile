@@ -46,7 +46,8 @@ pretrain: $(INSTALLED) ## remake data/tiny from a seed: hours on two cores, goes
 
 study: $(INSTALLED) ## remake data/results, in a second world too: hours, goes on where it was stopped [SMALL=1: a thin slice in minutes]
 	$(BIN)/python -m diva_lab.study $${SMALL:+--small}
-	@test -n "$$SMALL" || { set -ex; $(BIN)/python -m diva_lab.pretrain models --world 1 --out runs/world-1; \
+	@test -n "$$SMALL" || { set -ex; test -e runs/world-1/diffusion/record.json || \
+	    $(BIN)/python -m diva_lab.pretrain models --world 1 --out runs/world-1; \
 	    $(BIN)/python -m diva_lab.study --models runs/world-1; }
 
 clean: ## remove .venv and caches; runs/ stays

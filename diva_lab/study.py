@@ -181,8 +181,9 @@ class Study:
             raise FileNotFoundError(
                 f"models {models}: no {missing[0]}; expected a folder that `python -m diva_lab.pretrain models` wrote"
             )
-        name = models.resolve().name
-        return cls(RUNS / f"study-{name}", RESULTS / name, rows=tuple(ROWS["objectives"]), models=models.resolve())
+        models = models.resolve()
+        root, results = RUNS / f"study-{models.name}", RESULTS / models.name
+        return cls(root, results, rows=tuple(ROWS["objectives"]), models=models)
 
     @cached_property
     def world(self) -> World:
