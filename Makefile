@@ -20,7 +20,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 run: $(INSTALLED) ## run the notebooks into runs/ID: report.html, summary.csv [IMAGES=folder_or_tars SEEDS=3 STEPS=n]
-	@$(BIN)/python -m diva_lab.workbook \
+	@$(BIN)/diva-lab run \
 	    $${IMAGES:+--images "$$IMAGES"} $${SEEDS:+--seeds "$$SEEDS"} $${STEPS:+--steps "$$STEPS"}
 
 test: export HF_HUB_OFFLINE := 1
@@ -42,17 +42,17 @@ figures: $(INSTALLED) ## run the notebooks in place: their committed outputs and
 	done
 
 pretrain: $(INSTALLED) ## remake data/tiny from a seed: hours on two cores, goes on where it was stopped
-	$(BIN)/python -m diva_lab.pretrain all --threads $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+	$(BIN)/python -m tools.pretrain all --threads $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
 study: $(INSTALLED) ## remake data/results, in a second world too: hours, goes on where it was stopped [SMALL=1: a thin slice in minutes]
-	$(BIN)/python -m diva_lab.study $${SMALL:+--small}
+	$(BIN)/python -m tools.study $${SMALL:+--small}
 	@test -n "$$SMALL" || { set -ex; test -e runs/world-1/diffusion/record.json || \
-	    $(BIN)/python -m diva_lab.pretrain models --world 1 --out runs/world-1; \
-	    $(BIN)/python -m diva_lab.study --models runs/world-1; }
+	    $(BIN)/python -m tools.pretrain models --world 1 --out runs/world-1; \
+	    $(BIN)/python -m tools.study --models runs/world-1; }
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) *.egg-info build dist .pytest_cache .ruff_cache
-	find diva_lab tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	find diva_lab tools tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or newer," \

@@ -1,7 +1,7 @@
 """How fast and how small a step is: against a plain implementation, with each lever left out alone.
 
-    python -m diva_lab.benchmark dcr-step --scale tiny --batch 8 --json out.json
-    python -m diva_lab.benchmark diva-step | align-step | conflict-step | evaluate | input
+    diva-lab benchmark dcr-step --scale tiny --batch 8 --json out.json
+    diva-lab benchmark diva-step | align-step | conflict-step | evaluate | input
 
 `reference` is the step as METHOD describes the released code: eager, one call for all evaluations, the empty prompt
 encoded for every picture, pictures augmented one by one, every activation held. `exact` is the training's own step.
@@ -9,7 +9,6 @@ All variants run in one process, in turn, on the same inputs; medians are over t
 the scale `tiny`: speed does not depend on them. `l14` is a CLIP of ViT-L/14's size alone, for `evaluate`.
 """
 
-import argparse
 import copy
 import json
 import os
@@ -35,26 +34,31 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
-from diva_lab.conditions import Conditioner
-from diva_lab.denoisers import DENOISERS, Denoiser, StableDiffusion, load_denoiser
-from diva_lab.encoders import ENCODERS, Encoder, embed, load_encoder, make_trainable
 from diva_lab.evaluation.features import FeatureStore
-from diva_lab.evaluation.image_sets import Place
 from diva_lab.evaluation.world import world_report
-from diva_lab.frozen import LEVERS
 from diva_lab.gradients import combine, measure, term_gradients
+from diva_lab.image_files import Place
 from diva_lab.images import augment, open_images
 from diva_lab.machine import default_device, fast_bf16, generator
-from diva_lab.objectives import OBJECTIVES, Step, dcr_loss, draw_others, reconstruction
-from diva_lab.runs import environment
-from diva_lab.training import Settings, build_conditioner, make_step
+from diva_lab.models.conditions import Conditioner
+from diva_lab.models.denoiser import Denoiser
+from diva_lab.models.diffusion import StableDiffusion
+from diva_lab.models.encoders import ENCODERS, Encoder, embed, load_encoder
+from diva_lab.models.frozen import LEVERS
+from diva_lab.models.lora import make_trainable
+from diva_lab.models.registry import DENOISERS, load_denoiser
+from diva_lab.objectives import OBJECTIVES
+from diva_lab.objectives.dcr import dcr_loss
+from diva_lab.objectives.diva import reconstruction
+from diva_lab.objectives.negatives import draw_others
+from diva_lab.objectives.step import Step
+from diva_lab.provenance import environment
+from diva_lab.training.build import build_conditioner, make_step
+from diva_lab.training.settings import Settings
 
-PARTS = ("vae", "network", "text_encoder", "tokenizer", "scheduler")
+COMPONENTS = ("vae", "network", "text_encoder", "tokenizer", "scheduler")
 PHOTO = (375, 500)  # rows and columns of the JPEGs from which `evaluate` reads
-FILES = 256  # so many different ones at most, read again and again
-
-
-# --- models of any size -----------------------------------------------------------------------------------------
+PHOTO_FILES = 256  # so many different ones at most, read again and again
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def open_scale(name: str) -> Encoder:
     return load_encoder("tiny") if SCALES[name] is None else Encoder(build_clip(name), None)
 
 
-def build(name: str, device: torch.device) -> tuple[Encoder, Denoiser]:
+def build_models(name: str, device: torch.device) -> tuple[Encoder, Denoiser]:
     """A CLIP and a denoiser without any lever, of the named scale."""
     encoder = open_scale(name)
     if (scale := SCALES[name]) is None:
@@ -127,9 +131,6 @@ def build(name: str, device: torch.device) -> tuple[Encoder, Denoiser]:
         DDPMScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
     )  # fmt: skip
     return encoder.to(device), StableDiffusion(*parts, levers=()).to(device)
-
-
-# --- a step, plain and ours -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -185,12 +186,12 @@ class Variant:
             p.data.copy_(old)
 
 
-def ours(variant: Variant, images: Tensor) -> Tensor:
+def exact_loss(variant: Variant, images: Tensor) -> Tensor:
     """The training's step."""
     return sum(term.mean() for term in OBJECTIVES[variant.settings.objective](variant.start(images)).values())
 
 
-def measured(variant: Variant, images: Tensor) -> dict[str, Tensor]:
+def exact_terms(variant: Variant, images: Tensor) -> dict[str, Tensor]:
     """The training's step with its terms apart: cosines and norms of their gradients are taken in the backward pass."""
     return OBJECTIVES[variant.settings.objective](variant.start(images))
 
@@ -230,9 +231,6 @@ def plain_diva(variant: Variant, images: Tensor) -> Tensor:
     return sum(losses) / settings.draws
 
 
-# --- measuring --------------------------------------------------------------------------------------------------
-
-
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors made under it that are alive at the same time; `peak` is the most so far."""
 
@@ -269,7 +267,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     return live.peak
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
+def time_call(work: Callable[[], object], device: torch.device) -> float:
     """Wall time of one call of `work`, the device's queue emptied."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
@@ -279,27 +277,24 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def spread(times: Sequence[float]) -> dict[str, float]:
+def quartiles(times: Sequence[float]) -> dict[str, float]:
     """Median and quartiles of `times`, in seconds."""
     low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
     return {"median": middle, "low": low, "high": high}
 
 
-def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large product of matrices: what a step is measured against."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     a @ b
-    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
+    return 2 * n**3 / min(time_call(lambda: a @ b, device) for _ in range(5))
 
 
-def apart(one: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> dict[str, float]:
+def relative_differences(one: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> dict[str, float]:
     """Relative differences |a - b| / |b| of a loss and of the gradients that belong to it."""
     pairs = zip(("loss", "gradient"), one, truth, strict=True)
     return {name: ((a - b).norm() / b.norm()).item() for name, a, b in pairs}
-
-
-# --- what is compared -------------------------------------------------------------------------------------------
 
 
 def variants(
@@ -309,7 +304,7 @@ def variants(
 
     Each works on its own copy of the same models, computing in `dtype`.
     """
-    encoder, denoiser = build(scale, device)
+    encoder, denoiser = build_models(scale, device)
     objective = {"dcr-step": "dcr", "conflict-step": "naive"}.get(what, "diva")
     settings = Settings(objective=objective, batch=batch, lora_dropout=0.0)
     settings = replace(settings, projector="shipped" if scale == "tiny" else "new")
@@ -328,7 +323,7 @@ def variants(
     def variant(loss: Callable, levers: Sequence[str] = tuple(LEVERS), fused: bool = True, **changes) -> Variant:
         own = [copy.deepcopy(module) for module in (encoder, conditioner)]
         own[0].model.visual.set_grad_checkpointing(changes.get("rows", 0) > 0)  # as the training does
-        parts = {part: copy.deepcopy(getattr(denoiser, part)) for part in PARTS}
+        parts = {part: copy.deepcopy(getattr(denoiser, part)) for part in COMPONENTS}
         frozen = StableDiffusion(**parts, levers=levers).to(device)
         nn.Module.to(frozen.network, dtype)
         if changes.get("compile"):
@@ -337,49 +332,49 @@ def variants(
 
     plain = partial(variant, plain_diva if what == "diva-step" else plain_dcr, (), fused=False)
     if what == "align-step":  # the released code aligns by the whole DCR loss, ours by reconstruction as in the paper
-        return {"reference": plain, "exact": partial(variant, ours, draws=1)}
+        return {"reference": plain, "exact": partial(variant, exact_loss, draws=1)}
     if what == "conflict-step":  # the naive sum by one backward pass, and with both gradients apart and measured
-        return {"reference": partial(variant, ours), "exact, measured": partial(variant, measured)}
-    made = {"reference": plain, "exact": partial(variant, ours)}
+        return {"reference": partial(variant, exact_loss), "exact, measured": partial(variant, exact_terms)}
+    made = {"reference": plain, "exact": partial(variant, exact_loss)}
     if what == "dcr-step":
-        made["exact, row by row"] = partial(variant, ours, rows=1)
-        made["exact, two rows at a time"] = partial(variant, ours, rows=2)
-        made["exact, three rows at a time"] = partial(variant, ours, rows=3)
-        made["sampled, K = 4"] = partial(variant, ours, negatives=4)
-        made["no gradient through negatives"] = partial(variant, ours, negative_gradient=False)
+        made["exact, row by row"] = partial(variant, exact_loss, rows=1)
+        made["exact, two rows at a time"] = partial(variant, exact_loss, rows=2)
+        made["exact, three rows at a time"] = partial(variant, exact_loss, rows=3)
+        made["sampled, K = 4"] = partial(variant, exact_loss, negatives=4)
+        made["no gradient through negatives"] = partial(variant, exact_loss, negative_gradient=False)
         for name in LEVERS:
-            made[f"exact without {name}"] = partial(variant, ours, [n for n in LEVERS if n != name])
-        made["exact without fused"] = partial(variant, ours, fused=False)
+            made[f"exact without {name}"] = partial(variant, exact_loss, [n for n in LEVERS if n != name])
+        made["exact without fused"] = partial(variant, exact_loss, fused=False)
     for name in ("exact", "exact, row by row", "exact, two rows at a time", "sampled, K = 4"):
         if name in made:
             made[f"{name}, compiled"] = partial(made[name], compile=True)
     return made
 
 
-def in_turn(works: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def time_in_turn(works: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each work in each of the rounds, which come after a first call of each."""
     for work in works.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
-            times[name].append(seconds(work, device))
+            times[name].append(time_call(work, device))
     return times
 
 
-def compare(
+def compare_works(
     works: dict[str, Callable[[], object]], rounds: int, device: torch.device, compiled: Sequence[str] = ()
 ) -> dict[str, dict[str, float]]:
-    """Seconds (`in_turn`), FLOPs and peak memory of each work, and ratios to the first.
+    """Seconds (`time_in_turn`), FLOPs and peak memory of each work, and ratios to the first.
 
     On a CPU memory is left out for those in `compiled`: under `LiveBytes` they would run uncompiled.
     """
-    times = in_turn(works, rounds, device)
+    times = time_in_turn(works, rounds, device)
     rows: dict[str, dict[str, float]] = {}
     for name, work in works.items():
         with FlopCounterMode(display=False) as counter:
             work()
-        row = rows[name] = spread(times[name]) | {"flop": counter.get_total_flops()}
+        row = rows[name] = quartiles(times[name]) | {"flop": counter.get_total_flops()}
         first = next(iter(rows.values()))
         row["faster"] = first["median"] / row["median"]
         if device.type == "cuda" or name not in compiled:
@@ -410,8 +405,8 @@ def measure_step(
     world = next(open_images("world", 32, batch, 0))
     images = F.interpolate(world.float(), (px, px)).round().byte().to(device)
     works = {name: partial(variant.step, images) for name, variant in made.items()}
-    rows = compare(works, rounds, device, [name for name in made if name.endswith("compiled")])
-    top = ceiling(device, dtype)
+    rows = compare_works(works, rounds, device, [name for name in made if name.endswith("compiled")])
+    top = matmul_ceiling(device, dtype)
     for row in rows.values():
         row["of_ceiling"] = row["flop"] / row["median"] / top
     found = {"dtype": str(dtype).removeprefix("torch."), "ceiling_flops": top, "variants": rows}
@@ -420,10 +415,12 @@ def measure_step(
         same = [name for name in made if name == "reference" or name.startswith("exact")]
         truth = plain["reference"]().gradients(images)
         found["apart_float32"] = {
-            name: apart(plain[name]().gradients(images), truth) for name in same if not name.endswith("compiled")
+            name: relative_differences(plain[name]().gradients(images), truth)
+            for name in same
+            if not name.endswith("compiled")
         }
         if half:
-            found["apart_bfloat16"] = {name: apart(made[name].gradients(images), truth) for name in same}
+            found["apart_bfloat16"] = {name: relative_differences(made[name].gradients(images), truth) for name in same}
     return found
 
 
@@ -437,8 +434,8 @@ def measure_input(source: str, scale: str, batch: int, rounds: int) -> dict:
         batches = open_images(source, exact.encoder.px, batch, 0)
         images = next(batches).to(device)
         exact.step(images)
-        step = statistics.median(seconds(lambda v=exact, x=images: v.step(x), device) for _ in range(rounds))
-        load = statistics.median(seconds(lambda b=batches: next(b), torch.device("cpu")) for _ in range(10 * rounds))
+        step = statistics.median(time_call(lambda v=exact, x=images: v.step(x), device) for _ in range(rounds))
+        load = statistics.median(time_call(lambda b=batches: next(b), torch.device("cpu")) for _ in range(10 * rounds))
         rows[what] = {"loader": batch / load, "step": batch / step, "ratio": step / load}
     return {"source": source, "pictures_per_second": rows}
 
@@ -458,7 +455,7 @@ def measure_evaluate(scale: str, batch: int, rounds: int, workers: int | None = 
     """Pictures a second, in float32, against a bare loop over open_clip's `encode_image` on tensors made ready.
 
     `exact` is `embed` on uint8 pictures in memory; `ratio` its throughput by the bare loop's, a median over the rounds.
-    `from files` is what `diva_lab.evaluate` does on a set of `PHOTO` JPEGs: they are decoded and resized too; `waited`
+    `from files` is what `evaluate` does on a set of `PHOTO` JPEGs: they are decoded and resized too; `waited`
     is the share of that time without data. At the scale `tiny` beside it one whole evaluation on the tiny world.
 
     Args:
@@ -479,7 +476,7 @@ def measure_evaluate(scale: str, batch: int, rounds: int, workers: int | None = 
         return torch.cat([bare.encode_image(own, normalize=True) for own in part.split(batch)])
 
     with tempfile.TemporaryDirectory() as folder:
-        photos = write_photos(Path(folder), min(pictures, FILES))
+        photos = write_photos(Path(folder), min(pictures, PHOTO_FILES))
 
         def from_files() -> None:
             waited, whole = store.waited, store.seconds
@@ -487,8 +484,8 @@ def measure_evaluate(scale: str, batch: int, rounds: int, workers: int | None = 
             shares.append((store.waited - waited) / (store.seconds - whole))
 
         works = {"reference": loop, "exact": lambda: embed(encoder, images, batch), "from files": from_files}
-        times = in_turn(works, rounds, device)
-    rows = {name: spread(taken) for name, taken in times.items()}
+        times = time_in_turn(works, rounds, device)
+    rows = {name: quartiles(taken) for name, taken in times.items()}
     for name, row in rows.items():
         row["pictures_per_second"] = (pictures if name == "from files" else len(images)) / row["median"]
     rows["from files"]["waited"] = statistics.median(shares[1:])
@@ -496,11 +493,11 @@ def measure_evaluate(scale: str, batch: int, rounds: int, workers: int | None = 
     found["ratio"] = statistics.median(a / b for a, b in zip(times["reference"], times["exact"], strict=True))
     found["largest_difference"] = (loop(ready[:2]).cpu() - embed(encoder, images[:2])).abs().max().item()
     if scale == "tiny":
-        found["world_report_seconds"] = spread([seconds(lambda: world_report(encoder), device) for _ in range(3)])
+        found["world_report_seconds"] = quartiles([time_call(lambda: world_report(encoder), device) for _ in range(3)])
     return found
 
 
-def show(found: dict) -> str:
+def markdown_table(found: dict) -> str:
     """The figures as a Markdown table."""
     if "variants" not in found:
         return json.dumps(found["pictures_per_second"], indent=1)
@@ -522,40 +519,42 @@ def show(found: dict) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m diva_lab.benchmark", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("dcr-step", "diva-step", "align-step", "conflict-step", "evaluate", "input"))
-    parser.add_argument("--scale", choices=tuple(SCALES), help="default: tiny; of evaluate l14")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--precision", choices=("auto", "bf16", "no"), default="auto")
-    parser.add_argument("--images", default="world", help="input: the source to load from")
-    parser.add_argument("--workers", type=int, help="evaluate: processes that decode (default: as evaluate has them)")
-    parser.add_argument("--pictures", type=int, default=0, help="evaluate: files to read in one go")
-    parser.add_argument("--compile", action="store_true", help="compiled variants too, minutes more")
-    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="only these variants and the reference")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="write all figures there")
-    args = parser.parse_args(argv)
-    args.scale = args.scale or ("l14" if args.what == "evaluate" else "tiny")
-    if args.scale == "l14" and args.what != "evaluate":
-        parser.error(f"{args.what} needs a denoiser, and l14 is a CLIP alone; expected --scale tiny, small or sd21")
-    torch.set_num_threads(args.threads)
+def run_benchmark(
+    what: str,
+    scale: str | None = None,
+    batch: int = 8,
+    rounds: int = 7,
+    precision: str = "auto",
+    images: str = "world",
+    workers: int | None = None,
+    files: int = 0,
+    compiled: bool = False,
+    only: Sequence[str] = (),
+    threads: int | None = None,
+    json_path: Path | None = None,
+) -> dict:
+    """Measure a step, the loader (`input`) or the evaluation, print a table, and write all figures as json.
+
+    Raises:
+        ValueError: for an unknown scale, or one without a denoiser where a step needs one.
+    """
+    scale = scale or ("l14" if what == "evaluate" else "tiny")
+    if scale not in SCALES or (scale == "l14" and what != "evaluate"):
+        known = ", ".join(name for name in SCALES if name != "l14" or what == "evaluate")
+        raise ValueError(f"--scale {scale}: expected one of {known} for {what}")
+    torch.set_num_threads(threads or torch.get_num_threads())
     # many variants in turn: oneDNN is not to forget one's kernels while another runs, as one training alone never does
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
-    found = {"what": args.what, "scale": args.scale, "batch": args.batch, "threads": args.threads}
-    if args.what == "input":
-        found |= measure_input(args.images, args.scale, args.batch, args.rounds)
-    elif args.what == "evaluate":
-        found |= measure_evaluate(args.scale, args.batch, args.rounds, args.workers, args.pictures)
+    found = {"what": what, "scale": scale, "batch": batch, "threads": torch.get_num_threads()}
+    if what == "input":
+        found |= measure_input(images, scale, batch, rounds)
+    elif what == "evaluate":
+        found |= measure_evaluate(scale, batch, rounds, workers, files)
     else:
-        found |= measure_step(args.what, args.scale, args.batch, args.rounds, args.precision, args.compile, args.only)
+        found |= measure_step(what, scale, batch, rounds, precision, compiled, only)
     found |= environment()
-    print(show(found))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    print(markdown_table(found))
+    if json_path:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(found, indent=1) + "\n")
+    return found

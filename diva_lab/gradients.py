@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torchjd.aggregation import CAGradWeighting, MGDAWeighting, PCGradWeighting, UPGradWeighting
 
-from diva_lab.encoders import block_of, kind_of
+from diva_lab.models.layers import block_name, layer_kind
 
 Gradient = dict[str, Tensor]  # parameter name -> gradient
-FEATURES = "features"  # in a Gradient: with respect to the global embeddings, summed over the views of each picture
+EMBEDDINGS = "features"  # in a Gradient: with respect to the global embeddings, summed over the views of each picture
 
 
 def term_gradients(terms: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Gradient]:
@@ -50,7 +50,7 @@ def grams(gradients: Sequence[Gradient]) -> dict[str, Float[Tensor, "t t"]]:
 
 def total_gram(gradients: Sequence[Gradient]) -> Float[Tensor, "t t"]:
     """<g_i, g_j> over all parameters; the embeddings are none."""
-    return torch.stack([value for name, value in grams(gradients).items() if name != FEATURES]).sum(0)
+    return torch.stack([value for name, value in grams(gradients).items() if name != EMBEDDINGS]).sum(0)
 
 
 def _cosine(gram: Tensor, i: int = 0, j: int = 1) -> float:
@@ -61,12 +61,12 @@ def _cosine(gram: Tensor, i: int = 0, j: int = 1) -> float:
 def groups_of(names: Sequence[str]) -> dict[str, list[str]]:
     """Parameters by block (`block0`), by kind of layer (`kind/q`), and the embeddings (`features`)."""
     found: dict[str, list[str]] = {}
-    weights = [name for name in names if name != FEATURES]
+    weights = [name for name in names if name != EMBEDDINGS]
     for name in weights:
-        found.setdefault(block_of(name), []).append(name)
+        found.setdefault(block_name(name), []).append(name)
     for name in weights:
-        found.setdefault(f"kind/{kind_of(name)}", []).append(name)
-    return found | ({FEATURES: [FEATURES]} if FEATURES in names else {})
+        found.setdefault(f"kind/{layer_kind(name)}", []).append(name)
+    return found | ({EMBEDDINGS: [EMBEDDINGS]} if EMBEDDINGS in names else {})
 
 
 def conflict(a: Gradient, b: Gradient) -> dict[str, float]:
@@ -82,7 +82,7 @@ def conflict(a: Gradient, b: Gradient) -> dict[str, float]:
 def measure(gradients: dict[str, Gradient]) -> dict[str, float]:
     """`norm_<term>` of every term and the `conflict` of every pair; of more than two terms behind `<one>~<other>:`."""
     terms, each = list(gradients), grams(list(gradients.values()))
-    whole = torch.stack([value for name, value in each.items() if name != FEATURES]).sum(0)  # [t, t]
+    whole = torch.stack([value for name, value in each.items() if name != EMBEDDINGS]).sum(0)  # [t, t]
     out = {f"norm_{term}": whole[i, i].sqrt().item() for i, term in enumerate(terms)}
     parts = {label: torch.stack([each[n] for n in names]).sum(0) for label, names in groups_of(list(each)).items()}
     for i, j in combinations(range(len(terms)), 2):
@@ -139,9 +139,6 @@ def signal(gram: Float[Tensor, "k k"], batch: int) -> dict[str, float]:
     return {"signal": found, "noise": noise, "snr": snr, "noise_scale": batch / snr if snr > 0 else float("inf")}
 
 
-# --- surgery ----------------------------------------------------------------------------------------------------
-
-
 def equal_norms(gram: Float[Tensor, "t t"]) -> Float[Tensor, " t"]:
     """Weights that bring all terms to their mean norm, as GradNorm aims at with equal rates; 1 for a zero gradient."""
     norms = gram.diagonal().sqrt()
@@ -167,8 +164,8 @@ def combine(gradients: dict[str, Gradient], how: str) -> Gradient:
     """One gradient of the terms': their sum, or what a key of `COMBINE` makes of it."""
     terms = list(gradients.values())
     if len(terms) == 1:
-        return {name: g for name, g in terms[0].items() if name != FEATURES}
+        return {name: g for name, g in terms[0].items() if name != EMBEDDINGS}
     weights = [1.0] * len(terms) if how == "sum" else COMBINE[how](total_gram(terms)).tolist()
     return {
-        name: sum(w * g[name] for w, g in zip(weights, terms, strict=True)) for name in terms[0] if name != FEATURES
+        name: sum(w * g[name] for w, g in zip(weights, terms, strict=True)) for name in terms[0] if name != EMBEDDINGS
     }

@@ -28,13 +28,13 @@ def autocast(device: torch.device | str = "cpu") -> torch.autocast:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast_bf16(device))
 
 
-def absent(*repositories: str) -> str:
+def fetch_hint(*repositories: str) -> str:
     """Where models of the hub, as `owner/name`, were looked for, and what fetches them."""
     folders = ", ".join(str(Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}")) for name in repositories)
     return f"looked in {folders}; fetch with network: {' && '.join(f'hf download {name}' for name in repositories)}"
 
 
-def fetched(repository: str, files: list[str]) -> str:
+def fetch_repository(repository: str, files: list[str]) -> str:
     """The folder of a hub repository, its `files` (patterns) from the cache or, with network, from the hub.
 
     Raises:
@@ -43,7 +43,7 @@ def fetched(repository: str, files: list[str]) -> str:
     try:
         return snapshot_download(repository, allow_patterns=files)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"no {repository} here; {absent(repository)}") from error
+        raise FileNotFoundError(f"no {repository} here; {fetch_hint(repository)}") from error
 
 
 def generator(*numbers: int | str) -> torch.Generator:

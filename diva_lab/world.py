@@ -22,7 +22,6 @@ FAMILIES = {
     "curly": ("heart", "flower", "leaf"),
 }
 CLASSES = tuple(name for members in FAMILIES.values() for name in members)
-
 # detail -> its values; the order of the keys is the order of MMVP's nine patterns
 DETAILS = {
     "orientation": ("west", "east", "north", "south"),
@@ -56,11 +55,7 @@ PATTERNS = dict(
 )
 ADJECTIVES = ("colour", "structure", "state")  # said before the noun; the others after it
 NUISANCES = 32  # uniform numbers a scene carries beside its attributes
-
 SCENE = np.dtype([("class", "i1"), *((name, "i1") for name in DETAILS), ("nuisance", "f8", (NUISANCES,))])
-
-
-# --- scenes -----------------------------------------------------------------------------------------------------
 
 
 def draw_scenes(n: int, seed: int | tuple[int, ...]) -> np.ndarray:
@@ -84,9 +79,6 @@ def draw_pairs(detail: str, n: int, seed: int | tuple[int, ...]) -> np.ndarray:
     shift = 1 + np.random.default_rng((*np.atleast_1d(seed), 1)).integers(count - 1, size=n)
     second[detail] = (first[detail] + shift) % count
     return np.stack([first, second], axis=1)
-
-
-# --- captions ---------------------------------------------------------------------------------------------------
 
 
 def _phrase(detail: str, value: str) -> str:
@@ -126,8 +118,6 @@ def vocabulary() -> list[str]:
     phrases = [_phrase(name, value) for name, values in DETAILS.items() for value in values]
     return sorted({word for text in ["a photo of a", *CLASSES, *phrases] for word in text.split()})
 
-
-# --- pixels -----------------------------------------------------------------------------------------------------
 
 _GLYPHS = {
     "a": "01110 10001 10001 11111 10001 10001 10001",

@@ -99,7 +99,7 @@ def small_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_settings(small_clip: Path, small_diffusion: Path):
     """Settings of the small models: four steps of three pictures, a new projector, full precision."""
-    from diva_lab.training import Settings
+    from diva_lab.training.settings import Settings
 
     return Settings(
         str(small_clip), str(small_diffusion), projector="new", steps=4, batch=3, lora_rank=4, precision="no"

@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from diva_lab.conditions import Conditioner
-from diva_lab.denoisers import Denoiser, load_denoiser
-from diva_lab.encoders import Encoder
 from diva_lab.machine import generator
+from diva_lab.models.conditions import Conditioner
+from diva_lab.models.denoiser import Denoiser
+from diva_lab.models.encoders import Encoder
+from diva_lab.models.registry import load_denoiser
 from diva_lab.objectives import OBJECTIVES
-from diva_lab.training import Settings, build_conditioner, build_encoder, make_step
+from diva_lab.training.build import build_conditioner, build_encoder, make_step
+from diva_lab.training.settings import Settings
 from diva_lab.world import World, draw_scenes
 
 shared_denoiser = functools.cache(load_denoiser)  # frozen, so that tests may share it

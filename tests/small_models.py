@@ -33,9 +33,9 @@ from transformers import (
     SiglipModel,
 )  # fmt: skip
 
-from diva_lab.encoders import ENCODERS
-from diva_lab.pretrain import CONTEXT, clip_config, save_tokenizer
+from diva_lab.models.encoders import ENCODERS
 from diva_lab.world import World
+from tools.pretrain import CONTEXT, clip_config, save_tokenizer
 
 
 @register_model

@@ -3,12 +3,13 @@ import json
 import pytest
 import torch
 
-from diva_lab.benchmark import LiveBytes, main, measure_evaluate
+from diva_lab.benchmark import LiveBytes, measure_evaluate
+from diva_lab.cli import main
 
 
 @pytest.mark.parametrize("what", ["dcr-step", "diva-step"])
 def test_every_way_to_take_a_step_has_the_references_loss_and_gradients(what, tmp_path, capsys):
-    main([what, "--batch", "2", "--rounds", "1", "--json", str(tmp_path / "out.json")])
+    main(["benchmark", what, "--batch", "2", "--rounds", "1", "--json", str(tmp_path / "out.json")])
     found = json.loads((tmp_path / "out.json").read_text())
     with capsys.disabled():  # the ratios belong into the log
         print("\n" + capsys.readouterr().out)
@@ -22,7 +23,7 @@ def test_every_way_to_take_a_step_has_the_references_loss_and_gradients(what, tm
 
 
 def test_measuring_the_conflict_leaves_the_step_as_it_is_at_a_bounded_price(tmp_path):
-    main(["conflict-step", "--batch", "4", "--rounds", "3", "--json", str(tmp_path / "out.json")])
+    main(["benchmark", "conflict-step", "--batch", "4", "--rounds", "3", "--json", str(tmp_path / "out.json")])
     found = json.loads((tmp_path / "out.json").read_text())
     off = found["apart_float32"]["exact, measured"]
     assert off["loss"] < 1e-6 and off["gradient"] < 1e-4
@@ -32,15 +33,15 @@ def test_measuring_the_conflict_leaves_the_step_as_it_is_at_a_bounded_price(tmp_
 
 def test_some_variants_are_chosen_by_name(tmp_path):
     arguments = ["diva-step", "--batch", "2", "--rounds", "1", "--json", str(tmp_path / "out.json"), "--only"]
-    main([*arguments, "exact"])
+    main(["benchmark", *arguments, "exact"])
     assert list(json.loads((tmp_path / "out.json").read_text())["variants"]) == ["reference", "exact"]
     with pytest.raises(ValueError, match="no variant fast; expected some of: reference; exact"):
-        main([*arguments, "fast"])
+        main(["benchmark", *arguments, "fast"])
 
 
 def test_evaluation_gives_the_embeddings_of_a_bare_loop_and_says_how_long_it_waits_for_files(tmp_path, capsys):
     arguments = ["evaluate", "--scale", "small", "--batch", "4", "--rounds", "2", "--workers", "0"]
-    main([*arguments, "--pictures", "20", "--json", str(tmp_path / "out.json")])
+    main(["benchmark", *arguments, "--files", "20", "--json", str(tmp_path / "out.json")])
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["largest_difference"] < 1e-5 and found["workers"] == 0
     assert list(found["variants"]) == ["reference", "exact", "from files"]
@@ -53,9 +54,8 @@ def test_evaluation_gives_the_embeddings_of_a_bare_loop_and_says_how_long_it_wai
 
 
 def test_a_scale_without_a_denoiser_takes_no_step(capsys):
-    with pytest.raises(SystemExit):
-        main(["dcr-step", "--scale", "l14"])
-    assert "l14 is a CLIP alone; expected --scale tiny, small or sd21" in capsys.readouterr().err
+    assert main(["benchmark", "dcr-step", "--scale", "l14"]) == 2
+    assert "--scale l14: expected one of tiny, small, sd21 for dcr-step" in capsys.readouterr().err
 
 
 @pytest.mark.cuda

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
-from diva_lab.denoisers import load_denoiser
-from diva_lab.encoders import load_encoder
-from diva_lab.evaluation import read_pairs
-from diva_lab.pretrain import CONTEXT, save_tokenizer
-from diva_lab.runs import DATA, sha256
-from diva_lab.study import PLATEAU, ROWS
+from diva_lab.evaluation.pairs import read_pairs
+from diva_lab.models.encoders import load_encoder
+from diva_lab.models.registry import load_denoiser
+from diva_lab.paths import DATA
+from diva_lab.provenance import sha256
 from diva_lab.world import ATTRIBUTES, DETAILS, PATTERNS, World, captions, draw_scenes, vocabulary, write_pairs
+from tools.pretrain import CONTEXT, save_tokenizer
+from tools.study import PLATEAU, ROWS
 
 RECORDS = ("tiny/clip", "tiny/diffusion", "tiny/diffusion/vae", "world")
 

@@ -5,7 +5,7 @@ import torch
 
 from diva_lab.gradients import (
     COMBINE,
-    FEATURES,
+    EMBEDDINGS,
     combine,
     conflict,
     curvature,
@@ -148,10 +148,12 @@ def test_every_term_is_measured_by_its_norm_and_every_pair_by_its_conflict():
 
 def test_embeddings_are_measured_but_are_no_weights():
     a, b = random_gradient(0), random_gradient(1)
-    plain, found = conflict(a, b), conflict(a | {FEATURES: torch.ones(2, 3)}, b | {FEATURES: -torch.ones(2, 3)})
-    assert found.pop(f"cos/{FEATURES}") == pytest.approx(-1)
+    plain, found = conflict(a, b), conflict(a | {EMBEDDINGS: torch.ones(2, 3)}, b | {EMBEDDINGS: -torch.ones(2, 3)})
+    assert found.pop(f"cos/{EMBEDDINGS}") == pytest.approx(-1)
     assert found == plain
-    assert FEATURES not in combine({"con": a | {FEATURES: torch.ones(2)}, "rec": b | {FEATURES: torch.ones(2)}}, "sum")
+    assert EMBEDDINGS not in combine(
+        {"con": a | {EMBEDDINGS: torch.ones(2)}, "rec": b | {EMBEDDINGS: torch.ones(2)}}, "sum"
+    )
 
 
 # --- curvature and signal ---------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import webdataset
 from huggingface_hub import constants
 from PIL import Image
 
-from diva_lab.images import PATIENCE, SUFFIXES, _length, _pictures, augment, open_images
+from diva_lab.image_files import SUFFIXES, _length, _tar_images
+from diva_lab.images import PATIENCE, augment, open_images
 from diva_lab.world import World
 
 COUNT = 7  # pictures in the folder and in the tars; each has a grey of its own
@@ -142,7 +143,7 @@ def test_a_tars_length_is_what_is_read_of_it_wherever_it_is_cut(tmp_path):
     for cut in [*range(0, len(data), max(1, len(data) // 100)), len(data)]:
         path = tmp_path / f"{cut}.tar"
         path.write_bytes(data[:cut])
-        read = list(_pictures(str(path), webdataset.tarfile_to_samples()([{"url": str(path)}])))
+        read = list(_tar_images(str(path), webdataset.tarfile_to_samples()([{"url": str(path)}])))
         assert _length(str(path)) == len(read), cut
         lengths.add(len(read))
     assert lengths >= {1, 2, 5}

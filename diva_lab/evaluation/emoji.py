@@ -1,11 +1,11 @@
-"""EmojiPairs: what an encoder tells apart in real drawings, with words and without.
+"""EmojiPairs: which minimal pairs of real drawings an encoder tells apart, with words and without.
 
-Two sets of emoji draw the same minimal pairs (see `diva_lab.emoji`). With words: MMVP-VLM's rule on each set alone.
-Without: are the two members of a pair matched to themselves across the sets? No text tower is asked, so that what the
-eye has lost and what the words never said are told apart.
+Two sets of emoji draw the same minimal pairs (data/emoji_pairs). With words: MMVP-VLM's rule on each set alone.
+Without: are the two members of a pair matched to themselves across the sets? That asks no text tower, so details that
+the image tower has lost are told from details that the words never named.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from diva_lab.emoji import EMOJI, SETS
-from diva_lab.evaluation.intervals import bootstrap_mean
 from diva_lab.evaluation.pairs import embed_files, pair_decisions, read_pairs, score_pairs, summarise
+from diva_lab.evaluation.task import Task, score_row
+from diva_lab.paths import DATA
+from diva_lab.statistics import bootstrap_mean
+
+EMOJI = DATA / "emoji_pairs"
+EMOJI_SETS = {"noto": "google", "twemoji": "twitter"}  # a folder of ours -> the name that the packages have for it
 
 
 @torch.no_grad()
@@ -58,7 +62,7 @@ def emoji_report(
     """Both scores of `encoder` on EmojiPairs, as one flat record of fractions in [0, 1].
 
     Args:
-        encoder: anything that `diva_lab.encoders.embed` takes and that has `encode_text`.
+        encoder: anything that `models.encoders.embed` takes and that has `encode_text`.
         folder: holds both sets, `folder`/noto and `folder`/twemoji.
         seed: of the bootstrap.
         features: as in `score_pairs`; asked once for each set, whatever is scored.
@@ -77,9 +81,11 @@ def emoji_report(
             known.update(zip(new, features(new), strict=True))
         return torch.stack([known[file] for file in files])
 
-    scores = {name: score_pairs(encoder, Path(folder) / name, once) for name in SETS}
+    scores = {name: score_pairs(encoder, Path(folder) / name, once) for name in EMOJI_SETS}
     reports = {f"emoji/{name}": summarise(table, seed=seed) for name, table in scores.items()}
-    reports["emoji-match"] = summarise(match_pairs(encoder, *(Path(folder) / name for name in SETS), once), seed=seed)
+    reports["emoji-match"] = summarise(
+        match_pairs(encoder, *(Path(folder) / name for name in EMOJI_SETS), once), seed=seed
+    )
 
     patterns = next(iter(scores.values()))["pattern"]
     correct = pd.Series(np.mean([table["correct"] for table in scores.values()], axis=0))  # 0, 1/2 or 1
@@ -92,3 +98,14 @@ def emoji_report(
         reports["emoji"] |= {name: mean, f"{name}/low": low, f"{name}/high": high}
     names = [f"{name}{end}" for name in groups for end in ("", "/low", "/high")]
     return {f"{prefix}/{name}": report[name] for prefix, report in reports.items() for name in names}
+
+
+def emoji_benchmark(task: Task) -> Iterator[dict]:
+    """EmojiPairs, with names (`emoji_benchmark`, on both sets and on each) and without (`emoji-match`)."""
+    report = emoji_report(task.encoder, EMOJI, task.seed, task.embed_files)
+    sizes = read_pairs(EMOJI / next(iter(EMOJI_SETS)))["pattern"].value_counts()
+    for name, value in report.items():
+        if not name.endswith(("/low", "/high")):
+            metric, _, category = name.rpartition("/")
+            n, category = (int(sizes.sum()), "all") if category == "mean" else (int(sizes[category]), category)
+            yield score_row(metric, value, n, report[f"{name}/low"], report[f"{name}/high"], 0.25, category)

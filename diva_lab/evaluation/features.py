@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transforms
 
-from diva_lab.encoders import Encoder, Features
-from diva_lab.evaluation.image_sets import Place, content_hash, decode
+from diva_lab.evaluation.image_sets import decode_image
+from diva_lab.image_files import Place, content_hash
 from diva_lab.machine import fast_bf16
-from diva_lab.runs import CACHE
+from diva_lab.models.encoders import Encoder, Features
+from diva_lab.paths import CACHE
 
 LOADED = 256  # pictures that a worker hands over at once, however many go through the model together
 PRECISIONS = ("auto", "no", "bf16")
@@ -63,7 +64,7 @@ class _Pictures(Dataset):
 
     def __getitem__(self, i: int) -> Tensor | str:
         try:
-            return torch.from_numpy(decode(self.places[i], self.prepare).copy()).permute(2, 0, 1)
+            return torch.from_numpy(decode_image(self.places[i], self.prepare).copy()).permute(2, 0, 1)
         except ValueError as error:
             return str(error)  # all of them are told at the end, not one per try
 
@@ -104,7 +105,7 @@ class FeatureStore:
         on_gpu = self.device.type != "cpu"
         self.workers = workers if workers is not None else min(8, cpu_count() or 1) if on_gpu else 0
         self._fingerprint = ""
-        self.pictures, self.seconds, self.waited = 0, 0.0, 0.0  # embedded so far, in all, and without data
+        self.images, self.seconds, self.waited = 0, 0.0, 0.0  # embedded so far, in all, and without data
 
     @property
     def fingerprint(self) -> str:
@@ -164,7 +165,7 @@ class FeatureStore:
         if held and not wrong:
             parts.append(self._forward(torch.cat(held), kind))
         self.seconds += time.perf_counter() - start
-        self.pictures += len(places)
+        self.images += len(places)
         if wrong:
             raise ValueError(f"{len(wrong)} of {len(places)} pictures cannot be read:\n- " + "\n- ".join(wrong))
         return torch.cat(parts)

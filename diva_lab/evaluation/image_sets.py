@@ -12,13 +12,10 @@ them.
 import io
 import itertools
 import json
-import os
 import re
 import tarfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -26,11 +23,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from diva_lab.images import SUFFIXES
+from diva_lab.image_files import SUFFIXES, Place
 
-TEMPLATES = ("a photo of a {c}.",)  # for sets that CLIP_benchmark does not know
+DEFAULT_TEMPLATES = ("a photo of a {c}.",)  # for sets that CLIP_benchmark does not know
 PREFIXES = ("wds_", "vtab-")  # what CLIP_benchmark's folders carry before a set's name
-SPLITS = {"test": ("test", "val"), "train": ("train",)}  # split -> the folders that hold it, the first found
+SPLIT_FOLDERS = {"test": ("test", "val"), "train": ("train",)}  # split -> the folders that hold it, the first found
 SPLIT_WORDS = ("train", "val", "valid", "validation", "test")  # which are no classes, unless within a split
 IMAGE_FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")  # MMVP-VLM's, which are no classes
 MULTILABEL = (
@@ -50,7 +47,7 @@ class Convention(NamedTuple):
 
 
 # the 27 classification sets, as EVA-CLIP lists them (METHOD section 5), by CLIP_benchmark's names
-SETS = {
+CLASSIFICATION_SETS = {
     "imagenet1k": Convention(1000, ("imagenet", "ilsvrc2012"), order="numbers"),
     "imagenet-a": Convention(200, templates="imagenet1k"),
     "imagenet-r": Convention(200, templates="imagenet1k"),
@@ -80,23 +77,9 @@ SETS = {
     "renderedsst2": Convention(2, ("sst2",)),
 }
 CLUSTERED = ("mnist", "cifar10", "imagenet1k", "caltech101", "dtd", "eurosat")  # the six whose clusters DCR scores
-_PLAIN = {re.sub(r"[-_. ]", "", alias): name for name, own in SETS.items() for alias in (name, *own.aliases)}
-
-
-class Place(NamedTuple):
-    """Where a picture's bytes lie: a whole file, or `size` bytes of one from `offset` on."""
-
-    path: str
-    offset: int = 0
-    size: int = -1
-
-    def read(self) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-    def __str__(self) -> str:
-        return self.path if self.size < 0 else f"{self.path} (byte {self.offset})"
+_PLAIN = {
+    re.sub(r"[-_. ]", "", alias): name for name, own in CLASSIFICATION_SETS.items() for alias in (name, *own.aliases)
+}
 
 
 @dataclass(frozen=True)
@@ -115,7 +98,7 @@ class ImageSet:
     places: Sequence[Place]
     labels: np.ndarray = field(default_factory=lambda: np.empty(0, int))
     classes: tuple[str, ...] = ()
-    templates: tuple[str, ...] = TEMPLATES
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
     captions: tuple[tuple[str, ...], ...] = ()
 
     def __len__(self) -> int:
@@ -131,16 +114,7 @@ class ImageSet:
         return replace(self, places=[self.places[i] for i in chosen], labels=labels, captions=captions)
 
 
-def content_hash(places: Sequence[Place]) -> str:
-    """A hash of all pictures' bytes, in their order."""
-    whole = blake2b(digest_size=16)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for part in pool.map(lambda place: blake2b(place.read(), digest_size=16).digest(), places):
-            whole.update(part)
-    return whole.hexdigest()
-
-
-def decode(place: Place, prepare: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+def decode_image(place: Place, prepare: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     """A picture as RGB, prepared.
 
     Raises:
@@ -151,9 +125,6 @@ def decode(place: Place, prepare: Callable[[Image.Image], np.ndarray]) -> np.nda
             return prepare(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{place}: not a picture that can be read ({error})") from error
-
-
-# --- what CLIP_benchmark knows ----------------------------------------------------------------------------------
 
 
 def _known(kind: str, name: str) -> tuple[str, ...]:
@@ -173,7 +144,7 @@ def _utf8(data: bytes, where: Path | str) -> str:
         raise ValueError(f"{where}: not UTF-8 ({error}); save it so") from error
 
 
-def canonical(folder: str) -> str:
+def canonical_name(folder: str) -> str:
     """CLIP_benchmark's name of a set, from a folder's; a folder that is none of `SETS` in lower case, prefix gone."""
     name = folder.lower()
     for prefix in PREFIXES:
@@ -201,12 +172,9 @@ def _class_names(name: str, folders: list[str]) -> tuple[str, ...]:
         return tuple(names[kind] for kind in folders)
     known = _known_classes(name, not folders[0].lower().startswith("background"))
     order = "numbers" if all(kind.isdecimal() for kind in folders) else "names"
-    if name in SETS and SETS[name].order == order and len(known) == len(folders):
+    if name in CLASSIFICATION_SETS and CLASSIFICATION_SETS[name].order == order and len(known) == len(folders):
         return known
     return tuple(kind.replace("_", " ") for kind in folders)
-
-
-# --- the two kinds ----------------------------------------------------------------------------------------------
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -312,7 +280,7 @@ def _number(data: bytes, where: str) -> int:
 
 def _split(folder: Path, split: str) -> Path:
     """Where a split lies: its folder, or for a test split without any the set's own."""
-    names = SPLITS.get(split, (split,))
+    names = SPLIT_FOLDERS.get(split, (split,))
     found = [folder / name for name in names if (folder / name).is_dir()]
     whole = [where for where in found if _subfolders(where) or any(where.glob("*.tar"))]
     if found:
@@ -343,7 +311,7 @@ def has_captions(folder: Path) -> bool | None:
 def is_set(folder: Path) -> bool:
     """Whether a folder is itself a set: it has a test split of classes or tars, or its folders hold pictures only."""
     inside = [folder / kind for kind in _subfolders(folder)]
-    if any(kind.name in SPLITS["test"] for kind in inside):
+    if any(kind.name in SPLIT_FOLDERS["test"] for kind in inside):
         return True
     heads = [list(itertools.islice(kind.iterdir(), 64)) for kind in inside]  # a look is enough, classes may be large
     flat = all(not path.is_dir() and path.suffix != ".tar" for head in heads for path in head)
@@ -353,11 +321,11 @@ def is_set(folder: Path) -> bool:
 def read_set(folder: str | Path, split: str = "test") -> ImageSet:
     """The set in a folder, its classes and prompts.
 
-    Templates are those of `zeroshot_classification_templates.txt` beside the pictures, else CLIP_benchmark's for a set
-    of this name (ImageNet-1K's for the sets of `SETS` that have none of their own), else `TEMPLATES`. Class names are
-    those of `classnames.txt` (in the order of the sorted class folders, or of the numbers in .cls), else
-    CLIP_benchmark's: by ImageNet's WordNet ids, or in their order where a set of `SETS` has as many folders as it has
-    classes; else the folders' own with `_` as a space.
+    Templates are those of `zeroshot_classification_templates.txt` beside the images, else CLIP_benchmark's for a set of
+    this name (ImageNet-1K's for those of `CLASSIFICATION_SETS` that have none of their own), else `DEFAULT_TEMPLATES`.
+    Class names are those of `classnames.txt` (in the order of the sorted class folders, or of the numbers in .cls),
+    else CLIP_benchmark's: by ImageNet's WordNet ids, or in their order where a set of `CLASSIFICATION_SETS` has as many
+    folders as classes; else the folders' own with `_` as a space.
 
     Raises:
         FileNotFoundError: where there is no such folder, no such split, or nothing in it is a set; says what was
@@ -368,7 +336,7 @@ def read_set(folder: str | Path, split: str = "test") -> ImageSet:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected a set of pictures")
-    name = canonical(folder.resolve().name)
+    name = canonical_name(folder.resolve().name)
     kind = folder / "dataset_type.txt"
     if "multilabel" in name or (kind.is_file() and "multilabel" in kind.read_text(errors="replace")):
         raise ValueError(f"{folder}: {MULTILABEL}")
@@ -376,8 +344,8 @@ def read_set(folder: str | Path, split: str = "test") -> ImageSet:
         raise ValueError(f"{folder}: VOC's own layout, {MULTILABEL}")
     where = _split(folder, split)
     templates = _lines(folder / "zeroshot_classification_templates.txt")
-    prompted = SETS[name].templates if name in SETS else ""
-    templates = templates or _known("zeroshot_classification_templates", prompted or name) or TEMPLATES
+    prompted = CLASSIFICATION_SETS[name].templates if name in CLASSIFICATION_SETS else ""
+    templates = templates or _known("zeroshot_classification_templates", prompted or name) or DEFAULT_TEMPLATES
     if tars := sorted(where.glob("*.tar")):
         return _from_tars(name, tars, folder, templates)
     if _subfolders(where):

@@ -1,8 +1,13 @@
 """k-nearest neighbours on frozen features: what is near, without a text and without training."""
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from diva_lab.evaluation.task import Task, labelled, labelled_train, score_row
+from diva_lab.statistics import wilson
 
 
 def knn_accuracy(
@@ -32,3 +37,11 @@ def knn_accuracy(
         votes.scatter_add_(1, train_labels[index], ((near - 1) / tau).exp())  # s - 1: no overflow, the same order
         right += (votes.argmax(1) == labels).sum().item()
     return right / len(test)
+
+
+def knn_benchmark(task: Task) -> Iterator[dict]:
+    """The vote of the nearest pictures of the train split."""
+    (known, train), (found, test) = labelled_train(task), labelled(task)
+    accuracy = knn_accuracy(train, torch.from_numpy(known.labels), test, torch.from_numpy(found.labels))
+    n = len(found)
+    yield score_row("top-1", accuracy, n, *wilson(round(accuracy * n), n), 1 / len(found.classes))

@@ -1,14 +1,14 @@
-"""MMVP-VLM by its published rule: two pictures, two statements, and both statements must find their picture.
+"""MMVP-VLM by its published rule: two images, two statements, and both statements must find their image.
 
-Tong et al., "Eyes Wide Shut?" (arXiv 2401.06209), as set out in METHOD section 5. Where the scripts in circulation
-slip, this file does not: the category is the CSV's type and not the row's number, each picture lies in the folder of
-its own type, ties are counted, and similarities are float32.
+Tong et al., "Eyes Wide Shut?" (arXiv 2401.06209). Faults of the scripts in circulation are not copied: here the
+category is the CSV's type and not the row's number, each image lies in the folder of its own type, ties are counted,
+and similarities are float32.
 """
 
 import csv
 import io
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,24 +18,23 @@ from jaxtyping import Bool, Float, Int, UInt8
 from scipy.stats import binomtest
 from torch import Tensor
 
-from diva_lab.encoders import embed
-from diva_lab.evaluation.image_sets import IMAGE_FOLDERS, Place, decode
-from diva_lab.evaluation.intervals import bootstrap_mean, wilson
+from diva_lab.evaluation.image_sets import IMAGE_FOLDERS, decode_image
+from diva_lab.evaluation.task import Task, score_row
+from diva_lab.image_files import Place
+from diva_lab.models.encoders import embed
+from diva_lab.statistics import bootstrap_mean, wilson
 from diva_lab.world import PATTERNS
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
+PAIR_SUFFIXES = (".jpg", ".jpeg", ".png")
 PREFIX = "a photo of "
 EXPECTED = (
     "expected Questions.csv (a header, then id, type, statement; ids 2k-1 and 2k are one pair) beside one of the "
     f"folders {', '.join(map(repr, IMAGE_FOLDERS))}, which holds <type>/<id>.jpg (or .jpeg, .png)"
 )
-
 HEADER = ("id", "type", "statement")  # words of Questions.csv's columns: Question ID, Type, Statement
 TABLE = ("image1", "image2", "text1", "text2", "pattern")  # columns of pairs of one's own
 PER_TYPE = 15  # pairs of a type, by which circulating scripts tell the category
 DISPLAY = {name.partition(" ")[0].lower(): name for name in PATTERNS.values()} | {"camera": PATTERNS["viewpoint"]}
-
-# --- on disk ----------------------------------------------------------------------------------------------------
 
 
 def display_name(kind: str) -> str:
@@ -76,7 +75,7 @@ def read_pairs(folder: str | Path, strict: bool = False) -> pd.DataFrame:
         absent = [kind for kind in kinds if not (images / kind).is_dir()]
         missing += [f"no folder {kind!r} in {images.name}" + _near(images, [kind]) for kind in absent]
         for i, (kind, _) in questions.items():
-            files = (images / kind / f"{i}{suffix}" for suffix in SUFFIXES)
+            files = (images / kind / f"{i}{suffix}" for suffix in PAIR_SUFFIXES)
             paths[i] = next((file for file in files if file.is_file()), None)
             if paths[i] is None and kind not in absent:
                 missing.append(f"no image {images.name}/{kind}/{i}.jpg")
@@ -112,7 +111,7 @@ def _unreadable(paths: Iterable[Path]) -> list[str]:
     wrong = []
     for path in paths:
         try:
-            decode(Place(str(path)), np.asarray)
+            decode_image(Place(str(path)), np.asarray)
         except ValueError as error:
             wrong.append(str(error))
     return wrong
@@ -173,9 +172,6 @@ def _read_questions(path: Path) -> tuple[dict[int, tuple[str, str]], list[str]]:
     partners = {i: i + 1 if i % 2 else i - 1 for i in questions}
     wrong += [f"id {i} without its partner {partner}" for i, partner in partners.items() if partner not in questions]
     return questions, wrong
-
-
-# --- the rule ---------------------------------------------------------------------------------------------------
 
 
 def pair_decisions(
@@ -275,7 +271,7 @@ def embed_files(encoder, paths: Iterable[Path]) -> Float[Tensor, "n d"]:
 
 def _read(path: Path) -> UInt8[Tensor, "3 h w"] | str:
     try:
-        return torch.from_numpy(decode(Place(str(path)), np.array)).permute(2, 0, 1)
+        return torch.from_numpy(decode_image(Place(str(path)), np.array)).permute(2, 0, 1)
     except ValueError as error:
         return str(error)
 
@@ -313,3 +309,22 @@ def compare_pairs(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, list[i
     gained, lost = before["id_1"][new & ~old].tolist(), before["id_1"][old & ~new].tolist()
     p = binomtest(len(gained), len(gained) + len(lost)).pvalue if gained or lost else 1.0
     return {"gained": gained, "lost": lost, "p": float(p)}
+
+
+def mmvp_vlm(task: Task) -> Iterator[dict]:
+    """The official score and each pattern's; beside it image to text, the group score, and ties."""
+    scores = score_pairs(task.encoder, task.folder, task.embed_files, task.strict)
+    task.scores.append(scores)
+    report = summarise(scores, seed=task.seed)
+    for name, group in [("all", scores), *scores.groupby("pattern", sort=False)]:
+        key = "mean" if name == "all" else name
+        yield score_row("pairs", report[key], len(group), report[f"{key}/low"], report[f"{key}/high"], 0.25, name)
+    for key, chance in (("image_to_text", 0.25), ("group", 1 / 6), ("ties", np.nan)):
+        yield score_row(key, report[key], len(scores), report[f"{key}/low"], report[f"{key}/high"], chance)
+    if task.strict:
+        try:
+            own = score_pairs(task.encoder, task.folder, task.embed_files)
+            said = strict_differences(task.folder, own, scores)
+        except (ValueError, OSError) as error:
+            said = [f"only as the scripts count can it be read: {error}"]
+        print("\n- ".join([f"{task.folder.name}, strictly:", *said]))

@@ -4,7 +4,7 @@ A pair can be lost for two reasons: the picture's embedding lacks the detail, or
 look. The probe tells them apart: it reads the embedding with a regression of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from jaxtyping import Float
@@ -13,6 +13,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
+
+from diva_lab.evaluation.task import Task, labelled, labelled_train, score_row
+from diva_lab.statistics import wilson
 
 SMALL = 1 << 22  # numbers in a training set, below which two BLAS threads are 15 times slower than one
 
@@ -38,3 +41,11 @@ def linear_probes(
             probe.fit(train.numpy(), labels)
             accuracies[detail] = float(probe.score(test.numpy(), test_labels[detail]))
     return accuracies
+
+
+def linear_probe(task: Task) -> Iterator[dict]:
+    """Logistic regression on the train split's features."""
+    (known, train), (found, test) = labelled_train(task), labelled(task)
+    accuracy = linear_probes(train, {"class": known.labels}, test, {"class": found.labels})["class"]
+    n = len(found)
+    yield score_row("top-1", accuracy, n, *wilson(round(accuracy * n), n), 1 / len(found.classes))

@@ -1,9 +1,14 @@
 """Retrieval both ways: is a picture's caption among the nearest texts, and a caption's picture among the nearest?"""
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int
 from scipy.stats import hypergeom
 from torch import Tensor
+
+from diva_lab.evaluation.task import Task, score_row
+from diva_lab.statistics import wilson
 
 
 def recall_at(
@@ -43,3 +48,19 @@ def recall_by_chance(owner: Int[Tensor, " m"], pictures: int, ks: tuple[int, ...
     texts, own = len(owner), owner.bincount(minlength=pictures).numpy()
     found = {f"image to text R@{k}": float(hypergeom.sf(0, texts, own, min(k, texts)).mean()) for k in ks}
     return found | {f"text to image R@{k}": min(k / pictures, 1.0) for k in ks}
+
+
+def retrieval_benchmark(task: Task) -> Iterator[dict]:
+    """R@1, 5, 10 both ways."""
+    found = task.read()
+    if not found.captions:
+        raise ValueError(
+            f"{task.folder}: pictures without captions; expected .txt members beside them, a caption a line"
+        )
+    owner = torch.tensor([i for i, texts in enumerate(found.captions) for _ in texts])
+    texts = [text for own in found.captions for text in own]
+    encoded = torch.cat([task.encoder.encode_text(texts[i : i + 256]).cpu() for i in range(0, len(texts), 256)])
+    chances = recall_by_chance(owner, len(found))
+    for name, value in recall_at(task.embed(found.places), encoded, owner).items():
+        n = len(found) if name.startswith("image") else len(texts)
+        yield score_row(name, value, n, *wilson(round(value * n), n), chances[name])

@@ -3,33 +3,36 @@
 import functools
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diva_lab.encoders import embed
 from diva_lab.evaluation.clustering import cluster_scores
 from diva_lab.evaluation.pairs import score_pairs, summarise
 from diva_lab.evaluation.probes import linear_probes
+from diva_lab.evaluation.task import Task, score_row
 from diva_lab.evaluation.zeroshot import zeroshot_accuracy
-from diva_lab.runs import CACHE
+from diva_lab.models.encoders import embed
+from diva_lab.paths import CACHE
+from diva_lab.statistics import wilson
 from diva_lab.world import CLASSES, DETAILS, PATTERNS, World, draw_scenes, write_pairs
 
 WORLD = World()
 SCENES = 3000  # of a test set, and of the probes' training set
 # split -> (pairs a pattern, seed of the pairs, seed of the test scenes). Training draws from (world.seed, 1) and
 # (world.seed, 40, ...); numpy takes (a, b) and (a, b, 0, 0) for the same seed, so the second number has to differ.
-SPLITS = {"measure": (300, 1000, 2), "choose": (100, 2000, 9)}
+WORLD_SPLITS = {"measure": (300, 1000, 2), "choose": (100, 2000, 9)}
 PROBE_TRAIN = 3
 
 
 def world_pairs(world: World = WORLD, split: str = "measure", cache: Path = CACHE) -> Path:
     """The folder of a split's minimal pairs, in MMVP-VLM's layout; written on first use, whole or not at all."""
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
-    per_pattern, seed, _ = SPLITS[split]
+    if split not in WORLD_SPLITS:
+        raise ValueError(f"unknown split {split!r}; expected one of {', '.join(WORLD_SPLITS)}")
+    per_pattern, seed, _ = WORLD_SPLITS[split]
     folder = Path(cache) / f"world-{world.seed}-{world.px}" / f"pairs-{split}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +59,7 @@ def world_report(
     """P- and D-Ability of `encoder` on `world`, all fractions in [0, 1] (but ARI, whose chance level is 0).
 
     Args:
-        encoder: anything that `diva_lab.encoders.embed` takes and that has `encode_text`.
+        encoder: anything that `models.encoders.embed` takes and that has `encode_text`.
         world: whose pictures to show.
         split: "measure" (300 pairs a pattern) for results, "choose" (100 other pairs, other scenes) for settings.
         seed: of k-means and of the bootstrap; the pictures do not depend on it.
@@ -71,7 +74,7 @@ def world_report(
     summary = summarise(pairs.assign(pattern=pairs["pattern"].map(detail_of)), seed=seed)
     names = [f"{name}{end}" for name in (*DETAILS, "mean") for end in ("", "/low", "/high")]
 
-    scenes, images = _scenes(world, SPLITS[split][2])
+    scenes, images = _scenes(world, WORLD_SPLITS[split][2])
     train_scenes, train_images = _scenes(world, PROBE_TRAIN)
     embeddings, train = embed(encoder, images), embed(encoder, train_images)
     probes = linear_probes(train, {d: train_scenes[d] for d in DETAILS}, embeddings, {d: scenes[d] for d in DETAILS})
@@ -83,3 +86,23 @@ def world_report(
         "zeroshot": zeroshot_accuracy(encoder, embeddings, torch.from_numpy(labels), CLASSES),
         **cluster_scores(embeddings, labels, seed),
     }
+
+
+def world_benchmark(task: Task) -> Iterator[dict]:
+    """The tiny world's pairs, probes, zero-shot and clustering, always by the global feature in float32."""
+    report = world_report(task.encoder, seed=task.seed)
+    values = {detail: 1 / len(own) for detail, own in DETAILS.items()}
+    chances = {"zeroshot": 1 / len(CLASSES), "ari": 0.0, "probe/mean": float(np.mean(list(values.values())))}
+    chances |= {f"probe/{detail}": chance for detail, chance in values.items()}
+    each = WORLD_SPLITS["measure"][0]
+    for name, value in report.items():
+        if name.endswith(("/low", "/high")):
+            continue
+        metric, _, category = name.partition("/")
+        n, ends = SCENES, (report.get(f"{name}/low", np.nan), report.get(f"{name}/high", np.nan))
+        if metric == "pairs":
+            n = each * len(DETAILS) if category == "mean" else each
+        elif metric == "zeroshot" or (metric == "probe" and category != "mean"):
+            ends = wilson(round(value * n), n)
+        chance = 0.25 if metric == "pairs" else chances.get(name, np.nan)
+        yield score_row(metric, value, n, *ends, chance, category if category not in ("", "mean") else "all")

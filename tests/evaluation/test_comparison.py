@@ -2,8 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diva_lab.evaluation.comparison import absent, compared, paired_differences, percent, points, stated, verdict
-from diva_lab.evaluation.intervals import paired_t
+from diva_lab.statistics import compare_rows, paired_differences, paired_t
+from diva_lab.workbook.findings import percent, points, state_difference, state_missing, verdict
 
 RESULTS = pd.DataFrame(
     {
@@ -55,17 +55,17 @@ def test_numbers_are_said_in_percent_and_points_with_their_interval():
 
 def test_compared_leaves_out_rows_that_have_not_been_run_or_share_no_seed():
     more = pd.concat([RESULTS, pd.DataFrame([{"objective": "far", "seed": 9, "pairs/mean": 0.1, "nmi": 0.1}])])
-    rows = compared(more, ["far", "dcr, velocity", "dcr", "none"], ["nmi"])
+    rows = compare_rows(more, ["far", "dcr, velocity", "dcr", "none"], ["nmi"])
     assert rows["objective"].tolist() == ["dcr"]
     assert rows.equals(paired_differences(RESULTS[RESULTS["objective"] != "diva"], ["nmi"]))
-    assert compared(more, ["dcr"], ["nmi"], baseline="not run").empty
+    assert compare_rows(more, ["dcr"], ["nmi"], baseline="not run").empty
 
 
 def test_what_has_not_been_run_is_said_and_not_filled_in():
-    rows = compared(RESULTS, ["dcr"], ["nmi"])
-    assert stated(rows, "dcr", "nmi", 1) == "-10.0 points (95 % interval -10.0 to -10.0), against expectation"
-    assert stated(rows, "dcr", "nmi") == "-10.0 points (95 % interval -10.0 to -10.0)"
-    assert stated(rows, "diva", "nmi", 1) == "not run"
+    rows = compare_rows(RESULTS, ["dcr"], ["nmi"])
+    assert state_difference(rows, "dcr", "nmi", 1) == "-10.0 points (95 % interval -10.0 to -10.0), against expectation"
+    assert state_difference(rows, "dcr", "nmi") == "-10.0 points (95 % interval -10.0 to -10.0)"
+    assert state_difference(rows, "diva", "nmi", 1) == "not run"
     missing = pd.DataFrame({"row": ["dcr", "dcr", "naive"], "seed": [3, 4, 0]})
-    assert absent(missing, ["dcr", "diva"]) == " Not run: dcr (seeds 3, 4)."
-    assert absent(missing, ["diva"]) == ""
+    assert state_missing(missing, ["dcr", "diva"]) == " Not run: dcr (seeds 3, 4)."
+    assert state_missing(missing, ["diva"]) == ""

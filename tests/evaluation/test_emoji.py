@@ -12,17 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from diva_lab import emoji
-from diva_lab.emoji import EMOJI, IMAGES, NOTICE, SETS, write_emoji_pairs
-from diva_lab.evaluation.emoji import emoji_report, match_pairs
+from diva_lab.evaluation.emoji import EMOJI, EMOJI_SETS, emoji_report, match_pairs
 from diva_lab.evaluation.pairs import pair_decisions, read_pairs, summarise
-from diva_lab.runs import CACHE
+from diva_lab.paths import CACHE
 from diva_lab.world import PATTERNS
+from tools import emoji_pairs as emoji
+from tools.emoji_pairs import IMAGES, NOTICE, write_emoji_pairs
 
 
 @pytest.fixture(scope="module")
 def shipped():
-    return {name: read_pairs(EMOJI / name) for name in SETS}
+    return {name: read_pairs(EMOJI / name) for name in EMOJI_SETS}
 
 
 # --- what ships -------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_the_licences_of_both_sets_are_named_where_they_ship():
 
 # --- the builder ------------------------------------------------------------------------------------------------
 
-VENDORS = tuple(SETS.values())
+VENDORS = tuple(EMOJI_SETS.values())
 FAKE = {"1F512": (200, 0, 0, 255), "1F513": (0, 0, 200, 128)}  # opaque, and half transparent
 
 
@@ -111,7 +111,7 @@ def table(tmp_path):
 
 def test_the_builder_writes_the_expected_files(tmp_path, table):
     out = write_emoji_pairs(write_packages(tmp_path / "packages"), tmp_path / "out", table)
-    for green, name in enumerate(SETS):
+    for green, name in enumerate(EMOJI_SETS):
         lines = ["Question ID,Type,Statement", "1,State,lock", '2,State,"open ""lock"", really"', ""]
         assert (out / name / "Questions.csv").read_bytes() == "\n".join(lines).encode()
         for i, pixel in ((1, (200, 10 * green, 0)), (2, (127, 127 + 5 * green, 227))):  # 128 / 255 of it over white

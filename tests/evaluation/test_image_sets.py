@@ -4,21 +4,20 @@ import torch
 from picture_files import pixels, png, write_folders, write_tar
 from PIL import Image
 
-from diva_lab.encoders import embed, load_encoder
 from diva_lab.evaluation import features
 from diva_lab.evaluation.features import FEATURES, FeatureStore
 from diva_lab.evaluation.image_sets import (
+    CLASSIFICATION_SETS,
     CLUSTERED,
-    SETS,
-    TEMPLATES,
-    Place,
+    DEFAULT_TEMPLATES,
     _known,
-    canonical,
-    content_hash,
+    canonical_name,
     has_captions,
     is_set,
     read_set,
 )
+from diva_lab.image_files import Place, content_hash
+from diva_lab.models.encoders import embed, load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def encoder():
 def test_a_folder_for_each_class_is_a_set_without_a_line_of_code(tmp_path, split):
     found = read_set(write_folders(tmp_path / "pets_of_mine", split=split))
     assert found.classes == ("big cat", "dog") and found.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert found.templates == TEMPLATES and len(found) == 6
+    assert found.templates == DEFAULT_TEMPLATES and len(found) == 6
     assert found.places[0].read() == (tmp_path / "pets_of_mine" / split / "big_cat" / "0.png").read_bytes()
 
 
@@ -178,19 +177,21 @@ PUBLISHED = {  # as EVA-CLIP calls them -> CLIP_benchmark's name, the convention
 def test_the_27_sets_are_known_with_their_prompts_and_conventions(tmp_path, published):
     name, score, prompts = PUBLISHED[published]
     found = read_set(write_folders(tmp_path / published, ("one", "two"), 1))
-    assert found.name == name == canonical(f"wds_{name}") == canonical(f"wds_vtab-{name}")
-    assert SETS[name].score == score and len(found.templates) == prompts
+    assert found.name == name == canonical_name(f"wds_{name}") == canonical_name(f"wds_vtab-{name}")
+    assert CLASSIFICATION_SETS[name].score == score and len(found.templates) == prompts
     assert all("{c}" in template for template in found.templates)
 
 
 def test_the_lists_hold_27_and_six_sets_and_no_name_means_two():
-    assert list(SETS) == [name for name, *_ in PUBLISHED.values()] and len(SETS) == 27
-    known = {name: len(names) for name in SETS if (names := _known("classnames", name))}
-    assert len(known) == 10 and known == {name: SETS[name].classes + (name == "caltech101") for name in known}
-    assert len(set(CLUSTERED)) == 6 and set(CLUSTERED) <= set(SETS)
-    names = [alias for own in SETS.values() for alias in own.aliases]
-    assert len(set(names)) == len(names) and {canonical(alias) for alias in names} <= set(SETS)
-    assert [canonical(name) for name in ("oxford_pets", "flowers102", "aircraft", "caltech-101", "My Cats")] == [
+    assert list(CLASSIFICATION_SETS) == [name for name, *_ in PUBLISHED.values()] and len(CLASSIFICATION_SETS) == 27
+    known = {name: len(names) for name in CLASSIFICATION_SETS if (names := _known("classnames", name))}
+    assert len(known) == 10 and known == {
+        name: CLASSIFICATION_SETS[name].classes + (name == "caltech101") for name in known
+    }
+    assert len(set(CLUSTERED)) == 6 and set(CLUSTERED) <= set(CLASSIFICATION_SETS)
+    names = [alias for own in CLASSIFICATION_SETS.values() for alias in own.aliases]
+    assert len(set(names)) == len(names) and {canonical_name(alias) for alias in names} <= set(CLASSIFICATION_SETS)
+    assert [canonical_name(name) for name in ("oxford_pets", "flowers102", "aircraft", "caltech-101", "My Cats")] == [
         "pets", "flowers", "fgvc_aircraft", "caltech101", "my cats",
     ]  # fmt: skip
 
@@ -278,7 +279,7 @@ def test_what_is_no_set_is_told_what_was_expected(tmp_path):
 
 
 def test_clip_benchmarks_prefixes_are_dropped():
-    assert [canonical(name) for name in ("wds_cars", "wds_vtab-pets", "CIFAR10")] == ["cars", "pets", "cifar10"]
+    assert [canonical_name(name) for name in ("wds_cars", "wds_vtab-pets", "CIFAR10")] == ["cars", "pets", "cifar10"]
 
 
 # --- features ---------------------------------------------------------------------------------------------------
@@ -347,9 +348,9 @@ def test_features_are_found_again_by_content_alone(tmp_path, encoder):
     (tmp_path / "a").rename(tmp_path / "b")
     moved = [Place(place.path.replace("/a/", "/b/")) for place in found]
     again = FeatureStore(load_encoder("tiny"), cache)
-    assert torch.equal(again(moved), kept) and again.pictures == 0 and first.pictures == 3
+    assert torch.equal(again(moved), kept) and again.images == 0 and first.images == 3
     pixels(77).save(moved[0].path)
-    assert not torch.equal(again(moved)[0], kept[0]) and again.pictures == 3
+    assert not torch.equal(again(moved)[0], kept[0]) and again.images == 3
     other = load_encoder("tiny")
     with torch.no_grad():
         other.model.visual.conv1.weight.add_(1e-3)

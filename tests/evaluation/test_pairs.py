@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from diva_lab.evaluation.image_sets import IMAGE_FOLDERS
 from diva_lab.evaluation.pairs import (
-    IMAGE_FOLDERS,
     embed_files,
     is_pairs,
     pair_decisions,

@@ -5,7 +5,7 @@ import pytest
 
 from diva_lab.evaluation import world as evaluation
 from diva_lab.evaluation.pairs import read_pairs, score_pairs, summarise
-from diva_lab.evaluation.world import PROBE_TRAIN, SPLITS, world_pairs, world_report
+from diva_lab.evaluation.world import PROBE_TRAIN, WORLD_SPLITS, world_pairs, world_report
 from diva_lab.world import DETAILS, PATTERNS, World, draw_scenes
 
 SMALL = World(px=8)  # its pictures are drawn in a tenth of the time
@@ -57,7 +57,7 @@ def test_a_split_has_its_number_of_pairs_and_is_written_once(cache):
     before = (folder / "Questions.csv").stat().st_mtime_ns
     assert read_pairs(world_pairs(SMALL, "choose", cache)).groupby("pattern").size().tolist() == [100] * 9
     assert (folder / "Questions.csv").stat().st_mtime_ns == before
-    assert SPLITS["measure"][0] == 300
+    assert WORLD_SPLITS["measure"][0] == 300
 
 
 def test_a_killed_write_is_not_mistaken_for_a_whole_one(tmp_path, monkeypatch):
@@ -75,7 +75,7 @@ def test_a_killed_write_is_not_mistaken_for_a_whole_one(tmp_path, monkeypatch):
 
 def test_no_scene_is_shared_between_training_splits_and_probes():
     seeds = [(0, 1), (0, 4, 0, 0), (0, PROBE_TRAIN)]  # pretraining, tuning's first step, probes
-    for _, pairs, scenes in SPLITS.values():
+    for _, pairs, scenes in WORLD_SPLITS.values():
         seeds += [(0, scenes), *((pairs, number) for number in range(len(DETAILS)))]
     drawn = [draw_scenes(200, seed)["nuisance"][:, 0] for seed in seeds]
     assert len(np.unique(np.concatenate(drawn))) == 200 * len(seeds)

@@ -1,0 +1,1 @@
+"""Why tuning works or does not: gradients, alignment, and DCR's theory."""

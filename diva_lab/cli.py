@@ -1,0 +1,208 @@
+"""The command `diva-lab`: one verb a room. Nothing heavy is imported before the arguments have been read."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from diva_lab.paths import RUNS
+
+EXPECTED = (ValueError, OSError, FloatingPointError, RuntimeError)  # what our own code raises of bad input
+EVALUATE_EXAMPLE = """\
+example:
+  diva-lab evaluate --encoder openai-l14 --encoder runs/ID \\
+      --benchmarks mmvp-vlm,clustering,zero-shot --root data_root --out results.csv
+"""
+TRAIN_EXAMPLE = """\
+examples:
+  hf download --repo-type dataset pixparse/cc3m-wds --local-dir cc3m
+  accelerate launch -m diva_lab train --preset openai-l14-dcr
+  diva-lab train --preset openai-l14-dcr --shards 'elsewhere/cc3m-train-{0000..0575}.tar'
+
+A recipe with two stages aligns first, unless --projector names a finished run of stage 1. A stopped command goes on
+where it was; a finished one only prints where its run lies. Processes on several nodes need one folder of runs that
+all of them see: --out.
+"""
+
+
+# --- run --------------------------------------------------------------------------------------------------------
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", help="folder of images, webdataset tars or hf:DATASET (default: the tiny world)")
+    parser.add_argument("--seeds", type=read_seeds, help="how many seeds to train with, as 3, or which, as 0,1,2")
+    parser.add_argument("--steps", type=read_count, help="steps of training in each run")
+    parser.add_argument("--out", type=Path, help="folder to write (default: runs/ and the time)")
+    parser.add_argument("--only", help="numbers of the notebooks to run, as 02 or 00,02")
+
+
+def run(args: argparse.Namespace) -> int:
+    from diva_lab.workbook.notebooks import run_workbook
+
+    return run_workbook(args.images, args.seeds, args.steps, args.out, args.only)
+
+
+def read_seeds(text: str) -> int | list[int]:
+    """`3` as it is, `0,1,2` as a list."""
+    if re.fullmatch(r"\d+", text) and int(text) > 0:
+        return int(text)
+    if not re.fullmatch(r"\d+(,\d*)+", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected how many (3) or which ones (0,1,2)")
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def read_count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive whole number")
+    return int(text)
+
+
+# --- train ------------------------------------------------------------------------------------------------------
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = TRAIN_EXAMPLE
+    parser.add_argument(
+        "--preset", required=True, metavar="NAME", help="BACKBONE-RECIPE; `diva-lab presets` lists them"
+    )
+    parser.add_argument("--shards", help="webdataset tars, a folder of images, or world (default: the preset's)")
+    parser.add_argument("--projector", help="folder of a finished run of stage 1: only stage 2 is run")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of both stages to change")
+    parser.add_argument("--out", type=Path, default=RUNS, help="where the runs' folders are made")
+
+
+def train(args: argparse.Namespace) -> int:
+    from diva_lab.training.presets import parse_changes
+    from diva_lab.training.stages import align_preset, tune
+
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # as `accelerate launch` sets it
+    both = ({"images": args.shards} if args.shards else {}) | parse_changes(args.set)
+    projector = {"projector": args.projector} if args.projector else {}
+    print(tune(align_preset(args.preset, args.out, processes, both, both | projector), args.out).folder)
+    return 0
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EVALUATE_EXAMPLE
+    parser.add_argument("--encoder", action="append", required=True, help="name, folder, NAME@FILE, or run; repeatable")
+    parser.add_argument(
+        "--benchmarks",
+        required=True,
+        help="some of mmvp-vlm, zero-shot, clustering, probe, knn, retrieval, world, emoji, by commas; "
+        "NAME:SET for one set",
+    )
+    parser.add_argument("--root", type=Path, default=Path(), help="folder of the data (default: here)")
+    parser.add_argument("--out", type=Path, default=Path("results.csv"), help="csv to write (default: results.csv)")
+    parser.add_argument("--seed", type=int, default=0, help="of k-means and bootstraps")
+    parser.add_argument("--features", default="global", help="global or class+patches (default: global)")
+    parser.add_argument("--precision", default="auto", help="auto, no (float32) or bf16 (default: auto)")
+    parser.add_argument("--strict-official", action="store_true", help="MMVP-VLM as circulating scripts count it")
+    parser.add_argument("--max-images", type=int, default=0, help="of a set's split at most so many, drawn by the seed")
+    parser.add_argument("--workers", type=int, help="processes that decode images")
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from diva_lab.evaluation.table import COLUMNS, count_sets, evaluate
+
+    table = evaluate(
+        args.encoder, args.benchmarks.split(","), args.root, args.out, args.seed, args.features, args.precision,
+        args.strict_official, args.max_images, workers=args.workers,
+    )  # fmt: skip
+    shown = table[(table["category"] == "all") | table["category"].str.startswith("against ")]
+    print(shown[COLUMNS].to_string(index=False))
+    print("\n".join(count_sets(table)))
+    print(args.out)
+    return 0
+
+
+# --- export -----------------------------------------------------------------------------------------------------
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="folder of a finished run of stage 2")
+    parser.add_argument("folder", type=Path, help="new folder to write")
+    parser.add_argument("--scores", type=Path, help="csv of `diva-lab evaluate`: its rows of this run go on the card")
+
+
+def export(args: argparse.Namespace) -> int:
+    from diva_lab.training.export import export
+    from diva_lab.training.runs import Run
+
+    if not (args.run / "settings.json").is_file():
+        raise FileNotFoundError(f"{args.run}: no run here; expected a folder with settings.json, as runs/ID")
+    print(export(Run(args.run), args.folder, args.scores))
+    return 0
+
+
+# --- benchmark --------------------------------------------------------------------------------------------------
+
+
+def add_benchmark(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("dcr-step", "diva-step", "align-step", "conflict-step", "evaluate", "input"))
+    parser.add_argument("--scale", help="tiny, small, sd21, or for evaluate l14 (default: tiny; of evaluate l14)")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--precision", choices=("auto", "bf16", "no"), default="auto")
+    parser.add_argument("--images", default="world", help="input: the source to load from")
+    parser.add_argument("--workers", type=int, help="evaluate: processes that decode images")
+    parser.add_argument("--files", type=int, default=0, help="evaluate: files to read in one go")
+    parser.add_argument("--compile", action="store_true", help="compiled variants too, minutes more")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="only these variants and the reference")
+    parser.add_argument("--threads", type=int, help="of torch (default: as torch has them)")
+    parser.add_argument("--json", type=Path, help="write all figures there")
+
+
+def benchmark(args: argparse.Namespace) -> int:
+    from diva_lab.benchmark import run_benchmark
+
+    run_benchmark(
+        args.what, args.scale, args.batch, args.rounds, args.precision, args.images, args.workers, args.files,
+        args.compile, args.only, args.threads, args.json,
+    )  # fmt: skip
+    return 0
+
+
+# --- presets ----------------------------------------------------------------------------------------------------
+
+
+def add_presets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="print this preset's settings as YAML, for papermill's -f")
+
+
+def presets(args: argparse.Namespace) -> int:
+    from diva_lab.training.presets import describe_presets, preset_yaml
+
+    print(preset_yaml(args.name) if args.name else describe_presets())
+    return 0
+
+
+# --- all of them ------------------------------------------------------------------------------------------------
+
+VERBS: dict[str, tuple[str, Callable, Callable]] = {  # name -> what it does, its arguments, the function
+    "run": ("run the notebooks and gather what came out: runs/ID/report.html, summary.csv", add_run, run),
+    "train": ("train by a preset, both stages, on one GPU or many", add_train, train),
+    "evaluate": ("score any encoders on any benchmarks, into one csv", add_evaluate, evaluate),
+    "export": ("write a tuned encoder as open_clip and transformers folders, with a model card", add_export, export),
+    "benchmark": ("how fast and how small a step is, against a plain one", add_benchmark, benchmark),
+    "presets": ("list the papers' recipes, or print the settings of one", add_presets, presets),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Returns 0, or 2 after a line that says what was wrong with the input."""
+    parser = argparse.ArgumentParser(prog="diva-lab", description=sys.modules["diva_lab"].__doc__.split("\n")[0])
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, (text, add, _) in VERBS.items():
+        own = verbs.add_parser(name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        add(own)
+    args = parser.parse_args(argv)
+    try:
+        return VERBS[args.verb][2](args)
+    except EXPECTED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

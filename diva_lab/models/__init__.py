@@ -1,0 +1,1 @@
+"""Encoders, conditions and denoisers: everything that holds weights."""

@@ -1,0 +1,76 @@
+"""Stable Diffusion 1 and 2: a UNet that predicts noise or velocity, as its own scheduler says."""
+
+from collections.abc import Iterable
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPTextModel
+
+from diva_lab.models.denoiser import Denoiser
+from diva_lab.models.frozen import LEVERS
+
+
+class StableDiffusion(Denoiser):
+    """Stable Diffusion 1 or 2: a UNet whose cross-attention reads one text encoder.
+
+    Args:
+        vae, network, text_encoder, tokenizer, scheduler: the parts of its folder.
+        px: side of the pictures that `latents` encodes; the model's own size if None.
+        levers: names of `frozen.LEVERS` to use, for the device that the UNet is on; none of them changes a prediction.
+    """
+
+    def __init__(
+        self, vae, network, text_encoder, tokenizer, scheduler, px: int | None = None, levers: Iterable[str] = LEVERS
+    ):
+        px = px or network.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+        super().__init__(vae, network, scheduler, network.config.cross_attention_dim, px)
+        self.text_encoder, self.tokenizer = text_encoder.requires_grad_(False).eval(), tokenizer
+        self.repeats = 1  # consecutive rows of the present prediction that share a noisy latent
+        self.levers = frozenset(levers)
+        for name, use in LEVERS.items():
+            if name in self.levers:
+                use(network, lambda: self.empty, lambda: self.repeats)
+
+    @classmethod
+    def load(cls, source: str, device: torch.device | str, px: int | None, levers: Iterable[str]) -> "StableDiffusion":
+        vae, unet, text_encoder = (
+            kind.from_pretrained(source, subfolder=part, torch_dtype=torch.float32)
+            for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"), (CLIPTextModel, "text_encoder"))
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
+        scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler")
+        return cls(vae, unet.to(device), text_encoder, tokenizer, scheduler, px, levers)
+
+    def _tokens(self, context: Tensor) -> Tensor:
+        return context if "bias" in self.levers else super()._tokens(context)
+
+    def _run(self, x_t: Tensor, t: Tensor, context: Tensor, repeats: int) -> Tensor:
+        self.repeats = repeats
+        try:
+            return self.network(x_t, t, context).sample
+        finally:
+            self.repeats = 1  # also where memory runs out: `sample` shares nothing
+
+    @torch.no_grad()
+    def encode_text(self, prompts: list[str]) -> Float[Tensor, "n l c"]:
+        length = self.tokenizer.model_max_length
+        ids = self.tokenizer(
+            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+        with torch.autocast(self.device.type, enabled=False):  # the same whenever `empty` is first asked for
+            return self.text_encoder(ids.to(self.device))[0].float()
+
+    def _pipeline(self) -> DiffusionPipeline:
+        return StableDiffusionPipeline(
+            self.vae, self.text_encoder, self.tokenizer, self.network, DDIMScheduler.from_config(self.scheduler.config),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip

@@ -1,0 +1,249 @@
+"""CLIP visual encoders behind one small interface: image -> global embedding and patch tokens, text -> embedding.
+
+Every encoder is loaded by open_clip; another backbone is one more line in `ENCODERS`. Normalisation, size and resize
+mode are the model's own and are applied here, on the device, to images in [0, 1].
+"""
+
+import copy
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from open_clip.model import set_model_preprocess_cfg
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as transforms
+
+from diva_lab.machine import fetch_hint, fetch_repository
+from diva_lab.models.formats import load_released, read_transformers, use_activation
+from diva_lab.models.layers import fuse_attention, split_attention
+from diva_lab.models.lora import merge_lora
+from diva_lab.paths import DATA
+
+# name -> (open_clip model, pretrained tag); a `local-dir:` model brings its own weights and tokenizer
+ENCODERS = {
+    "tiny": (f"local-dir:{DATA / 'tiny' / 'clip'}", None),
+    "openai-l14": ("ViT-L-14-quickgelu", "openai"),
+    "openai-l14-336": ("ViT-L-14-336-quickgelu", "openai"),
+    "metaclip-l14": ("ViT-L-14-quickgelu", "metaclip_fullcc"),
+    "metaclip-h14": ("ViT-H-14-quickgelu", "metaclip_fullcc"),
+    "siglip-so400m": ("ViT-SO400M-14-SigLIP", "webli"),
+    "siglip-so400m-384": ("ViT-SO400M-14-SigLIP-384", "webli"),
+    "dfn-h14": ("ViT-H-14-quickgelu", "dfn5b"),
+    "dfn-h14-378": ("ViT-H-14-378-quickgelu", "dfn5b"),
+}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an encoder says of a batch; neither part is normalised to unit length."""
+
+    embedding: Float[Tensor, "b d"]  # the global embedding
+    patches: Float[Tensor, "b n d"]  # patch tokens after the final norm and the projection, in the same space
+
+
+def _is_vit(visual: nn.Module) -> bool:
+    """Whether an image tower's patch tokens go through the norm and the projection that its embedding goes through."""
+    if isinstance(visual, TimmModel):
+        return hasattr(visual.trunk, "fc_norm")
+    return isinstance(visual, VisionTransformer) and visual.attn_pool is None
+
+
+class Encoder(nn.Module):
+    """A CLIP with an open visual tower; frozen until `make_trainable`.
+
+    Args:
+        model: an open_clip model. Its visual attention is split and its `proj` matrix, where it has one, becomes an
+            `nn.Linear`, so that LoRA reaches every matrix; `open_clip_state` gives the original layout back.
+        tokenizer: list of n strings -> token ids [n, context length].
+        config: open_clip's configuration of the model, as its folders hold it; what `save` writes beside the weights.
+
+    Raises:
+        ValueError: for an image tower that is no plain ViT.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, config: dict | None = None):
+        super().__init__()
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        if not _is_vit(model.visual):
+            kind = type(getattr(model.visual, "trunk", model.visual)).__name__
+            raise ValueError(
+                f"image tower {kind}: its patch tokens have no way into the space of the embedding; expected a plain "
+                "ViT of open_clip or timm, not a convolutional one or CoCa's"
+            )
+        visual = split_attention(model.visual)
+        self.proj: nn.Module = nn.Identity()
+        if isinstance(getattr(visual, "proj", None), nn.Parameter):
+            self.proj = nn.Linear(*visual.proj.shape, bias=False, device="meta")
+            self.proj.weight = nn.Parameter(visual.proj.detach().T.contiguous())
+            visual.proj = None
+        config = open_clip.get_model_preprocess_cfg(model)
+        size = config["size"]
+        self.px: int = size if isinstance(size, int) else size[0]
+        self.interpolation, self.squash = config["interpolation"], config.get("resize_mode") == "squash"
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(config[name]).view(1, 3, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
+        with torch.no_grad():
+            blank = torch.zeros(1, 3, self.px, self.px, device=self.mean.device)
+            self.dim: int = self.features(blank).embedding.shape[1]
+
+    def preprocess(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 px px"]:
+        """Pictures in [0, 1] of any size -> the model's size and normalisation."""
+        if images.shape[-2:] != (self.px, self.px):
+            mode = transforms.InterpolationMode(self.interpolation if self.interpolation != "random" else "bicubic")
+            size = [self.px, self.px] if self.squash else [self.px]
+            images = transforms.resize(images, size, mode, antialias=True).clamp(0, 1)
+            images = transforms.center_crop(images, [self.px, self.px])
+        return (images - self.mean) / self.std
+
+    def features(self, images: Float[Tensor, "b 3 h w"]) -> Features:
+        """Global embedding and patch tokens of pictures in [0, 1]; differentiable."""
+        out = self.model.visual.forward_intermediates(
+            self.preprocess(images), indices=1, normalize_intermediates=True, output_fmt="NLC", stop_early=False
+        )
+        embedding, patches = out["image_features"], out["image_intermediates"][-1]
+        if not isinstance(self.model.visual, TimmModel):
+            return Features(self.proj(embedding), self.proj(patches))
+        trunk = self.model.visual.trunk  # what follows its pooling; EVA's projection is the trunk's own head
+        return Features(embedding, self.model.visual.head(trunk.head(trunk.fc_norm(patches))))
+
+    def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Unit-length global embeddings of pictures in [0, 1], in float32; differentiable."""
+        return F.normalize(self.features(images).embedding.float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_text(self, texts: list[str]) -> Float[Tensor, "n d"]:
+        """Unit-length embeddings of `texts`, in float32."""
+        return F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.mean.device)).float(), dim=-1)
+
+    def open_clip_state(self) -> dict[str, Tensor]:
+        """The weights under open_clip's own names, LoRA merged, ready for `open_clip.create_model`."""
+        whole = merge_lora(copy.deepcopy(self))
+        fuse_attention(whole.model.visual)
+        state = {name: value.detach().cpu() for name, value in whole.model.state_dict().items()}
+        if isinstance(whole.proj, nn.Linear):
+            state["visual.proj"] = whole.proj.weight.detach().T.contiguous().cpu()
+        return state
+
+
+def _source(name: str) -> tuple[str, str | None]:
+    """open_clip's model and tag of an encoder's name; the model is `local-dir:FOLDER` for a folder."""
+    if name in ENCODERS:
+        return ENCODERS[name]
+    if Path(name, "open_clip_config.json").is_file():
+        return f"local-dir:{name}", None
+    if name.partition(":")[0] in open_clip.list_models():
+        model, _, tag = name.partition(":")
+        return model, tag
+    raise ValueError(
+        f"unknown encoder {name!r}; expected one of {', '.join(ENCODERS)}, an open_clip name as 'ViT-B-32:openai', "
+        "a folder that holds open_clip_config.json or config.json and its weights, or a hub id as 'owner/name'"
+    )
+
+
+def _folder(name: str) -> tuple[str, str | None]:
+    """The folder of a hub id, `owner/name` or `hf-hub:owner/name`, and the id; any other name as it is, and None.
+
+    Weights in .bin are fetched only where there are none in .safetensors.
+    """
+    repository = name.removeprefix("hf-hub:")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or Path(name).exists():
+        return name, None
+    try:
+        folder = fetch_repository(repository, ["*.json", "*.txt", "*.model", "*.safetensors"])
+        if not any(Path(folder).glob("*.safetensors")):
+            folder = fetch_repository(repository, ["*.bin"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"encoder {name!r}: no such folder, and {error}") from error
+    if not any(Path(folder, file).exists() for file in ("open_clip_config.json", "config.json")):
+        raise FileNotFoundError(f"encoder {name!r}: no open_clip_config.json, no config.json; {fetch_hint(repository)}")
+    return folder, repository
+
+
+def _remedy(model_name: str, tag: str | None) -> str:
+    """What to do where open_clip does not find a model or its tokenizer."""
+    schema, _, folder = model_name.partition(":")
+    if schema == "local-dir":
+        return f"expected {folder} to hold open_clip_config.json, open_clip_model.safetensors and the tokenizer's files"
+    weights = open_clip.get_pretrained_cfg(model_name, tag or "").get("hf_hub", "").rpartition("/")[0]
+    if not weights:
+        return f'fetch with network: python -c "import open_clip; open_clip.create_model{model_name, tag}"'
+    tokenizer = open_clip.get_model_config(model_name)["text_cfg"].get("hf_tokenizer_name")
+    return fetch_hint(*dict.fromkeys(filter(None, (weights, tokenizer))))
+
+
+def _create(
+    name: str, model_name: str, tag: str | None, weights: bool, repository: str | None = None
+) -> tuple[nn.Module, object]:
+    """open_clip's model, with its weights if asked, and its tokenizer.
+
+    Args:
+        name: what the user called it.
+        repository: of the hub, where the model's folder is a copy of one.
+    """
+    try:
+        logging.disable(logging.ERROR)  # open_clip logs every step of its search, and what we raise
+        known = {"pretrained": tag, "require_pretrained": True} if weights else {"load_weights": False}
+        model = open_clip.create_model(model_name, **known)
+        if tag and not weights:  # which open_clip reads along with the weights
+            preprocess = open_clip.get_pretrained_cfg(model_name, tag)
+            preprocess = {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+            set_model_preprocess_cfg(model, open_clip.get_model_preprocess_cfg(model) | preprocess)
+        return model, open_clip.get_tokenizer(model_name)
+    except (RuntimeError, OSError) as error:
+        remedy = fetch_hint(repository) if repository else _remedy(model_name, tag)
+        raise FileNotFoundError(f"encoder {name!r}: no weights for open_clip model {model_name!r}; {remedy}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encoder:
+    """A frozen encoder by its name in `ENCODERS`, by open_clip's `model:tag`, from a folder, or by hub id.
+
+    A folder is open_clip's (open_clip_config.json), or transformers' of a CLIP or SigLIP (config.json), and so is what
+    the hub holds under an id, `owner/name` or `hf-hub:owner/name`. With `NAME@FILE` the weights come from a released
+    .pth of that architecture: see `formats.load_released`.
+
+    Raises:
+        ValueError: for an unknown name; lists the known ones. For a file of weights that does not fit. For an image
+            tower that is no plain ViT.
+        FileNotFoundError: where the weights are not on this machine and cannot be fetched.
+    """
+    asked, _, released = str(name).partition("@")
+    name, repository = _folder(asked)
+    if name not in ENCODERS and Path(name, "config.json").exists() and not Path(name, "open_clip_config.json").exists():
+        try:
+            model, tokenizer, config = read_transformers(name)
+        except OSError as error:
+            remedy = f"; {fetch_hint(repository)}" if repository else ""
+            raise FileNotFoundError(f"encoder {asked!r}: {error}{remedy}") from error
+        if released:
+            load_released(model, released)
+        return Encoder(model, tokenizer, config).to(device)
+    model_name, tag = _source(name)
+    model, tokenizer = _create(asked, model_name, tag, not released, repository)
+    if released and not load_released(model, released):  # without a text tower, which is then the original's
+        model, tokenizer = _create(asked, model_name, tag, True, repository)
+        load_released(model, released)
+    schema, _, folder = model_name.partition(":")
+    if schema == "local-dir":
+        config = json.loads(Path(folder, "open_clip_config.json").read_text())
+    else:
+        config = {"model_cfg": open_clip.get_model_config(model_name)}
+        config["preprocess_cfg"] = open_clip.get_model_preprocess_cfg(model)
+    return Encoder(use_activation(model, config), tokenizer, config).to(device)
+
+
+@torch.no_grad()
+def embed(encoder: Encoder, images: UInt8[Tensor, "n 3 h w"], batch: int = 256) -> Float[Tensor, "n d"]:
+    """Unit-length global embeddings of uint8 pictures, in float32 on the CPU; no gradient, no random draw."""
+    device = next(encoder.parameters()).device
+    return torch.cat([encoder.encode_image(part.to(device).float() / 255).cpu() for part in images.split(batch)])

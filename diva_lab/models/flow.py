@@ -1,0 +1,104 @@
+"""Transformers that match a flow: Stable Diffusion 3, and GenHancer's light one, which stage 1 trains from scratch."""
+
+from collections.abc import Iterable
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from diva_lab.models.denoiser import Denoiser
+
+
+class StableDiffusion3(Denoiser):
+    """Stable Diffusion 3: a transformer that matches a flow, and reads two CLIP text encoders.
+
+    The third, T5, is left out, as the model was trained to allow: it is larger than all the rest. There is no lever:
+    in joint attention the prompt's tokens are changed by the picture's, so nothing of them is constant.
+    """
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline, px: int | None = None):
+        vae, network = pipeline.vae, pipeline.transformer
+        px = px or network.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+        super().__init__(vae, network, pipeline.scheduler, network.config.joint_attention_dim, px)
+        self.text_encoders = nn.ModuleList([pipeline.text_encoder, pipeline.text_encoder_2])
+        self.text_encoders.requires_grad_(False).eval()
+        self._parts = pipeline
+
+    @classmethod
+    def load(cls, source: str, device: torch.device | str, px: int | None, levers: Iterable[str]) -> "StableDiffusion3":
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            source, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
+        )
+        return cls(pipeline, px)
+
+    def _run(self, x_t: Tensor, t: Tensor, context: Tensor, repeats: int) -> Tensor:
+        pooled = self._pooled.to(context.dtype).expand(len(context), -1)
+        return self.network(x_t, context, pooled, 1000 * self.sigma[t]).sample
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Tokens [n, l, c] and pooled embeddings [n, p]."""
+        with torch.autocast(self.device.type, enabled=False):
+            tokens, _, pooled, _ = self._parts.encode_prompt(
+                prompts, None, None, device=self.device, do_classifier_free_guidance=False
+            )
+        return tokens.float(), pooled.float()
+
+    def encode_text(self, prompts: list[str]) -> Float[Tensor, "n l c"]:
+        return self._encode(prompts)[0]
+
+    @cached_property
+    def _pooled(self) -> Float[Tensor, "1 p"]:
+        return self._encode([self.prompt])[1]
+
+    def _pipeline(self) -> DiffusionPipeline:
+        return self._parts
+
+
+class Light(Denoiser):
+    """GenHancer's kind of denoiser: two joint and four single transformer blocks that match a flow, from scratch.
+
+    The blocks are Flux's; the context is one token, which also modulates every block. It reads no prompts: the empty
+    one is a token of zeros. The width is ours.
+
+    Args:
+        vae: a frozen autoencoder; its latents are seen in patches of 2 x 2.
+        heads: of attention, of width 64 each; the context is as wide as all of them.
+        px: side of the pictures that `latents` encodes; the autoencoder's own size if None.
+    """
+
+    scratch = True
+
+    def __init__(self, vae: AutoencoderKL, heads: int, px: int | None = None):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = FluxTransformer2DModel(
+                in_channels=4 * vae.config.latent_channels, num_layers=2, num_single_layers=4, attention_head_dim=64,
+                num_attention_heads=heads, joint_attention_dim=64 * heads, pooled_projection_dim=64 * heads,
+                axes_dims_rope=(16, 24, 24),
+            )  # fmt: skip
+        super().__init__(vae, network, FlowMatchEulerDiscreteScheduler(), 64 * heads, px or vae.config.sample_size)
+
+    @cached_property
+    def empty(self) -> Float[Tensor, "l c"]:
+        return torch.zeros(1, self.width, device=self.device)
+
+    def _run(self, x_t: Tensor, t: Tensor, context: Tensor, repeats: int) -> Tensor:
+        height, width = x_t.shape[-2:]
+        x_t = F.pad(x_t, (0, width % 2, 0, height % 2))
+        rows, columns = (size // 2 for size in x_t.shape[-2:])
+        places = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).to(x_t)
+        out = self.network(
+            F.pixel_unshuffle(x_t, 2).flatten(2).transpose(1, 2), context, context.mean(1), self.sigma[t],
+            img_ids=places, txt_ids=places.new_zeros(context.shape[1], 3),
+        ).sample  # fmt: skip
+        return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, (rows, columns)), 2)[..., :height, :width]

@@ -1,0 +1,51 @@
+"""All that an objective may use in one step of training."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diva_lab.models.denoiser import Denoiser
+from diva_lab.models.encoders import Features
+from diva_lab.objectives.timesteps import draw_timesteps
+
+
+def needs_other_images(objective: Callable) -> Callable:
+    """Mark an objective that contrasts the images of a batch with each other: it takes batches of at least 2."""
+    objective.needs_other_images = True
+    return objective
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that an objective may use in one step.
+
+    Attributes:
+        images: [b, 3, h, w] in [0, 1], on the device.
+        encode: pictures -> `Features`; carries the gradient.
+        condition: `Features` -> context [b, l, c]; carries the gradient.
+        augment: pictures -> an augmented view of each.
+        denoiser: frozen.
+        generator: of timesteps and noise, on the CPU.
+        settings: a `training.Settings`, or anything with its fields.
+    """
+
+    images: Float[Tensor, "b 3 h w"]
+    encode: Callable[[Tensor], Features]
+    condition: Callable[[Features], Tensor]
+    augment: Callable[[Tensor], Tensor]
+    denoiser: Denoiser
+    generator: torch.Generator
+    settings: object
+
+    def latents(self) -> Float[Tensor, "b c h w"]:
+        """Clean latents: the posterior's mean (DIVA) or a sample (DCR), by `settings.latent`."""
+        return self.denoiser.latents(self.images, self.generator if self.settings.latent == "sample" else None)
+
+    def noised(self, x0: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor, Tensor]:
+        """One draw of (x_t, t, eps) for each latent."""
+        t = draw_timesteps(self.settings.timesteps, len(x0), self.denoiser.timesteps, self.generator).to(x0.device)
+        noise = torch.randn(x0.shape, generator=self.generator).to(x0)
+        return self.denoiser.add_noise(x0, noise, t), t, noise

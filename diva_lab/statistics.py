@@ -1,0 +1,151 @@
+"""What a score is worth: intervals for a proportion, a mean of groups, a difference over seeds, a slope and a rate."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval (low, high) for a proportion of `successes` out of `n`; within [0, 1] also at 0 and n.
+
+    E. B. Wilson, JASA 22 (1927). Raises ValueError unless 0 <= successes <= n and n >= 1.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"no proportion: {successes} successes out of {n}")
+    z = stats.norm.ppf((1 + level) / 2)
+    p = successes / n
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    low = 0.0 if successes == 0 else float(centre - half)
+    high = 1.0 if successes == n else float(centre + half)
+    return low, high
+
+
+def bootstrap_mean(
+    groups: Sequence[np.ndarray], level: float = 0.95, seed: int = 0, draws: int = 2000
+) -> tuple[float, float]:
+    """Percentile interval (low, high) of the mean of the group means, each of `groups` [n_g] resampled within itself.
+
+    The groups are fixed (the nine patterns), only their members are a sample. A group of one member does not vary.
+    """
+    rng = np.random.default_rng(seed)
+    means = np.zeros(draws)
+    for group in map(np.asarray, groups):
+        if len(group) == 0:
+            raise ValueError("a group without members has no mean")
+        means += group[rng.integers(len(group), size=(draws, len(group)))].mean(axis=1) / len(groups)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_t(differences: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+    """Mean of paired `differences` (one a seed) and its Student-t interval: (mean, low, high).
+
+    Raises ValueError for fewer than two seeds, from which no spread can be read.
+    """
+    values = np.asarray(differences, dtype=float)
+    if values.ndim != 1 or len(values) < 2:
+        raise ValueError(f"an interval over seeds takes at least two differences, not an array of shape {values.shape}")
+    mean = float(values.mean())
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return mean, mean - half, mean + half
+
+
+def regression(
+    x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, level: float = 0.95, points: int = 50
+) -> tuple[tuple[float, float, float], dict[str, np.ndarray]]:
+    """Least squares of y on x: the slope with its interval (slope, low, high), and the line with that of its mean.
+
+    Returns:
+        The slope, in units of y over x, and the line at `points` places from the least x to the largest: `x`, `mean`,
+        `low`, `high`. Student's t with n - 2 degrees of freedom; the pairs are taken as independent.
+
+    Raises:
+        ValueError: for fewer than three pairs, or x all alike.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if len(x) != len(y) or len(x) < 3 or np.ptp(x) == 0:
+        raise ValueError(f"no regression of {len(y)} values on {len(x)}: it takes three pairs, and x that vary")
+    centre, spread = x.mean(), ((x - x.mean()) ** 2).sum()
+    slope = float(((x - centre) * y).sum() / spread)
+    rest = y - y.mean() - slope * (x - centre)
+    sd, t = np.sqrt((rest**2).sum() / (len(x) - 2)), stats.t.ppf((1 + level) / 2, len(x) - 2)
+    half = float(t * sd / np.sqrt(spread))
+    at = np.linspace(x.min(), x.max(), points)
+    mean, reach = y.mean() + slope * (at - centre), t * sd * np.sqrt(1 / len(x) + (at - centre) ** 2 / spread)
+    return (slope, slope - half, slope + half), {"x": at, "mean": mean, "low": mean - reach, "high": mean + reach}
+
+
+def paired_differences(
+    results: pd.DataFrame, measures: Sequence[str], baseline: str = "none", level: float = 0.95
+) -> pd.DataFrame:
+    """Mean difference to `baseline` of every other objective in each of `measures`, with its interval over seeds.
+
+    Args:
+        results: one row an objective and seed: columns `objective`, `seed` and the measures.
+
+    Returns:
+        Columns objective, measure, difference, low, high, seeds: how many both have. low and high are NaN for a single
+        seed. The interval is over seeds of training; the test pictures are the same for all, so it does not hold
+        what other pictures would change. Raises ValueError if `baseline` is not among the objectives.
+    """
+    if baseline not in set(results["objective"]):
+        raise ValueError(f"no baseline {baseline!r} among {', '.join(dict.fromkeys(results['objective']))}")
+    table = results.set_index(["objective", "seed"])[list(measures)]
+    rows = []
+    for name in dict.fromkeys(results["objective"]):
+        if name == baseline:
+            continue
+        differences = (table.loc[name] - table.loc[baseline]).dropna(how="all")  # [seeds, measures]
+        for measure in measures:
+            values = differences[measure].to_numpy(float)
+            mean, low, high = paired_t(values, level) if len(values) > 1 else (float(values.mean()), np.nan, np.nan)
+            rows.append((name, measure, mean, low, high, len(values)))
+    return pd.DataFrame(rows, columns=["objective", "measure", "difference", "low", "high", "seeds"])
+
+
+def compare_rows(
+    results: pd.DataFrame, rows: Sequence[str], measures: Sequence[str], baseline: str = "none"
+) -> pd.DataFrame:
+    """`paired_differences` of those of `rows` that have a seed in common with `baseline`; the others are left out."""
+    seeds = set(results.loc[results["objective"] == baseline, "seed"])
+    shared = results[results["seed"].isin(seeds)]
+    kept = [name for name in rows if name != baseline and name in set(shared["objective"])]
+    if not kept:
+        return pd.DataFrame(columns=["objective", "measure", "difference", "low", "high", "seeds"])
+    return paired_differences(shared[shared["objective"].isin([*kept, baseline])], measures, baseline)
+
+
+def conflict_rate(
+    cosines: np.ndarray | pd.Series | Sequence[np.ndarray],
+    block: int = 10,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Share of negative cosines with its interval (rate, low, high); NaN left out.
+
+    Neighbouring steps share weights and momentum, so they are not independent: the interval is a circular block
+    bootstrap's (Politis and Romano, 1992), blocks of `block` steps drawn within each run.
+
+    Args:
+        cosines: of one run in the order of its steps, or of several, one array each.
+
+    Raises:
+        ValueError: where no cosine is left.
+    """
+    runs = [cosines] if np.ndim(cosines[0] if len(cosines) else 0.0) == 0 else cosines
+    negative = [(part := np.asarray(run, float))[np.isfinite(part)] < 0 for run in runs]
+    negative = [part for part in negative if len(part)]
+    if not negative:
+        raise ValueError("no cosine is a number: there is nothing to take a rate of")
+    rng, total, n = np.random.default_rng(seed), np.zeros(draws), sum(map(len, negative))
+    for part in negative:
+        blocks = -(-len(part) // block)
+        starts = rng.integers(len(part), size=(draws, blocks))
+        places = (starts[:, :, None] + np.arange(block)).reshape(draws, -1)[:, : len(part)] % len(part)
+        total += part[places].sum(1)
+    low, high = np.quantile(total / n, [(1 - level) / 2, (1 + level) / 2])
+    return float(sum(part.sum() for part in negative) / n), float(low), float(high)

@@ -1,0 +1,1 @@
+"""Two stages, their settings, and the runs that they leave on disk."""

@@ -1,0 +1,120 @@
+"""The models that the settings name: encoder, conditioner, denoiser, and what an objective is given of them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diva_lab.images import augment
+from diva_lab.models.conditions import Conditioner
+from diva_lab.models.denoiser import Denoiser
+from diva_lab.models.encoders import Encoder, Features, load_encoder
+from diva_lab.models.lora import make_trainable, merge_lora
+from diva_lab.models.registry import load_denoiser
+from diva_lab.objectives.step import Step
+from diva_lab.training.runs import Run
+from diva_lab.training.settings import SHIPPED, Settings
+
+
+def build_encoder(settings: Settings, device: torch.device | str = "cpu") -> Encoder:
+    """The encoder, its visual tower open for training as the settings say."""
+    encoder = load_encoder(settings.encoder, device)
+    make_trainable(
+        encoder, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed, settings.lora_bias
+    )
+    encoder.model.visual.set_grad_checkpointing(settings.rows > 0)  # by rows, it is the encoder that holds most
+    return encoder.to(device)
+
+
+def build_denoiser(settings: Settings, device: torch.device | str = "cpu") -> Denoiser:
+    """The frozen denoiser, with the settings' size of pictures and empty prompt; a light one as stage 1 left it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `build_conditioner`, where a light denoiser's weights are asked for.
+    """
+    denoiser = load_denoiser(settings.denoiser, device, settings.vae_px or None)
+    denoiser.prompt, denoiser.keep_latents = settings.prompt, settings.keep_latents
+    if denoiser.scratch and settings.projector != "new":
+        _load_stage_one(settings, denoiser.network, "network.")
+    return denoiser
+
+
+def _load_stage_one(settings: Settings, module: nn.Module, part: str) -> None:
+    """Into `module` those weights of the settings' projector whose names begin with `part`."""
+    if settings.projector == "shipped":
+        path = SHIPPED / f"{settings.condition}.safetensors"
+    else:
+        path = Path(settings.projector)
+        path = path if path.suffix == ".safetensors" else path / "checkpoint" / "weights.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"projector={settings.projector!r}: no {path}; expected 'new', 'shipped' (tiny models only) or the folder "
+            "of a finished run of align()"
+        )
+    try:
+        module.load_state_dict({n.removeprefix(part): w for n, w in load_file(path).items() if n.startswith(part)})
+    except RuntimeError as error:
+        raise ValueError(
+            f"projector {path} does not fit encoder {settings.encoder!r} and denoiser {settings.denoiser!r}; align() a "
+            f"new one: {error}"
+        ) from error
+
+
+def build_conditioner(settings: Settings, encoder: Encoder, denoiser: Denoiser) -> Conditioner:
+    """The condition with its projector: shipped, new, or of a run of stage 1.
+
+    Raises:
+        FileNotFoundError: where there is no such projector; says how to make one.
+        ValueError: where it does not fit the encoder and the denoiser.
+    """
+    conditioner = Conditioner(settings.condition, encoder.dim, denoiser.width, settings.seed, settings.projection)
+    if settings.projector != "new":
+        _load_stage_one(settings, conditioner, "conditioner.")
+    return conditioner.to(denoiser.device)
+
+
+def make_step(
+    images: Tensor,
+    encoder: Encoder,
+    conditioner: Conditioner,
+    denoiser: Denoiser,
+    random: torch.Generator,
+    settings: Settings,
+    shift: Tensor | None = None,
+) -> Step:
+    """What an objective is given: pictures [b, 3, h, w] in [0, 1] and the models, all draws from `random`.
+
+    `shift` [b, d], zeros, is added to the global embedding of every view of a picture: the gradient with respect to it
+    is that with respect to the embeddings, without a backward pass through the encoder.
+    """
+
+    def encode(pictures: Tensor) -> Features:
+        features = encoder.features(pictures)
+        return features if shift is None else replace(features, embedding=features.embedding + shift)
+
+    return Step(
+        images=images,
+        encode=encode,
+        condition=lambda features: conditioner(features, denoiser.empty, random),
+        augment=lambda pictures: augment(pictures, random, settings.flips),
+        denoiser=denoiser,
+        generator=random,
+        settings=settings,
+    )
+
+
+def tuned_encoder(run: Run, device: torch.device | str = "cpu") -> Encoder:
+    """The encoder that a run of `tune` or `perturb` made, frozen, its LoRA merged."""
+    settings = Settings.of(run)
+    if run.settings["stage"] == "tune" and settings.objective != "none":
+        encoder = build_encoder(settings, device)
+        weights = {n.removeprefix("encoder."): w for n, w in run.weights().items() if n.startswith("encoder.")}
+    else:
+        encoder = load_encoder(settings.encoder, device)
+        weights = run.weights() if run.settings["stage"] == "perturb" else {}
+    unexpected = encoder.load_state_dict(weights, strict=False).unexpected_keys
+    if unexpected:
+        raise ValueError(f"run {run.id} holds weights that its encoder does not have: {', '.join(unexpected[:3])} ...")
+    return merge_lora(encoder).eval().requires_grad_(False)

@@ -1,0 +1,126 @@
+"""A tuned encoder for others: weights in two formats, and a model card.
+
+    folder/open_clip/       for open_clip's `local-dir:` and `load_encoder`: weights, configuration, tokenizer
+    folder/transformers/    for `CLIPModel` or `SiglipModel`: weights, image processor, tokenizer
+    folder/README.md        the model card: preset, settings, data, run, versions, scores
+
+LoRA is merged. No objective trains the text tower, so it is written as it was. The transformers tokenizer of a SigLIP
+does what open_clip does to texts before its own tokenizer (small letters, no punctuation). open_clip also repairs
+broken Unicode and HTML entities in texts of every model; the transformers tokenizer does not, so such a text may embed
+otherwise there.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+import pandas as pd
+
+from diva_lab.models.encoders import Encoder
+from diva_lab.models.formats import write_open_clip, write_transformers
+from diva_lab.training.build import tuned_encoder
+from diva_lab.training.presets import preset_name
+from diva_lab.training.runs import Run
+from diva_lab.training.settings import Settings
+
+SCORES = ["benchmark", "set", "features", "metric", "n", "value", "low", "high"]  # of evaluate's csv, on the card
+
+
+def _free(folder: Path) -> Path:
+    """`folder`, if there is nothing there."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty; name a new folder")
+    return folder
+
+
+def save_encoder(encoder: Encoder, folder: str | Path) -> dict[str, Path]:
+    """Write an encoder in both formats; the second only where transformers computes the same (see `formats.kind_of`).
+
+    Returns:
+        The folders by format: "open_clip" and, if written, "transformers".
+
+    Raises:
+        FileExistsError: where `folder` holds something already; nothing is overwritten.
+    """
+    folder = _free(Path(folder))
+    state = encoder.open_clip_state()
+    written = {"open_clip": write_open_clip(folder / "open_clip", state, encoder.config, encoder.tokenizer)}
+    with suppress(NotImplementedError):
+        written["transformers"] = write_transformers(folder / "transformers", state, encoder.config, encoder.tokenizer)
+    return written
+
+
+def read_scores(run: Run, path: str | Path) -> pd.DataFrame:
+    """The rows of a csv of `evaluate` whose encoder is this run, by whatever path; without categories.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it is not such a csv, or has no row of the run; says how to make one.
+    """
+    table = pd.read_csv(path)
+    if missing := {"encoder", "category", *SCORES} - set(table):
+        raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; expected a csv that diva_lab.evaluate wrote")
+    mine = table["encoder"].map(lambda name: Path(str(name)).name == run.id) & table["category"].eq("all")
+    if not mine.any():
+        raise ValueError(
+            f"{path}: no row of encoder {run.id}; python -m diva_lab.evaluate --encoder {run.folder} --out {path} ..."
+        )
+    return table.loc[mine, SCORES]
+
+
+def model_card(run: Run, formats: list[str], measured: pd.DataFrame | None = None) -> str:
+    """Markdown: by which recipe the encoder was trained, on what, by which run, and what it scored.
+
+    Args:
+        run: of `tune` or `perturb`; what it was evaluated on in training is on the card.
+        formats: that lie beside the card.
+        measured: rows of `read_scores`.
+    """
+    settings, facts, scores = run.settings, run.environment, run.evaluations()
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    preset = preset_name(Settings.of(run)) or "none"
+    lines = [
+        f"# {settings['encoder']} tuned by {settings['objective']} on {settings['images']}",
+        "",
+        f"Preset: {preset}. Formats here: {', '.join(formats)}.",
+        "",
+        f"Run `{run.id}`, git {facts['git']}, {facts['time']}, {versions}.",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in settings.items()),
+        "",
+    ]
+    if len(scores):
+        first, last = scores.iloc[0], scores.iloc[-1]
+        lines += [f"| measure | step {first['step']:.0f} | step {last['step']:.0f} |", "|---|---|---|"]
+        lines += [f"| {name} | {first[name]:.4f} | {last[name]:.4f} |" for name in scores.columns if name != "step"]
+        lines.append("")
+    if measured is not None:
+        lines += [f"| {' | '.join(SCORES)} |", "|---" * len(SCORES) + "|"]
+        for *words, value, low, high in measured.itertuples(index=False):
+            numbers = ("" if pd.isna(x) else f"{x:.4f}" for x in (value, low, high))
+            lines.append(f"| {' | '.join([*map(str, words), *numbers])} |")
+    elif not len(scores):
+        lines.append("Not evaluated.")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def export(run: Run, folder: str | Path, scores: str | Path | None = None) -> Path:
+    """Write the encoder of a finished run of `tune` or `perturb`, both formats and the card.
+
+    Args:
+        run: see above.
+        folder: a new one.
+        scores: a csv of `evaluate`, whose rows of this run go on the card.
+
+    Raises:
+        ValueError: for a run that is not finished, or of stage 1; for a csv without a row of it.
+        FileExistsError: where `folder` holds something already.
+    """
+    if not run.done or run.settings.get("stage") not in ("tune", "perturb"):
+        raise ValueError(f"{run.folder}: expected the folder of a finished run of tune() or perturb()")
+    folder = _free(Path(folder))
+    measured = read_scores(run, scores) if scores else None
+    written = save_encoder(tuned_encoder(run), folder)
+    (folder / "README.md").write_text(model_card(run, list(written), measured))
+    return folder

@@ -1,0 +1,159 @@
+"""The papers' recipes for every backbone, by one name: `preset("openai-l14-dcr")`.
+
+The numbers are those of data/published/recipes.csv; here they become `Settings`. The papers trained in 8 processes;
+with another number of them `accumulate` changes so that a step still sees as many images. The images are the tars of
+CC3M's usable copy under `cc3m`; where they are missing an error says what fetches them.
+"""
+
+import ast
+from dataclasses import asdict, fields, replace
+
+import yaml
+
+from diva_lab.image_files import CC3M
+from diva_lab.models.encoders import ENCODERS
+from diva_lab.training.settings import Settings
+
+BACKBONES = tuple(name for name in ENCODERS if name != "tiny")
+PX = {"openai-l14-336": 336, "siglip-so400m-384": 384, "dfn-h14-378": 378}  # the others see 224
+DIVA_CONDITION = {  # METHOD: how dense the recap is, backbone by backbone
+    "openai-l14": "recap",
+    "openai-l14-336": "recap",
+    "metaclip-l14": "recap-all",
+    "metaclip-h14": "recap-all",
+    "siglip-so400m": "recap-pool6",
+    "siglip-so400m-384": "recap-pool10",
+    "dfn-h14": "recap-all",
+    "dfn-h14-378": "recap-half",
+}
+DIVA = {  # one stage: encoder and a new linear projector together
+    "objective": "diva", "steps": 4600, "optimizer": "sgd", "lr": 1e-4, "weight_decay": 0.0, "schedule": "cosine",
+    "warmup": 23, "batch": 16, "lora_rank": 0, "precision": "bf16", "clip": 0.0, "vae_px": 512, "latent": "mean",
+    "draws": 2, "projector": "new", "projection": "linear", "train_projector": True, "prompt": "a photo of a .",
+}  # fmt: skip
+DCR = {  # stage 1 by L_rec, as in the paper; the released code runs the whole DCR loss there
+    "objective": "dcr", "steps": 4600, "optimizer": "adamw", "lr": 1e-5, "weight_decay": 0.01, "batch": 16,
+    "lora_rank": 16, "lora_alpha": 16.0, "lora_dropout": 0.1, "precision": "bf16", "clip": 1.0, "latent": "sample",
+    "draws": 1, "condition": "global",
+}  # fmt: skip
+GENHANCER = DCR | {  # stage 1 trains a light denoiser with the projector; decay, clip and latent are not given: DCR's
+    "objective": "genhancer", "denoiser": "light", "steps": 10_000, "timesteps": "logit-normal",
+}  # fmt: skip
+ALIGN = {"steps": 100_000, "lr": 1e-4, "projector": "new", "save_every": 1000}
+RECIPES = {"diva": DIVA, "dcr": DCR, "genhancer": GENHANCER}
+CC3M_SHARDS = "cc3m/cc3m-train-*.tar"
+IMAGES_PER_STEP = {"diva": 640, "dcr": 256, "genhancer": 256}  # a step
+FREE_FIELDS = (  # a run that differs in these only is still of its preset
+    "images", "seed", "projector", "accumulate", "rows", "keep_latents", "compile", "evaluate_every", "save_every",
+)  # fmt: skip
+PRESETS = tuple(f"{backbone}-{recipe}" for backbone in BACKBONES for recipe in RECIPES)
+
+
+def stages(name: str) -> tuple[int, ...]:
+    """The stages of a preset: DIVA as published trains encoder and projector together, in stage 2 alone."""
+    return (2,) if name.endswith("-diva") else (1, 2)
+
+
+def preset(name: str, stage: int = 2, processes: int = 1) -> Settings:
+    """A recipe's settings.
+
+    Args:
+        name: one of `PRESETS`: a backbone of `ENCODERS`, a dash, and a key of `RECIPES`.
+        stage: one of `stages(name)`: 1 aligns the projector, 2 tunes the encoder.
+        processes: as many as will train together.
+
+    Raises:
+        ValueError: for an unknown name or a stage that the recipe does not have; lists the known ones.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
+    backbone, _, recipe = name.rpartition("-")
+    if stage not in stages(name):
+        raise ValueError(f"preset {name!r} has no stage {stage}")
+    px = PX.get(backbone, 224)
+    chosen = RECIPES[recipe]
+    if recipe == "diva":
+        chosen = chosen | {"condition": DIVA_CONDITION[backbone]}
+    else:
+        chosen = chosen | {"vae_px": px} | (ALIGN if stage == 1 else {})
+    accumulate, rest = divmod(IMAGES_PER_STEP[recipe], chosen["batch"] * processes)
+    if rest:
+        raise ValueError(
+            f"{IMAGES_PER_STEP[recipe]} pictures a step cannot be shared by {processes} processes of {chosen['batch']}"
+        )
+    where = {"encoder": backbone, "denoiser": "sd21-base", "images": CC3M_SHARDS}
+    return Settings(**where | {"accumulate": accumulate, "save_every": 500} | chosen)
+
+
+def preset_name(settings: Settings) -> str:
+    """The preset whose stage 2 has these settings but for those of `FREE_FIELDS`; "" if none has."""
+    free = {name: getattr(settings, name) for name in FREE_FIELDS}
+    return next((name for name in PRESETS if replace(preset(name), **free) == settings), "")
+
+
+FIELD_TYPES = {field.name: field.type for field in fields(Settings)}
+
+
+def parse_changes(changes: list[str]) -> dict[str, object]:
+    """Settings from `name=value`; values are Python's, anything else is text.
+
+    Raises:
+        ValueError: for an unknown name, a change without `=`, or a value that the setting does not take.
+    """
+    values = {}
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals or name not in FIELD_TYPES:
+            raise ValueError(f"--set {change}: expected NAME=VALUE with a name of {', '.join(FIELD_TYPES)}")
+        try:
+            values[name] = text if FIELD_TYPES[name] is str else ast.literal_eval(text)
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"--set {change}: expected a value of type {FIELD_TYPES[name].__name__}") from error
+    return values
+
+
+def replace_settings(settings: Settings, changes: dict[str, object]) -> Settings:
+    """`settings` with others by name.
+
+    Raises:
+        ValueError: for an unknown name, or a value that the setting does not take.
+    """
+    if unknown := changes.keys() - FIELD_TYPES.keys():
+        raise ValueError(f"unknown setting {min(unknown)!r}; expected some of {', '.join(FIELD_TYPES)}")
+    return replace(settings, **changes)
+
+
+# --- what a user sees -------------------------------------------------------------------------------------------
+
+HEAD = """\
+# hf download --repo-type dataset {cc3m} --local-dir cc3m
+# papermill notebooks/02_encoder_tuning.ipynb out/02.ipynb --cwd notebooks -f notebooks/presets/{name}.yaml \\
+#     -p images "$PWD/{images}"
+# Written by `python -m tools.write_presets`. In a copy any setting may be changed; `-p` changes one of the first level.
+"""
+
+
+def preset_parameters(name: str) -> dict:
+    """Notebook 02's parameters for a preset: all its settings but the seed and where stage 1 lies."""
+    chosen = {stage: asdict(preset(name, stage)) for stage in stages(name)}
+    found = {"preset": name} | {key: chosen[2][key] for key in ("images", "encoder", "denoiser")}
+    for stage, settings in chosen.items():
+        apart = {"encoder", "denoiser", "images", "seed"} | ({"projector"} if stage == 2 and 1 in chosen else set())
+        found[f"stage{stage}"] = {key: value for key, value in settings.items() if key not in apart}
+    return found
+
+
+def preset_yaml(name: str) -> str:
+    """Notebook 02's parameters for a preset as YAML, under a comment with the commands that use it."""
+    head = HEAD.format(name=name, cc3m=CC3M, images=CC3M_SHARDS)
+    return head + yaml.safe_dump(preset_parameters(name), sort_keys=False)
+
+
+def describe_presets() -> str:
+    """A line for each preset: its name, its stages, and what they train with."""
+    lines = []
+    for name in PRESETS:
+        last = preset(name)
+        steps = " + ".join(str(preset(name, stage).steps) for stage in stages(name))
+        lines.append(f"{name:28} {steps:14} steps, {last.optimizer}, lr {last.lr:g}, condition {last.condition}")
+    return "\n".join(lines)

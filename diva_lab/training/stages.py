@@ -1,0 +1,138 @@
+"""Two stages: `align` trains the projector, `tune` the encoder; the denoiser is frozen in both.
+
+run = align(Settings(condition="global", steps=1000))
+run = tune(Settings(objective="dcr", projector=run.folder, steps=200), evaluate=report)
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from accelerate import PartialState
+
+from diva_lab.image_files import find_tars
+from diva_lab.machine import default_device
+from diva_lab.models.encoders import load_encoder
+from diva_lab.objectives import OBJECTIVES
+from diva_lab.paths import ROOT, RUNS
+from diva_lab.training.build import build_conditioner, build_denoiser, build_encoder
+from diva_lab.training.loop import Probe, train
+from diva_lab.training.presets import preset, replace_settings, stages
+from diva_lab.training.runs import Run
+from diva_lab.training.settings import Settings
+
+Evaluate = Callable[..., dict[str, float]]
+
+
+def _portable(settings: Settings) -> dict:
+    """Settings as a run keeps them: folders inside the repository relative to it."""
+    values = asdict(settings)
+    for name in ("encoder", "denoiser", "projector", "images"):
+        values[name] = values[name].removeprefix(f"{ROOT}/")
+    return values
+
+
+def _open(settings: dict, root: str | Path) -> Run:
+    """The run of these settings; of several processes the first one makes its folder."""
+    with PartialState(cpu=default_device().type == "cpu").main_process_first():
+        return Run.open(settings, root)
+
+
+def align(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None = None) -> Run:
+    """Stage 1: train the projector by L_rec, encoder and denoiser frozen; B evaluations a step.
+
+    A light denoiser has no weights before: it is trained with the projector (GenHancer).
+
+    Args:
+        settings: LoRA is not used here; the loss is `genhancer`'s where that is the objective, else as `align_by` says.
+            `projector="new"` starts from random weights.
+        root: the run's folder is made under it; a finished run of the same settings is returned at once.
+        evaluate: called as `evaluate(conditioner, encoder, denoiser)`, returns what is to be recorded.
+    """
+    settings = _stage_one(settings)
+    run = _open({**_portable(settings), "stage": "align"}, root)
+    if run.done:
+        return run
+    device = default_device()
+    encoder, denoiser = load_encoder(settings.encoder, device), build_denoiser(settings, device)
+    conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(True)
+    denoiser.network.requires_grad_(denoiser.scratch)
+    watch = evaluate and (lambda: evaluate(conditioner, encoder, denoiser))
+    return train(run, settings, encoder, conditioner, denoiser, OBJECTIVES[settings.objective], watch)
+
+
+def _stage_one(settings: Settings) -> Settings:
+    """Settings of stage 1 as its run keeps them: its own objective, and no LoRA."""
+    by_dcr = settings.align_by == "dcr" and settings.objective != "genhancer"
+    objective = "genhancer" if settings.objective == "genhancer" else "dcr" if by_dcr else "diva"
+    return replace(settings, objective=objective, lora_rank=0)
+
+
+def find_run(settings: Settings, root: str | Path = RUNS, stage: str = "tune") -> Run:
+    """Where the run of `tune` (or of `align`, by `stage`) with these settings lies, done, begun, or not."""
+    kept = _stage_one(settings) if stage == "align" else settings
+    return Run.at({**_portable(kept), "stage": stage}, root)
+
+
+def tune(
+    settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None = None, probe: Probe | None = None
+) -> Run:
+    """Stage 2: tune the encoder under `settings.objective`, denoiser frozen, projector too unless asked.
+
+    Args:
+        settings: the objective `none` leaves the encoder as it is and only evaluates: the first control.
+        root: the run's folder is made under it; a finished run of the same settings is returned at once.
+        evaluate: called as `evaluate(encoder)`, returns what is to be recorded.
+        probe: called at the same steps, in float32 and without dropout, as `probe(at, parameters)`; `at(number,
+            **changes)` makes a `Step` of a batch of other pictures, with other settings where given. Returns records.
+
+    Raises:
+        ValueError, FileNotFoundError: for settings that name what does not exist.
+        FloatingPointError: where the loss stops being a number.
+        RuntimeError: where the device's memory is short; says what needs less.
+    """
+    if settings.objective not in (*OBJECTIVES, "none"):
+        raise ValueError(f"objective {settings.objective!r} is no training; see perturb()")
+    run = _open({**_portable(settings), "stage": "tune"}, root)
+    if run.done:
+        return run
+    device = default_device()
+    if settings.objective == "none":
+        if evaluate is not None:
+            run.log("evaluations", step=0, **evaluate(load_encoder(settings.encoder, device)))
+        return run.finish()
+    encoder, denoiser = build_encoder(settings, device), build_denoiser(settings, device)
+    if denoiser.scratch and settings.projector == "new":
+        raise ValueError(
+            f"denoiser {settings.denoiser!r} has no weights yet: align() it, and give that run as projector"
+        )
+    conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(settings.train_projector)
+    watch = evaluate and (lambda: evaluate(encoder))
+    return train(run, settings, encoder, conditioner, denoiser, OBJECTIVES[settings.objective], watch, probe)
+
+
+def align_preset(
+    name: str, root: str | Path = RUNS, processes: int = 1, stage1: dict | None = None, stage2: dict | None = None
+) -> Settings:
+    """A preset's settings for `tune`, after stage 1 where it has one and `stage2` names no projector.
+
+    Args:
+        name: one of `PRESETS`.
+        root: where the run of stage 1 is made; a finished one is taken as it is.
+        processes: as many as train together.
+        stage1, stage2: settings to change, by name; `stage1` is not read where there is no stage 1.
+
+    Raises:
+        ValueError: for an unknown preset or setting, of either stage, before anything is trained.
+        FileNotFoundError: for tars that are not there, as soon.
+    """
+    changes = {1: stage1 or {}, 2: stage2 or {}}
+    chosen = {stage: replace_settings(preset(name, stage, processes), changes[stage]) for stage in stages(name)}
+    if "projector" in changes[2]:
+        chosen.pop(1, None)
+    for settings in chosen.values():
+        if settings.images.endswith(".tar"):
+            find_tars(settings.images)
+    if 1 in chosen:
+        return replace(chosen[2], projector=str(align(chosen[1], root).folder))
+    return chosen[2]

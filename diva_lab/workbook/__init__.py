@@ -1,0 +1,1 @@
+"""The notebooks: their parameters, sentences, widgets, and `diva-lab run` with its report."""

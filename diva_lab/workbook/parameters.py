@@ -1,0 +1,97 @@
+"""Check a notebook's parameters in the cell after the one tagged `parameters`.
+
+papermill only warns of an unknown parameter and never looks at a type. What it injects is one more cell, which the
+kernel keeps in its history `In` under the first line `# Parameters`; so the notebook can look for itself, whether it
+was started by `python -m diva_lab.workbook`, by `papermill -p` or `-f`, or by hand.
+"""
+
+import ast
+from types import FunctionType, ModuleType, UnionType
+from typing import Union, get_args, get_origin
+
+INJECTED = "# Parameters"  # the first line of papermill's cell
+
+
+def check_parameters(scope: dict, **expected: object) -> None:
+    """Stop a notebook whose parameters are unknown, missing or ill-typed.
+
+    >>> check_parameters({"steps": 40, "lr": 1, "size": "s"}, steps=int, lr=float, size=("s", "m", "l"))
+
+    Args:
+        scope: the notebook's `globals()`.
+        **expected: for each parameter its type (`int`, `list[int]`, `str | None`), or the tuple of allowed values. An
+            int passes for a float, a bool not for an int; a list and a tuple pass for one another.
+
+    Raises:
+        ValueError: one error that names everything that is wrong, and the right names, types and defaults.
+    """
+    defaults, assigned = _assigned(scope, expected)
+    wrong = [f"unknown parameter {name!r}" for name in assigned if name not in expected]
+    for name, kind in expected.items():
+        if name not in scope:
+            wrong.append(f"missing parameter {name!r}")
+        elif not _fits(scope[name], kind):
+            wrong.append(f"{name}={scope[name]!r}: expected {_name(kind)}, got {type(scope[name]).__name__}")
+    if wrong:
+        known = [
+            f"  {name}: {_name(kind)}" + (f" = {defaults[name]}" if name in defaults else "")
+            for name, kind in expected.items()
+        ]
+        raise ValueError("\n".join(["; ".join(wrong), "the parameters of this notebook:", *known]))
+
+
+def _fits(value: object, kind: object) -> bool:
+    if isinstance(kind, tuple):
+        return any(type(value) is type(choice) and value == choice for choice in kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(kind))
+    if kind is None or kind is type(None):
+        return value is None
+    if get_origin(kind) in (list, tuple):
+        items = [item for item in get_args(kind) if item is not ...]
+        return isinstance(value, list | tuple) and all(_fits(item, items[0]) for item in value)
+    if kind in (list, tuple):
+        return isinstance(value, list | tuple)
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _name(kind: object) -> str:
+    if isinstance(kind, tuple):
+        return "one of " + ", ".join(map(repr, kind))
+    return kind.__name__ if isinstance(kind, type) else str(kind)
+
+
+def assigned_names(source: str) -> dict[str, str]:
+    """The names that a cell assigns at its top level, each with the source of its value; {} if it is not Python."""
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return {}
+    found = {}
+    for line in body:
+        if isinstance(line, ast.Assign | ast.AnnAssign) and line.value is not None:
+            targets = line.targets if isinstance(line, ast.Assign) else [line.target]
+            found |= {target.id: ast.unparse(line.value) for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def _assigned(scope: dict, expected: dict) -> tuple[dict[str, str], list[str]]:
+    """The defaults, and every name set where parameters are set.
+
+    In a kernel: in the `parameters` cell (the last one to set all the expected names) and in papermill's. By these
+    cells and not by all globals, so that the check can be repeated at the end of a session. In a plain dict: all
+    names but modules, functions, classes and those that begin with an underscore.
+    """
+    if "In" not in scope:
+        code = (ModuleType, FunctionType, type)
+        return {}, [name for name, value in scope.items() if not (name.startswith("_") or isinstance(value, code))]
+    declared, injected = {}, {}
+    for cell in map(str, scope["In"]):
+        names = assigned_names(cell)
+        if cell.lstrip().startswith(INJECTED):
+            injected = names
+        elif names.keys() >= expected.keys():
+            declared = names
+    return declared, list(declared | injected)

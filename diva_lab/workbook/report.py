@@ -1,0 +1,125 @@
+"""Executed notebooks -> one page of HTML that needs nothing else: no script, no font, no network.
+
+Prose and figures as the notebooks show them, the code left out; a table of contents and the summary on top.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+CSS = """
+body { margin: 0 auto; max-width: 58rem; padding: 2.5rem 1.25rem 5rem; color: #1d2430; background: #fff;
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
+h1, h2, h3 { line-height: 1.25; font-weight: 650; } h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; }
+h3 { font-size: 1.05rem; }
+section { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid #d8dde6; }
+a { color: #1f5fa8; text-decoration: none; } a:hover { text-decoration: underline; }
+nav ol { list-style: none; padding: 0; } nav li { padding: .15rem 0; } .faint { color: #6b7485; font-size: .85rem; }
+img, svg { max-width: 100%; height: auto; display: block; margin: 1rem auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .65rem; text-align: right; border-bottom: 1px solid #e6e9ef; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #aab2c0; font-weight: 600; }
+.wide { overflow-x: auto; margin: 1rem 0; } summary { cursor: pointer; color: #1f5fa8; }
+pre, code { font: .85rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
+pre { background: #f5f7fa; border-radius: 4px; padding: .6rem .9rem; overflow-x: auto; white-space: pre-wrap; }
+blockquote { margin: 1rem 0; padding-left: 1rem; border-left: 3px solid #d8dde6; color: #4a5262; }
+.failed { color: #a3261b; font-weight: 600; } .output_error pre { background: #fdf1ef; }
+"""
+HEADLINE = {
+    "objective": "objective",
+    "seed": "seed",
+    "pairs/mean": "pairs",
+    "probe/mean": "probes",
+    "zeroshot": "zero-shot",
+    "nmi": "NMI",
+    "acc": "ACC",
+    "ari": "ARI",
+    "emoji/mean": "emoji",
+    "emoji-match/mean": "emoji match",
+    "conflict_rate": "conflict",
+    "seconds_per_step": "s / step",
+    "steps": "steps",
+    "note": "note",
+}
+
+
+def title_of(notebook: nbformat.NotebookNode, name: str) -> str:
+    """The first heading of a notebook, else `name`."""
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    found = re.search(r"^#+\s+(.+)$", prose, re.MULTILINE)
+    return found[1].strip() if found else name
+
+
+def _body(notebook: nbformat.NotebookNode) -> str:
+    """A notebook's prose and outputs as HTML; widgets, warnings and prompts left out."""
+    from nbconvert import HTMLExporter
+
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if output.get("name") != "stderr" and WIDGET not in output.get("data", {})
+            ]
+    exporter = HTMLExporter(
+        template_name="basic",
+        exclude_input=True,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+        exclude_anchor_links=True,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a figure without alternative text
+        body = exporter.from_notebook_node(notebook)[0]
+    return re.sub(r"<script\b.*?</script>|<link\b[^>]*>", "", body, flags=re.DOTALL | re.IGNORECASE)
+
+
+def _table(frame: pd.DataFrame) -> str:
+    text = frame.to_html(index=False, border=0, na_rep="–", float_format=lambda x: f"{x:.3f}", justify="unset")
+    return f'<div class="wide">{text}</div>'
+
+
+def write_report(
+    path: Path, notebooks: Sequence[Path], summary: pd.DataFrame, facts: Mapping[str, object], failed: str = ""
+) -> None:
+    """Write the report.
+
+    Args:
+        path: the file to write.
+        notebooks: executed notebooks, in their order.
+        summary: what `diva_lab.workbook.summary` returns.
+        facts: what to say about the run under the summary, name by name.
+        failed: file name of the notebook that failed, if one did.
+    """
+    contents, sections = [], []
+    for i, file in enumerate(notebooks):
+        notebook = nbformat.read(file, as_version=4)
+        mark = ' <span class="failed">failed</span>' if file.name == failed else ""
+        contents.append(f'<li><a href="#notebook-{i}">{escape(title_of(notebook, file.stem))}</a>{mark}</li>')
+        sections.append(f'<section id="notebook-{i}">{_body(notebook)}</section>')
+    if len(summary):
+        columns = [name for name in HEADLINE if name in summary]
+        details = summary.drop(columns=[name for name in columns if name not in ("objective", "seed")])
+        tables = _table(summary[columns].rename(columns=HEADLINE))
+        tables += f"<details><summary>every pattern, probe and run</summary>{_table(details)}</details>"
+    else:
+        tables = '<p class="faint">No run of stage 2 was finished.</p>'
+    notes = " · ".join(f"{escape(str(name))} {escape(str(value))}" for name, value in facts.items())
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>diva-lab · {escape(path.parent.name)}</title><style>{CSS}</style></head>
+<body><h1>diva-lab</h1>
+<nav><ol>{"".join(contents)}</ol></nav>
+<h2>Objectives and seeds</h2>
+{tables}
+<p class="faint">{notes}</p>
+{"".join(sections)}
+</body></html>
+"""
+    path.write_text(page, encoding="utf-8")

@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import torch
+from small_models import write_clip, write_diffusion
+
+from diva_lab.analysis.conflict import probe_gradients
+from diva_lab.images import open_images
+from diva_lab.statistics import conflict_rate, wilson
+from diva_lab.training.settings import Settings
+from diva_lab.training.stages import tune
+
+
+def series(rate: float, n: int, seed: int, stay: float = 0.0) -> np.ndarray:
+    """Cosines whose sign is negative at `rate`; each keeps the one before with probability `stay`."""
+    rng, out = np.random.default_rng(seed), []
+    for _ in range(n):
+        out.append(out[-1] if out and rng.random() < stay else np.where(rng.random() < rate, -0.2, 0.2))
+    return np.array(out, float)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.863])
+def test_the_rate_of_a_known_conflict_is_recovered(rate):
+    found, low, high = conflict_rate(series(rate, 2000, seed=1))
+    assert low < rate < high and high - low < 0.08
+    assert found == pytest.approx(rate, abs=0.03)
+
+
+def test_blocks_of_one_step_give_about_wilsons_interval():
+    cosines = series(0.3, 500, seed=2)
+    found, low, high = conflict_rate(cosines, block=1)
+    assert (low, high) == pytest.approx(wilson(round(found * 500), 500), abs=0.01)
+
+
+def test_steps_that_depend_on_each_other_have_a_wider_interval():
+    cosines = series(0.5, 1000, seed=3, stay=0.9)
+    widths = [np.ptp(conflict_rate(cosines, block)[1:]) for block in (1, 30)]
+    assert widths[1] > 2 * widths[0]
+
+
+def test_several_runs_are_counted_together_and_nan_is_left_out():
+    rate, low, high = conflict_rate([np.array([-0.1, np.nan, 0.2]), np.array([0.3, 0.4])])
+    assert rate == 0.25 and low <= rate <= high
+    with pytest.raises(ValueError, match="no cosine"):
+        conflict_rate(np.array([np.nan]))
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conflict")
+    clip, diffusion = write_clip(folder / "clip"), write_diffusion(folder / "diffusion")
+    models = {"encoder": str(clip), "denoiser": str(diffusion), "projector": "new"}
+    settings = Settings(objective="naive", steps=2, batch=3, lora_rank=0, lr=0.0, precision="no", **models)
+    return tune(settings, folder, probe=lambda at, parameters: probe_gradients(at, parameters, batches=3, bins=2))
+
+
+def table(run, step: int):
+    rows = run.probes()
+    return rows[rows["step"] == step].set_index(["bin", "of", "measure"])["value"]
+
+
+def test_a_probe_measures_every_objective_and_pair_in_every_bin(probed):
+    found = table(probed, 2)
+    for part in ("all", "0", "1"):
+        for name in ("contrastive", "diva", "dcr"):
+            assert {"loss", "norm", "snr", "noise_scale"} <= set(found[part][name].index)
+        for pair in ("contrastive~diva", "contrastive~dcr", "diva~dcr"):
+            values = found[part][pair]
+            assert values["cos/low"] <= values["cos"] <= values["cos/high"]
+            assert -1 <= values["other"] <= 1 and 0 <= values["magnitude"] <= 1
+            assert {"cos/block0", "cos/kind/q", "cos/kind/fc2"} <= set(values.index)
+    assert np.isfinite([found["all"][name]["curvature"] for name in ("contrastive", "diva", "dcr")]).all()
+
+
+def test_a_probe_leaves_no_trace_and_says_the_same_again(probed):
+    first, last = table(probed, 0), table(probed, 2)  # at a learning rate of zero nothing has moved
+    assert first.drop("curvature", level=2).equals(last.drop("curvature", level=2))
+    bends = [part.xs("curvature", level=2) for part in (first, last)]
+    np.testing.assert_allclose(*bends, rtol=1e-4)
+
+
+def test_a_bins_timesteps_are_its_own(small_settings, tmp_path):
+    seen = []
+
+    def spy(at, parameters):
+        for weights in ("1,0", "0,1"):
+            step = at(0, timesteps=weights)
+            seen.append(step.noised(step.latents())[1])
+        return []
+
+    tune(small_settings, tmp_path, probe=spy)
+    total = 1000
+    assert all((low < total // 2).all() and (high >= total // 2).all() for low, high in (seen[:2], seen[2:]))
+
+
+def test_a_probes_pictures_are_not_those_of_the_training(small_settings, tmp_path):
+    batches = []
+    tune(small_settings, tmp_path, probe=lambda at, parameters: batches.append(at(0).images) or [])
+    source = open_images(small_settings.images, batches[0].shape[-1], small_settings.batch, small_settings.seed)
+    trained = torch.cat([next(source) for _ in range(small_settings.steps)]).float() / 255
+    assert len(batches[0]) == small_settings.batch
+    assert not any(torch.equal(one, other) for one in batches[0] for other in trained)

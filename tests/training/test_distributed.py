@@ -1,0 +1,172 @@
+"""Two processes over gloo: they average their gradients, share no picture, and fail together."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset, Features
+from datasets import Image as DatasetImage
+from one_step import pictures
+from PIL import Image
+from two_processes import SETTINGS
+
+from diva_lab.images import open_images
+from diva_lab.machine import generator
+from diva_lab.models.encoders import load_encoder
+from diva_lab.models.lora import visual_weights
+from diva_lab.training.runs import Run
+from diva_lab.training.stages import tune
+
+HERE = Path(__file__).parent.parent
+SCRIPT = str(HERE / "two_processes.py")
+
+
+def launch(*words: str, cwd: Path | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
+    """A script, or `-m` and a module, with its arguments, in two processes as `accelerate launch` starts them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    places = {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "ACCELERATE_USE_CPU": "true"}
+    places |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONFAULTHANDLER": "1"}
+    return subprocess.run(
+        [*command, *words], env=os.environ | places | {"OMP_NUM_THREADS": "1"}, cwd=cwd,
+        capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> tuple[Run, list[Run], str]:
+    """A run of two processes on tars with broken pictures, what each of them would do alone, what was printed."""
+    root = tmp_path_factory.mktemp("together")
+    (root / "broken.png").write_bytes(b"words")
+    for k, pixels in enumerate(pictures(8)):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(root / "whole.png")
+        with tarfile.open(root / f"{k % 2}.tar", "a") as tar:
+            tar.add(root / "whole.png", f"{k}.png")
+            for copy in range(1 + 2 * (k % 2)):
+                tar.add(root / "broken.png", f"{k}broken{copy}.png")
+    settings = replace(SETTINGS, images=str(root / "{0..1}.tar"))
+    done = launch(SCRIPT, str(root / "both"), settings.images)
+    assert done.returncode == 0, f"{done.stderr[:6000]}\n...\n{done.stderr[-2000:]}"  # the first words say why
+    (folder,) = (root / "both").iterdir()
+    halves = []
+    for rank in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                "diva_lab.training.loop.open_images", lambda *args, rank=rank: open_images(*args[:5], rank, 2)
+            )
+            if rank:
+                patch.setattr("diva_lab.training.loop.generator", lambda *parts: generator(*parts, 1))
+            halves.append(tune(settings, root / str(rank)))
+    return Run(folder), halves, done.stdout
+
+
+def test_two_processes_step_by_the_average_of_their_gradients(together):
+    both, halves, _ = together
+    assert list(both.evaluations()["rank"]) == [0, 0] and len(both.metrics()) == 1  # one of them writes
+    before = visual_weights(load_encoder("tiny"))
+    for name, weight in both.weights().items():
+        start = before[name.removeprefix("encoder.")]
+        one, two = (run.weights()[name] - start for run in halves)
+        torch.testing.assert_close(weight - start, (one + two) / 2, atol=1e-6, rtol=1e-3)
+    losses = [run.metrics()["loss"].item() for run in halves]
+    assert losses[0] != losses[1]
+    assert both.metrics()["loss"].item() == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+
+def test_what_each_process_skipped_and_where_it_is_are_kept(together):
+    both, halves, printed = together
+    one, two = (run.skipped() for run in halves)
+    assert len(one) != len(two) and set(one["name"]).isdisjoint(two["name"])
+    pd.testing.assert_frame_equal(both.skipped(), pd.concat([one, two], ignore_index=True))
+    assert both.resume()["positions"] == [run.resume()["positions"][0] for run in halves]
+    assert printed.count(f"{len(one) + len(two)} broken pictures were skipped") == 1
+
+
+def test_a_killed_process_ends_the_job_with_an_error(tmp_path):
+    start = time.monotonic()
+    done = launch(SCRIPT, str(tmp_path), "die")
+    assert done.returncode != 0 and time.monotonic() - start < 120
+    (folder,) = tmp_path.iterdir()
+    assert not Run(folder).done and len(Run(folder).metrics())  # it had begun
+    assert re.search(r"rank +: 1 .*\n +exitcode +: 9 ", done.stderr), done.stderr[-2000:]
+
+
+def test_the_command_trains_both_stages_of_a_preset_in_two_processes(tmp_path):
+    (tmp_path / "cc3m").mkdir()
+    for k, pixels in enumerate(pictures(8)):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "one.png")
+        with tarfile.open(tmp_path / "cc3m" / f"cc3m-train-{k % 2:04}.tar", "a") as tar:
+            tar.add(tmp_path / "one.png", f"{k}.png")
+    tiny = ["encoder=tiny", "denoiser=tiny", "steps=1", "batch=2", "vae_px=0"]
+    command = ["--preset", "openai-l14-dcr", "--out", "runs", "--set", *tiny]
+    done = launch("-m", "diva_lab", "train", *command, cwd=tmp_path)
+    assert done.returncode == 0, f"{done.stderr[:6000]}\n...\n{done.stderr[-2000:]}"
+    one, two = (Run(folder) for folder in sorted((tmp_path / "runs").iterdir()))
+    assert (one.settings["stage"], two.settings["stage"]) == ("align", "tune") and one.done and two.done
+    assert two.settings["projector"] == f"runs/{one.id}"
+    for run in (one, two):
+        assert run.settings["accumulate"] == 256 // (16 * 2)  # of the preset for as many processes
+        assert run.resume()["positions"] == [16, 16]  # of the preset's pictures, 8 micro-batches of 2 each
+
+
+# --- no picture twice -------------------------------------------------------------------------------------------
+
+
+def shown(source: str, batches: int, rank: int, processes: int, first: int = 0) -> list[bytes]:
+    """The pictures of a process's batches of two."""
+    found = islice(open_images(source, 32, 2, 0, first, rank, processes), batches)
+    return [image.numpy().tobytes() for batch in found for image in batch]
+
+
+@pytest.fixture(scope="module", params=["folder", "tars", "hf"])
+def source(request, tmp_path_factory):
+    """Sixteen pictures, as files of a folder, as four tars, or as a Hugging Face dataset."""
+    root = tmp_path_factory.mktemp("pictures")
+    if request.param == "hf":
+        found = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in pictures(16)]
+        Dataset.from_dict({"image": found}, Features({"image": DatasetImage()})).save_to_disk(root)
+        return f"hf:{root}"
+    for k, pixels in enumerate(pictures(16)):
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        if request.param == "folder":
+            image.save(root / f"{k:02}.png")
+            continue
+        with tarfile.open(root / f"{k // 4:04}.tar", "a") as tar:
+            data = io.BytesIO()
+            image.save(data, "png")
+            member = tarfile.TarInfo(f"{k:06}.png")
+            member.size = data.tell()
+            data.seek(0)
+            tar.addfile(member, data)
+    return str(root) if request.param == "folder" else str(root / "{0000..0003}.tar")
+
+
+def test_an_epoch_of_all_processes_is_every_picture_once(source):
+    parts = [shown(source, 4, rank, 2) for rank in range(2)]
+    assert all(len(part) == 8 for part in parts)
+    assert len(set(parts[0]) | set(parts[1])) == 16
+
+
+def test_a_process_that_is_resumed_goes_on_where_it_was(source):
+    for rank in range(2):
+        assert shown(source, 6, rank, 2)[4:] == shown(source, 4, rank, 2, first=4)
+
+
+def test_the_world_shows_each_process_other_pictures():
+    one, two = (shown("world", 3, rank, 2) for rank in range(2))
+    assert not set(one) & set(two) and one == shown("world", 3, 0, 1)
+
+
+def test_more_processes_than_tars_are_refused(source):
+    if source.endswith(".tar"):
+        with pytest.raises(ValueError, match="4 tars for 5 processes"):
+            open_images(source, 32, 2, 0, 0, 0, 5)

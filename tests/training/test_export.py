@@ -1,0 +1,175 @@
+from dataclasses import asdict, replace
+
+import open_clip
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from one_step import pictures
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+from diva_lab.cli import main
+from diva_lab.evaluation.table import COLUMNS, FACTS
+from diva_lab.models.encoders import load_encoder
+from diva_lab.training.build import tuned_encoder
+from diva_lab.training.controls import perturb
+from diva_lab.training.export import export, model_card
+from diva_lab.training.presets import preset
+from diva_lab.training.runs import Run
+from diva_lab.training.stages import tune
+
+TEXTS = ["a photo of a disc", "a photo of a red star"]
+
+
+@pytest.fixture(scope="module")
+def run(small_settings, tmp_path_factory) -> Run:
+    """A short run that moved the encoder, evaluated twice."""
+    scores = iter([{"zeroshot": 0.25}, {"zeroshot": 0.75}])
+    settings = replace(small_settings, lr=1e-2, lora_dropout=0.0)
+    return tune(settings, tmp_path_factory.mktemp("runs"), lambda encoder: next(scores))
+
+
+@pytest.fixture(scope="module")
+def folder(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "new"
+    assert main(["export", str(run.folder), str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images():
+    return pictures(5)
+
+
+@pytest.fixture(scope="module")
+def wanted(run, images):
+    """The tuned encoder's embeddings of pictures and texts, which are not the original's."""
+    encoder, original = tuned_encoder(run), load_encoder(run.settings["encoder"])
+    found = encoder.encode_image(images.float() / 255), encoder.encode_text(TEXTS)
+    assert (found[0] - original.encode_image(images.float() / 255)).abs().max() > 1e-2
+    assert torch.equal(found[1], original.encode_text(TEXTS))
+    return found
+
+
+def same(image, text, wanted) -> None:
+    for one, two in zip((image, text), wanted, strict=True):
+        torch.testing.assert_close(F.normalize(one, dim=-1), two, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_open_clip_gives_the_tuned_embeddings(folder, images, wanted):
+    name = f"local-dir:{folder / 'open_clip'}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name, require_pretrained=True)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (preprocess.transforms[-1].mean, preprocess.transforms[-1].std))
+    model, pixels = model.eval(), (images / 255 - mean) / std
+    same(model.encode_image(pixels), model.encode_text(open_clip.get_tokenizer(name)(TEXTS)), wanted)
+
+
+@torch.no_grad()
+def test_transformers_gives_the_tuned_embeddings(folder, images, wanted):
+    home = folder / "transformers"
+    model, processor = CLIPModel.from_pretrained(home).eval(), CLIPImageProcessor.from_pretrained(home)
+    length = model.config.text_config.max_position_embeddings
+    words = AutoTokenizer.from_pretrained(home)(
+        TEXTS, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    found = model.get_image_features(**processor(images, return_tensors="pt")), model.get_text_features(words.input_ids)
+    same(*(getattr(x, "pooler_output", x) for x in found), wanted)
+
+
+@pytest.mark.parametrize("format", ["open_clip", "transformers"])
+def test_the_encoder_is_loaded_again_by_its_folder(format, folder, images, wanted):
+    encoder = load_encoder(folder / format)
+    same(encoder.encode_image(images.float() / 255), encoder.encode_text(TEXTS), wanted)
+
+
+def test_the_card_names_every_setting_the_data_the_run_its_code_and_its_scores(run, folder):
+    card = (folder / "README.md").read_text()
+    for name, value in run.settings.items():
+        assert f"| {name} | {value} |" in card
+    for fact in (run.id, run.environment["git"], "on world", f"torch {torch.__version__.partition('+')[0]}"):
+        assert fact in card
+    assert "| measure | step 0 | step 4 |" in card and "| zeroshot | 0.2500 | 0.7500 |" in card
+
+
+def test_a_random_push_is_exported_as_well_and_a_card_without_scores_says_so(run, images, tmp_path):
+    pushed = perturb(run, images, root=tmp_path)
+    card = (export(pushed, tmp_path / "new") / "README.md").read_text()
+    assert "tuned by perturb-norm on world" in card and "Not evaluated." in card
+    found = load_encoder(tmp_path / "new" / "transformers").encode_image(images.float() / 255)
+    torch.testing.assert_close(found, tuned_encoder(pushed).encode_image(images.float() / 255), atol=1e-5, rtol=0)
+
+
+def test_the_card_names_the_preset_that_the_run_is_of(run, tmp_path):
+    settings = replace(preset("siglip-so400m-dcr", processes=4), projector="runs/align-0", images="elsewhere/*.tar")
+    made = Run.open(asdict(settings) | {"stage": "tune"}, tmp_path)
+    assert "Preset: siglip-so400m-dcr." in model_card(made, ["open_clip"])
+    assert "Preset: none." in model_card(run, ["open_clip"])
+
+
+def row(encoder: str, value: float, **changes) -> dict:
+    same = {"encoder": encoder, "benchmark": "zero-shot", "set": "cifar10", "metric": "top-1", "category": "all"}
+    numbers = {"n": 200, "value": value, "low": value - 0.05, "high": value + 0.05, "features": "global"}
+    return dict.fromkeys(COLUMNS + FACTS) | same | numbers | changes
+
+
+def test_rows_of_evaluates_table_that_are_of_the_run_are_on_the_card(run, tmp_path):
+    rows = [row("tiny", 0.9), row(f"somewhere/{run.id}/", 0.75), row(str(run.folder), 0.5, metric="nmi", low=None)]
+    rows.append(row(str(run.folder), 0.125, category="Orientation"))
+    pd.DataFrame(rows).to_csv(tmp_path / "results.csv", index=False)
+    assert main(["export", str(run.folder), str(tmp_path / "new"), "--scores", str(tmp_path / "results.csv")]) == 0
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "| zeroshot | 0.2500 | 0.7500 |" in card  # in training
+    assert "| zero-shot | cifar10 | global | top-1 | 200 | 0.7500 | 0.7000 | 0.8000 |" in card
+    assert "| zero-shot | cifar10 | global | nmi | 200 | 0.5000 |  | 0.5500 |" in card
+    assert "0.9000" not in card and "0.1250" not in card
+
+
+# --- what is refused --------------------------------------------------------------------------------------------
+
+
+def refused(capsys, *arguments) -> str:
+    """What the command says, on one line, before it stops."""
+    assert main(["export", *map(str, arguments)]) == 2
+    said = capsys.readouterr()
+    assert not said.out and said.err.count("\n") == 1 and said.err.startswith("error: ")
+    return said.err
+
+
+def test_a_folder_that_holds_no_run_is_refused(tmp_path, capsys):
+    assert str(tmp_path / "nowhere") in refused(capsys, tmp_path / "nowhere", tmp_path / "new")
+    assert "settings.json" in refused(capsys, tmp_path, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unfinished_run_and_one_of_stage_1_are_refused(run, tmp_path, capsys):
+    unfinished = Run.open(run.settings, tmp_path / "runs")
+    stage1 = Run.open(run.settings | {"stage": "align"}, tmp_path / "runs").finish()
+    for other in (unfinished, stage1):
+        assert "finished run of tune()" in refused(capsys, other.folder, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_whose_encoder_is_no_more_is_refused_by_its_name(run, tmp_path, capsys):
+    gone = Run.open(run.settings | {"encoder": str(tmp_path / "gone")}, tmp_path).finish()
+    assert str(tmp_path / "gone") in refused(capsys, gone.folder, tmp_path / "new")
+
+
+def test_scores_that_are_not_of_the_run_are_refused_before_anything_is_written(run, tmp_path, capsys):
+    pd.DataFrame([row("tiny", 0.9)]).to_csv(tmp_path / "others.csv", index=False)
+    (tmp_path / "words.csv").write_text("encoder,words\n")
+    for name, words in (
+        ("others.csv", f"no row of encoder {run.id}"), ("words.csv", "no column benchmark"), ("gone.csv", "gone.csv"),
+    ):  # fmt: skip
+        assert words in refused(capsys, run.folder, tmp_path / "new", "--scores", tmp_path / name)
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_there_already_is_not_written_to(run, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    for mine in (tmp_path / "full" / "mine.txt", tmp_path / "file"):
+        mine.write_text("precious")
+    for place in ("full", "file"):
+        assert "is not empty" in refused(capsys, run.folder, tmp_path / place)
+    kept = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert kept == {"full/mine.txt": "precious", "file": "precious"}

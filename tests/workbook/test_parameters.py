@@ -1,0 +1,136 @@
+import nbformat
+import papermill
+import pytest
+from papermill.exceptions import PapermillExecutionError
+
+from diva_lab.workbook.parameters import check_parameters
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (3, int),
+        (3, float),
+        (0.5, float),
+        ("a", str),
+        (True, bool),
+        ("a", ("a", "b")),
+        ([0, 1], list[int]),
+        ((0, 1), list[int]),
+        ([0, 1], tuple[int, ...]),
+        ([], list[int]),
+        ([1, "a"], list),
+        (None, int | None),
+        (4, int | None),
+        (None, None),
+    ],
+)
+def test_a_value_of_the_right_type_passes(value, kind):
+    check_parameters({"x": value}, x=kind)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ("ten", int),
+        (3.0, int),
+        (True, int),
+        (True, float),
+        ("0.5", float),
+        (1, str),
+        (1, bool),
+        ("c", ("a", "b")),
+        (True, (1, 2)),
+        (["0"], list[int]),
+        ([True], list[int]),
+        (3, list[int]),
+        ("3", list),
+        ("x", int | None),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(value, kind):
+    with pytest.raises(ValueError, match="expected"):
+        check_parameters({"x": value}, x=kind)
+
+
+def test_the_error_names_the_parameter_its_value_and_what_was_expected():
+    with pytest.raises(ValueError, match="steps='ten': expected int, got str"):
+        check_parameters({"steps": "ten"}, steps=int)
+
+
+def test_an_unknown_name_is_refused_and_modules_functions_and_private_names_are_not():
+    scope = {"steps": 3, "_private": 1, "pytest": pytest, "check_parameters": check_parameters, "Path": type}
+    check_parameters(scope, steps=int)
+    with pytest.raises(ValueError, match="unknown parameter 'stpes'"):
+        check_parameters(scope | {"stpes": 4}, steps=int)
+
+
+def test_a_missing_name_is_refused():
+    with pytest.raises(ValueError, match="missing parameter 'steps'"):
+        check_parameters({}, steps=int)
+
+
+def test_all_that_is_wrong_comes_in_one_error_with_the_right_names_types_and_defaults():
+    scope = {"In": ["", 'steps = 40  # of each run\nsize: str = "s"', '# Parameters\nsteps = "ten"\nlr = 1']}
+    scope |= {"steps": "ten", "size": "s", "lr": 1}
+    with pytest.raises(ValueError) as error:
+        check_parameters(scope, steps=int, size=("s", "m"))
+    assert str(error.value) == (
+        "unknown parameter 'lr'; steps='ten': expected int, got str\n"
+        "the parameters of this notebook:\n"
+        "  steps: int = 40\n"
+        "  size: one of 's', 'm' = 's'"
+    )
+
+
+def test_a_check_repeated_at_the_end_of_a_session_ignores_names_that_later_cells_set():
+    scope = {"In": ["", "steps = 4", "check_parameters(globals(), steps=int)", "loss = 1"], "steps": 4, "loss": 1}
+    check_parameters(scope, steps=int)
+
+
+def test_a_misspelt_name_in_the_cell_of_parameters_is_found_and_forgotten_once_corrected():
+    scope = {"In": ["", "steps = 4\nstpes = 5"], "steps": 4, "stpes": 5}
+    with pytest.raises(ValueError, match="stpes"):
+        check_parameters(scope, steps=int)
+    scope["In"] += ["check_parameters(globals(), steps=int)", "steps = 5"]
+    check_parameters(scope, steps=int)
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory):
+    """A notebook of two parameters, and a function that runs it by papermill."""
+    cells = [
+        nbformat.v4.new_code_cell("import sys\nfrom diva_lab.world import DETAILS"),
+        nbformat.v4.new_code_cell("steps = 4\nlr = 0.1", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(
+            "from diva_lab.workbook.parameters import check_parameters\n"
+            "check_parameters(globals(), steps=int, lr=float)"
+        ),
+    ]
+    path = tmp_path_factory.mktemp("notebook") / "n.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+
+    def run(**parameters: object) -> None:
+        papermill.execute_notebook(path, None, parameters, kernel_name="python3", language="python", progress_bar=False)
+
+    return run
+
+
+def test_a_notebook_runs_with_its_own_defaults_and_with_good_parameters(notebook):
+    notebook()
+    notebook(steps=2, lr=1)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"steps": "ten"}, "steps='ten': expected int, got str"),
+        ({"steps": True}, "steps=True: expected int, got bool"),
+        ({"stpes": 3}, "unknown parameter 'stpes'"),
+    ],
+)
+def test_papermill_fails_on_a_parameter_that_is_unknown_or_ill_typed(notebook, parameters, message):
+    with pytest.raises(PapermillExecutionError) as error:
+        notebook(**parameters)
+    assert error.value.ename == "ValueError" and message in error.value.evalue
+    assert "steps: int = 4" in error.value.evalue

@@ -1,0 +1,77 @@
+import ipywidgets
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from ipywidgets import Widget
+from matplotlib.figure import Figure
+
+from diva_lab.evaluation.pairs import read_pairs
+from diva_lab.workbook import widgets
+from diva_lab.workbook.widgets import open_pair, pair_explorer
+from diva_lab.world import World, draw_pairs, write_pairs
+
+matplotlib.use("agg")
+PAIRS = pd.DataFrame(
+    {"pattern": ["Color and Appearance"] * 5 + ["Texts"] * 3, "statement_1": list("abcdefgh"), "statement_2": "other"}
+)
+COSINES = pd.DataFrame({name: np.linspace(0.1, 0.4, 8) for name in ("t1i1", "t1i2", "t2i1", "t2i2")})
+SCORES = {"none": COSINES, "diva": COSINES, "dcr": COSINES}
+
+
+@pytest.fixture(autouse=True)
+def _no_figure_left_open():
+    yield
+    plt.close("all")
+
+
+def images(pair: pd.Series) -> np.ndarray:
+    return np.full((2, 4, 4, 3), ord(pair["statement_1"]), np.uint8)
+
+
+def statements(fig: Figure) -> list[str]:
+    said = [text.get_text() for ax in fig.axes for text in ax.texts]
+    return [text.removeprefix("① ") for text in said if text.startswith("① ")]
+
+
+def test_the_pictures_of_a_pair_are_read_from_disk_at_the_size_asked_for(tmp_path):
+    pairs = read_pairs(write_pairs(tmp_path, World(), 1, 0))
+    pictures = World().render(draw_pairs("orientation", 1, (0, 0))[0])
+    assert np.abs(open_pair(pairs.iloc[0]).astype(int) - pictures).mean() < 8  # JPEG
+    assert open_pair(pairs.iloc[0], 20).shape == (2, 20, 20, 3)
+
+
+def test_the_explorer_without_a_front_end_is_a_figure_and_makes_no_widget(monkeypatch):
+    monkeypatch.setattr(Widget, "open", lambda _: pytest.fail("a widget was made"))
+    fig = pair_explorer(PAIRS, SCORES, images, still=3)
+    assert isinstance(fig, Figure)
+    assert statements(fig) == ["a", "e", "h"]
+
+
+def test_the_explorer_shows_the_pair_that_is_chosen(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(widgets, "display", drawn.append)
+    box = pair_explorer(PAIRS, SCORES, images, interactive=True)
+    pattern, number, encoders = box.children[0].children
+    assert isinstance(box, ipywidgets.VBox)
+    assert (statements(drawn[-1]), encoders.value) == (["a"], ("diva", "dcr"))
+    number.value = 5
+    assert statements(drawn[-1]) == ["e"]
+    pattern.value = "Texts"  # holds three pairs: the number is brought down to the last
+    assert (number.value, statements(drawn[-1])) == (3, ["h"])
+    encoders.value = ("none",)
+    assert "none (original): 0 of 1" in [ax.get_title() for ax in drawn[-1].axes]
+
+
+def test_the_explorer_closes_what_it_draws(monkeypatch):
+    monkeypatch.setattr(widgets, "display", lambda fig: None)
+    pair_explorer(PAIRS, SCORES, images, interactive=True)
+    assert not plt.get_fignums()
+
+
+def test_the_explorer_refuses_scores_of_other_pairs_and_nothing_at_all():
+    with pytest.raises(ValueError, match="8 pairs, but dcr has scores for 2"):
+        pair_explorer(PAIRS, {"dcr": COSINES[:2]}, images)
+    with pytest.raises(ValueError, match="nothing to explore"):
+        pair_explorer(PAIRS[:0], SCORES, images)

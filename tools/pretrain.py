@@ -1,0 +1,417 @@
+"""Train the tiny models from nothing but a seed: a CLIP that is blind to details, and a diffusion model that is not.
+
+`python -m tools.pretrain all` writes `data/tiny/clip` in open_clip's on-disk format and
+`data/tiny/diffusion` in Stable Diffusion's, each with `record.json`: seed, git sha, versions, sha256 and time.
+Killed, it goes on from its last checkpoint under `runs/pretrain/`. `models --world 1 --out runs/world-1` makes those of
+another world, which `python -m tools.study --models runs/world-1` studies.
+
+The CLIP is made in two phases. *Words*: the text tower learns, by contrast, to match captions with the attribute lists
+of their scenes, in batches of minimal pairs, whose captions name the one detail in which the two differ and each other
+detail with p = .15; after it the text tower knows what every detail is called. *Sight*: the text tower is locked, and
+the visual tower learns from pictures whose captions name the class always and each detail hardly ever (p = .001). That
+is the blindness under study: the words are known, but what the visual tower sees is not tied to them.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diva_lab.machine import autocast
+from diva_lab.models.layers import fuse_attention, split_attention
+from diva_lab.paths import DATA, RUNS
+from diva_lab.provenance import environment, sha256
+from diva_lab.world import (
+    ATTRIBUTES,
+    DETAILS,
+    World,
+    caption,
+    captions,
+    draw_pairs,
+    draw_scenes,
+    vocabulary,
+    write_pairs,
+)
+
+CONTEXT = 26  # tokens of a caption, ends included; a full caption takes 24
+CLIP_WEIGHTS, WEIGHTS = "open_clip_model.safetensors", "diffusion_pytorch_model.safetensors"
+WORDS, SIGHT = 0.15, 0.001  # how often a caption mentions each detail, in the two phases of CLIP's training
+
+
+def fit(
+    name: str,
+    modules: dict[str, nn.Module],
+    loss_of: Callable[[int, np.random.Generator], Tensor],
+    steps: int,
+    lr: float,
+    seed: int,
+    save_every: int = 500,
+    decay: float = 0.999,
+) -> dict[str, nn.Module]:
+    """AdamW with warm-up and cosine decay over all parameters of `modules`; resumes from its own checkpoint.
+
+    `name` says all that the result depends on beside `steps`, so that no other training's checkpoint is taken up.
+    `loss_of(step, rng)` gives the loss of one batch; its rng depends on (seed, step) alone. Leaves the exponential
+    moving average of the weights in `modules` and returns them.
+    """
+    folder = RUNS / "pretrain" / f"{name}-{steps}"
+    folder.mkdir(parents=True, exist_ok=True)
+    params = {f"{k}.{n}": p for k, m in modules.items() for n, p in m.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    average = {n: p.detach().clone() for n, p in params.items()}
+    first, spent = 0, 0.0
+    if (folder / "state.pt").exists():
+        state = torch.load(folder / "state.pt", weights_only=True)
+        first, spent, average = state["step"], state["seconds"], state["average"]
+        optimizer.load_state_dict(state["optimizer"])
+        for n, p in params.items():
+            p.data.copy_(state["params"][n])
+    start = time.time() - spent
+    for step in range(first, steps):
+        torch.manual_seed(seed * 1_000_003 + step)
+        warm = min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * warm
+        loss = loss_of(step, np.random.default_rng((seed, step)))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(params.values(), 1.0)
+        optimizer.step()
+        rate = min(decay, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in params.values()], 1 - rate)
+        if step % 50 == 0 or step == steps - 1:
+            line = {"step": step, "loss": round(loss.item(), 5), "seconds": round(time.time() - start, 1)}
+            print(name, line, flush=True)
+            with open(folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        if (step + 1) % save_every == 0 or step == steps - 1:
+            state = {"step": step + 1, "seconds": time.time() - start, "average": average}
+            state |= {"optimizer": optimizer.state_dict(), "params": {n: p.detach() for n, p in params.items()}}
+            torch.save(state, folder / "state.tmp")
+            (folder / "state.tmp").rename(folder / "state.pt")
+    for n, p in params.items():
+        p.data.copy_(average[n])
+    for module in modules.values():
+        module.eval().requires_grad_(False)
+    return modules
+
+
+class Pool:
+    """Scenes to draw batches from; their pictures are rendered when first asked for and kept in memory as uint8."""
+
+    def __init__(self, world: World, scenes: np.ndarray):
+        self.world, self.scenes = world, scenes
+
+    @cached_property
+    def images(self) -> Tensor:
+        return torch.from_numpy(self.world.render(self.scenes)).permute(0, 3, 1, 2)
+
+    def at(self, index: np.ndarray) -> Tensor:
+        """The pictures [n, 3, px, px] of those scenes, in [0, 1]."""
+        return self.images[torch.from_numpy(index)].float() / 255
+
+
+class Twins:
+    """Minimal pairs to draw batches from: for every detail, 3500 pairs of scenes that differ in it alone."""
+
+    def __init__(self, world: World, each: int = 3500):
+        self.pairs = np.concatenate([draw_pairs(name, each, (world.seed, 5, i)) for i, name in enumerate(DETAILS)])
+        self.details = np.repeat(list(DETAILS), each)
+        self.pool = Pool(world, self.pairs.reshape(-1))
+
+    def draw(self, n: int, p: float, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
+        """Places in the pool [2 n] of `n` pairs, and their captions: the pair's detail always, others with `p`."""
+        index = rng.integers(len(self.pairs), size=n)
+        names = np.array(list(DETAILS))
+        said = (rng.random((n, len(names))) < p) | (names == self.details[index][:, None])
+        texts = [
+            caption(scene, tuple(names[row]), rng)
+            for pair, row in zip(self.pairs[index], said, strict=True)
+            for scene in pair
+        ]
+        return np.stack([2 * index, 2 * index + 1], 1).reshape(-1), texts
+
+
+def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """CLIP's symmetric cross-entropy over unit-length embeddings [n, d] of matching images and texts."""
+    logits = logit_scale.exp().clamp(max=100) * image.float() @ text.float().T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def write_record(folder: Path, **facts: object) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "record.json")
+    record = {**facts, **environment(), "sha256": {str(p.relative_to(folder)): sha256(p) for p in files}}
+    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A byte-pair vocabulary in CLIP's own format, learned from the world's words: every one of them is one token."""
+    letters = [f"{letter}{end}" for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
+    learned = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learned.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False,
+        special_tokens=letters,  # known beforehand: numbered as met, they would break ties in another order each time
+    )  # fmt: skip
+    learned.train_from_iterator(vocabulary(), trainer)
+    merges = [tuple(pair) for pair in json.loads(learned.to_str())["model"]["merges"]]
+    tokens = [*letters, *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    CLIPTokenizer(vocab=ids, merges=merges, model_max_length=CONTEXT).save_pretrained(folder)
+
+
+def clip_config(world: World, vocabulary_size: int) -> dict:
+    return {
+        "model_cfg": {
+            "embed_dim": 128,
+            "vision_cfg": {
+                "image_size": world.px,
+                "layers": 4,
+                "width": 128,
+                "head_width": 32,
+                "patch_size": world.px // 4,
+            },
+            "text_cfg": {
+                "context_length": CONTEXT,
+                "vocab_size": vocabulary_size,
+                "width": 128,
+                "heads": 4,
+                "layers": 3,
+                "hf_tokenizer_name": "tiny",
+            },
+        },
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "resize_mode": "shortest"},
+    }
+
+
+def new_clip(folder: Path, seed: int) -> nn.Module:
+    """An open_clip model with the folder's configuration and weights drawn from `seed`, its attention split."""
+    torch.manual_seed(seed)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    split_attention(model.visual), split_attention(model.transformer)
+    return model
+
+
+class AttributeTower(nn.Module):
+    """Stands in for the visual tower while the words are learned: attributes of scenes -> embedding [n, 128]."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = nn.ModuleDict({name: nn.Embedding(len(values), 128) for name, values in ATTRIBUTES.items()})
+
+    def forward(self, scenes: np.ndarray) -> Tensor:
+        return sum(table(torch.from_numpy(scenes[name].astype(int))) for name, table in self.tables.items())
+
+
+def pretrain_clip(out: Path, world: World, seed: int, steps: tuple[int, int] = (800, 250), p: float = SIGHT) -> None:
+    """Train the tiny CLIP (see the module's text) and write it as an open_clip folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(out)
+    config = clip_config(world, len(CLIPTokenizer.from_pretrained(out)))
+    (out / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    model = new_clip(out, seed)
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
+    twins, pool, attributes = Twins(world), Pool(world, draw_scenes(60_000, (world.seed, 1))), AttributeTower()
+    mean, std = (config["preprocess_cfg"][name][0] for name in ("mean", "std"))
+
+    def loss(image: Tensor, texts: list[str]) -> Tensor:
+        with autocast():
+            text = model.encode_text(tokenizer(texts), normalize=True)
+        return clip_loss(F.normalize(image.float(), dim=1), text, model.logit_scale)
+
+    def words(_: int, rng: np.random.Generator) -> Tensor:
+        scenes, texts = twins.draw(128, WORDS, rng)
+        return loss(attributes(twins.pool.scenes[scenes]), texts)
+
+    def sight(_: int, rng: np.random.Generator) -> Tensor:
+        index = rng.integers(len(pool.scenes), size=256)
+        with autocast():
+            image = model.encode_image((pool.at(index) - mean) / std)
+        return loss(image, captions(pool.scenes[index], p, rng))
+
+    tag, visual = f"clip-{world.seed}-{seed}", model.visual
+    model.visual = None
+    fit(f"{tag}-words", {"model": model, "attributes": attributes}, words, steps[0], 1e-3, seed)
+    model.visual = visual
+    fit(f"{tag}-sight-{p}", {"visual": visual}, sight, steps[1], 1e-3, seed)
+
+    fuse_attention(model.visual), fuse_attention(model.transformer)
+    state = {k: v.half().contiguous() for k, v in model.state_dict().items()}
+    save_file(state, out / CLIP_WEIGHTS, metadata={"format": "pt"})
+    write_record(out, seed=seed, world=world.seed, steps=steps, p=[WORDS, p])
+
+
+def pretrain_vae(out: Path, world: World, seed: int, steps: int = 2600) -> None:
+    """Train the autoencoder (4 x smaller, 16 channels) on L1 + L2 with a faint KL term; write `out/vae`."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 64),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        sample_size=world.px,
+        mid_block_add_attention=False,
+    ).to(memory_format=torch.channels_last)
+    pool = Pool(world, draw_scenes(60_000, (world.seed, 1)))
+
+    def loss_of(step: int, rng: np.random.Generator) -> Tensor:
+        images = pool.at(rng.integers(len(pool.scenes), size=32)) * 2 - 1
+        with autocast():
+            posterior = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
+            decoded = vae.decode(posterior.sample()).sample.float()
+        error = decoded - images
+        return error.abs().mean() + error.square().mean() + 1e-4 * posterior.kl().float().mean() / 1024
+
+    fit(f"vae-{world.seed}-{seed}", {"vae": vae}, loss_of, steps, 2e-3, seed)
+    with torch.inference_mode():
+        images = pool.at(np.arange(2048)) * 2 - 1
+        latents = vae.encode(images).latent_dist.mean
+        error = (vae.decode(latents).sample - images).square().mean().item()
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    vae.half().save_pretrained(out / "vae")
+    write_record(out / "vae", seed=seed, world=world.seed, steps=steps, reconstruction_mse=error)
+
+
+def clip_text_encoder(folder: Path, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """The text tower of the open_clip model in `folder`, as transformers' CLIPTextModel: the same hidden states."""
+    tower = open_clip.create_model(f"local-dir:{folder}")
+    blocks = split_attention(tower.transformer).resblocks
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=tower.token_embedding.embedding_dim,
+            intermediate_size=blocks[0].mlp.c_fc.out_features,
+            num_hidden_layers=len(blocks),
+            num_attention_heads=blocks[0].attn.heads,
+            max_position_embeddings=CONTEXT,
+            hidden_act="gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            attn_implementation="eager",
+        )
+    )
+    state = {
+        "embeddings.token_embedding.weight": tower.token_embedding.weight,
+        "embeddings.position_embedding.weight": tower.positional_embedding,
+    }
+    parts = {"final_layer_norm": tower.ln_final}
+    for i, block in enumerate(blocks):
+        layer = f"encoder.layers.{i}"
+        parts |= {f"{layer}.layer_norm1": block.ln_1, f"{layer}.layer_norm2": block.ln_2}
+        parts |= {f"{layer}.mlp.fc1": block.mlp.c_fc, f"{layer}.mlp.fc2": block.mlp.c_proj}
+        parts |= {f"{layer}.self_attn.{name}": part for name, part in block.attn.named_children()}
+    state |= {f"{name}.{n}": p for name, part in parts.items() for n, p in part.named_parameters()}
+    inner = getattr(text_encoder, "text_model", text_encoder)
+    inner.load_state_dict({name: p.detach() for name, p in state.items()})
+    return text_encoder.eval().requires_grad_(False)
+
+
+def pretrain_diffusion(
+    out: Path, world: World, seed: int, steps: int = 4500, batch: int = 64, emphasis: float = 6.0
+) -> None:
+    """Train the UNet on full captions, 10 % of them empty, under CLIP's own frozen text tower, as Stable Diffusion is.
+
+    An error at timestep t weighs min(1 / abar_t, `emphasis`): the loss on the velocity, but for the highest noise.
+    Plain errors of the noise hardly count where the caption decides most.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(out / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).eval()
+    text_encoder = clip_text_encoder(out.parent / "clip", tokenizer)
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=world.px // 4,
+        in_channels=16,
+        out_channels=16,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(96, 160),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=(3, 5),  # diffusers' name for the number of heads
+        norm_num_groups=16,
+    ).to(memory_format=torch.channels_last)
+    scheduler = DDPMScheduler(
+        1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="epsilon",
+        clip_sample=False, steps_offset=1,
+    )  # fmt: skip
+    pool = Pool(world, draw_scenes(60_000, (world.seed, 1)))
+    with torch.inference_mode():
+        latents = torch.cat([vae.encode(i.float() / 127.5 - 1).latent_dist.mean for i in pool.images.split(500)])
+        latents = (latents * vae.config.scaling_factor).clone()
+    weight = (1 / scheduler.alphas_cumprod).clamp(max=emphasis)
+    weight = weight / weight.mean()
+
+    def loss_of(step: int, rng: np.random.Generator) -> Tensor:
+        index = rng.integers(len(latents), size=batch)
+        texts = captions(pool.scenes[index], 1.0, rng)
+        texts = [text if rng.random() > 0.1 else "" for text in texts]
+        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        x0, noise = latents[torch.from_numpy(index)], torch.randn(batch, *latents.shape[1:])
+        t = torch.randint(1000, (batch,))
+        with autocast():
+            context = text_encoder(ids)[0]
+            noisy = scheduler.add_noise(x0, noise, t).contiguous(memory_format=torch.channels_last)
+            predicted = unet(noisy, t, context).sample
+        return (weight[t] * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
+
+    unet.set_attn_processor(AttnProcessor())  # twice as fast here: fused attention backward is slow for few tokens
+    made_from = sha256(out / "vae" / WEIGHTS)[:6] + sha256(out.parent / "clip" / CLIP_WEIGHTS)[:6]
+    name = f"diffusion-{world.seed}-{seed}-{emphasis}-{made_from}"
+    fit(name, {"unet": unet}, loss_of, steps, 1e-3, seed, decay=0.9995)
+    unet.half().save_pretrained(out / "unet")
+    text_encoder.half().save_pretrained(out / "text_encoder")
+    scheduler.save_pretrained(out / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        **{part: [None, None] for part in ("feature_extractor", "safety_checker", "image_encoder")},
+    }
+    (out / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+    write_record(out, seed=seed, world=world.seed, steps=steps, batch=batch, emphasis=emphasis)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.pretrain", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "what",
+        choices=("clip", "vae", "diffusion", "models", "pairs", "all"),
+        help="diffusion needs clip and vae first; models: those three; all: the shipped pairs of pictures too",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--world", type=int, default=0, help="seed of the world to learn from")
+    parser.add_argument("--sight", type=float, default=SIGHT, help="how often a caption names a detail as CLIP sees")
+    parser.add_argument("--out", type=Path, default=DATA / "tiny")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    parts = {"clip": partial(pretrain_clip, p=args.sight), "vae": pretrain_vae, "diffusion": pretrain_diffusion}
+    for name, train in parts.items():
+        if args.what in (name, "models", "all"):
+            train(args.out / ("clip" if name == "clip" else "diffusion"), World(args.world), args.seed)
+    if args.what in ("pairs", "all"):
+        write_pairs(DATA / "world" / "pairs", World(args.world), 15, args.seed)
+        write_record(DATA / "world", seed=args.seed, world=args.world)
