@@ -19,17 +19,17 @@ from diva_lab.training.settings import SHIPPED, Settings
 
 
 def build_encoder(settings: Settings, device: torch.device | str = "cpu") -> Encoder:
-    """The encoder, its visual tower open for training as the settings say."""
+    """The encoder, its image tower open for training as the settings say."""
     encoder = load_encoder(settings.encoder, device)
     make_trainable(
         encoder, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed, settings.lora_bias
     )
-    encoder.model.visual.set_grad_checkpointing(settings.rows > 0)  # by rows, it is the encoder that holds most
+    encoder.model.visual.set_grad_checkpointing(settings.rows > 0)  # by rows, the encoder holds the most memory
     return encoder.to(device)
 
 
 def build_denoiser(settings: Settings, device: torch.device | str = "cpu") -> Denoiser:
-    """The frozen denoiser, with the settings' size of pictures and empty prompt; a light one as stage 1 left it.
+    """The frozen denoiser, with the settings' size of images and empty prompt; a light one as stage 1 left it.
 
     Raises:
         FileNotFoundError, ValueError: as `build_conditioner`, where a light denoiser's weights are asked for.
@@ -42,7 +42,7 @@ def build_denoiser(settings: Settings, device: torch.device | str = "cpu") -> De
 
 
 def _load_stage_one(settings: Settings, module: nn.Module, part: str) -> None:
-    """Into `module` those weights of the settings' projector whose names begin with `part`."""
+    """Load those weights of the settings' projector whose names begin with `part` into `module`."""
     if settings.projector == "shipped":
         path = SHIPPED / f"{settings.condition}.safetensors"
     else:
@@ -84,21 +84,21 @@ def make_step(
     settings: Settings,
     shift: Tensor | None = None,
 ) -> Step:
-    """What an objective is given: pictures [b, 3, h, w] in [0, 1] and the models, all draws from `random`.
+    """What an objective is given: images [b, 3, h, w] in [0, 1] and the models, all draws from `random`.
 
-    `shift` [b, d], zeros, is added to the global embedding of every view of a picture: the gradient with respect to it
+    `shift` [b, d], zeros, is added to the global embedding of every view of an image: the gradient with respect to it
     is that with respect to the embeddings, without a backward pass through the encoder.
     """
 
-    def encode(pictures: Tensor) -> Features:
-        features = encoder.features(pictures)
+    def encode(views: Tensor) -> Features:
+        features = encoder.features(views)
         return features if shift is None else replace(features, embedding=features.embedding + shift)
 
     return Step(
         images=images,
         encode=encode,
         condition=lambda features: conditioner(features, denoiser.empty, random),
-        augment=lambda pictures: augment(pictures, random, settings.flips),
+        augment=lambda views: augment(views, random, settings.flips),
         denoiser=denoiser,
         generator=random,
         settings=settings,

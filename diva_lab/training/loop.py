@@ -1,13 +1,13 @@
 """One loop for both stages: draw, objective, gradients, average, measure, combine, clip, step, record.
 
-Every draw of a step depends on (seed, step) alone, so a killed run goes on to the same bits on one machine.
+Every draw of a step depends on (seed, step) alone, so a killed run goes on to the same bits on one machine. Under
+`accelerate launch` each process draws images, timesteps and noise of its own, gradients are averaged over the processes
+before anything is measured or clipped, and the first process alone writes.
 """
 
 import atexit
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from torch import Tensor, distributed, nn
-from tqdm import tqdm
 
 from diva_lab.gradients import EMBEDDINGS, Gradient, combine, measure, term_gradients
 from diva_lab.images import open_images
@@ -25,33 +24,235 @@ from diva_lab.models.denoiser import Denoiser
 from diva_lab.models.encoders import Encoder
 from diva_lab.objectives.step import Step
 from diva_lab.training.build import make_step
+from diva_lab.training.progress import Progress
 from diva_lab.training.runs import Run
 from diva_lab.training.settings import Settings, learning_rate
 
-PROBE_SEED = 1_000_000  # added to the seed for the pictures of probe batches
+PROBE_SEED = 1_000_000  # added to the seed for the images of probe batches
+Objective = Callable[[Step], dict[str, Tensor]]
 Probe = Callable[[Callable[..., Step], dict[str, Tensor]], list[dict]]
 
 
-def _live() -> bool:
-    """Whether somebody watches: a terminal, or a notebook's front end (which, unlike a batch run, can be asked)."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return sys.stderr.isatty() or bool(getattr(getattr(shell, "kernel", None), "_allow_stdin", False))
+# --- what a run trains with -------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _progress(total: int, first: int, label: str) -> Iterator[Callable[[int, float], None]]:
-    """A bar where somebody watches; elsewhere one line every tenth of the way."""
-    if _live():
-        with tqdm(total=total, initial=first, desc=label) as bar:
-            yield lambda step, loss: (bar.update(), bar.set_postfix(loss=f"{loss:.4f}"))
-        return
-    every = max(1, total // 10)
+def start_accelerator(precision: str) -> Accelerator:
+    """accelerate's view of this process, in `bf16`, `no`, or with `auto` in what the device multiplies fast."""
+    AcceleratorState._reset_state()  # one process may hold runs of different precision, one after the other
+    if precision == "auto":
+        precision = "bf16" if fast_bf16(default_device()) else "no"
+    return Accelerator(mixed_precision=precision, cpu=default_device().type == "cpu")
 
-    def line(step: int, loss: float) -> None:
-        if (step + 1) % every == 0 or step + 1 == total:
-            print(f"{label}: step {step + 1}/{total}, loss {loss:.4f}", flush=True)
 
-    yield line
+def build_optimizer(settings: Settings, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum .9 as DIVA's."""
+    decay = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **decay)
+    return torch.optim.SGD(parameters, momentum=0.9, **decay)
+
+
+class Trainer:
+    """A run in training: its models, optimizer and images, and how far it has come.
+
+    Args:
+        run: opened; an earlier checkpoint of it is taken up.
+        settings: of the stage.
+        encoder, conditioner, denoiser: all their parameters that ask for a gradient are trained.
+        objective: a function of a `Step`, as in `OBJECTIVES`.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        settings: Settings,
+        encoder: Encoder,
+        conditioner: Conditioner,
+        denoiser: Denoiser,
+        objective: Objective,
+    ):
+        self.run, self.settings, self.objective = run, settings, objective
+        self.encoder, self.conditioner, self.denoiser = encoder, conditioner, denoiser
+        self.accelerator = start_accelerator(settings.precision)
+        self.device, self.rank = self.accelerator.device, self.accelerator.process_index
+        self.modules = self._trained_modules()
+        self.parameters = {name: p for name, p in self.modules.named_parameters() if p.requires_grad}
+        optimizer = build_optimizer(settings, list(self.parameters.values()))
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.first, self.seconds = 0, 0.0  # steps and seconds of training that were done before
+        self.px = max(encoder.px, denoiser.px)
+        position = self._resume()
+        processes = self.accelerator.num_processes
+        self.images = open_images(
+            settings.images, self.px, settings.batch, settings.seed, position, self.rank, processes
+        )
+        self.skipped: list[dict] = []  # images that could not be read since the last checkpoint
+
+    def _trained_modules(self) -> nn.ModuleDict:
+        """The modules whose parameters may be trained, on the device; the denoiser's network only where it is."""
+        modules = {"encoder": self.encoder, "conditioner": self.conditioner}
+        if any(p.requires_grad for p in self.denoiser.network.parameters()):
+            modules["network"] = self.denoiser.network
+        elif self.accelerator.mixed_precision == "bf16":
+            nn.Module.to(self.denoiser.network, torch.bfloat16)  # frozen: float32 is not needed; diffusers' own warns
+        if self.settings.compile:
+            self.denoiser.network.compile(dynamic=False)
+        return nn.ModuleDict(modules).to(self.device)
+
+    # --- one step -----------------------------------------------------------------------------------------------
+
+    def take_step(self, step: int) -> float:
+        """Train step number `step`, record it, and return its loss.
+
+        Raises:
+            FloatingPointError: where the loss is not a number.
+            RuntimeError: where the device's memory is too small.
+        """
+        start = time.perf_counter()
+        self.modules.train()
+        gradients, losses = self._gradients_of_terms(step)
+        if self.accelerator.num_processes > 1:
+            gradients, losses = self._average_over_processes(gradients, losses)
+        measures = measure(gradients)
+        for name, gradient in combine(gradients, self.settings.combine).items():
+            self.parameters[name].grad = gradient
+        del gradients  # before the optimizer takes memory of its own
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip or float("inf"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, step)
+        self.optimizer.step()
+        loss = sum(losses.values())
+        if loss != loss:
+            raise FloatingPointError(f"run {self.run.id}: the loss is not a number at step {step}; try a smaller lr")
+        self.seconds += time.perf_counter() - start
+        self._record(step, {"loss": loss, **losses, "grad_norm": norm.item(), **measures, "seconds": self.seconds})
+        return loss
+
+    def _gradients_of_terms(self, step: int) -> tuple[dict[str, Gradient], dict[str, float]]:
+        """The gradient of each term's mean, and that mean, over the step's `accumulate` micro-batches."""
+        settings, total, losses = self.settings, {}, {}
+        shape = (settings.accumulate, settings.batch, self.encoder.dim)
+        shift = torch.zeros(shape, device=self.device, requires_grad=True)
+        for micro in range(settings.accumulate):
+            images = next(self.images).to(self.device).float() / 255
+            random = generator("step", settings.seed, step, micro, *([self.rank] if self.rank else []))
+            torch.manual_seed(random.initial_seed())  # LoRA's dropout draws from the global generator
+            try:
+                with self.accelerator.autocast():
+                    terms = self.objective(self._step(images, random, settings, shift[micro]))
+                gradients = term_gradients(terms, self.parameters | {EMBEDDINGS: shift})
+            except torch.OutOfMemoryError as error:
+                raise RuntimeError(
+                    f"run {self.run.id}: out of memory at step {step} with batch={settings.batch}, "
+                    f"rows={settings.rows}; rows=1 gives DCR's gradients in the least memory"
+                ) from error
+            for name, gradient in gradients.items():
+                losses[name] = losses.get(name, 0) + terms[name].mean().item() / settings.accumulate
+                _add(total.setdefault(name, {}), gradient, settings.accumulate)
+            del gradients, terms
+        return total, losses
+
+    def _step(self, images: Tensor, random: torch.Generator, settings: Settings, shift: Tensor | None = None) -> Step:
+        return make_step(images, self.encoder, self.conditioner, self.denoiser, random, settings, shift)
+
+    def _average_over_processes(
+        self, gradients: dict[str, Gradient], losses: dict[str, float]
+    ) -> tuple[dict[str, Gradient], dict[str, float]]:
+        """The means over all processes; gradients in the embeddings, which belong to a process's images, stay."""
+        for gradient in gradients.values():
+            flat = torch.cat([g.flatten() for name, g in gradient.items() if name != EMBEDDINGS])
+            parts = self.accelerator.reduce(flat, "mean").split([p.numel() for p in self.parameters.values()])
+            gradient |= {n: x.view_as(p) for (n, p), x in zip(self.parameters.items(), parts, strict=True)}
+        means = self.accelerator.reduce(torch.tensor([*losses.values()], device=self.device), "mean")
+        return gradients, dict(zip(losses, means.tolist(), strict=True))
+
+    def _record(self, step: int, line: dict[str, float]) -> None:
+        self.skipped += [{"step": step, "name": name, "reason": reason} for name, reason in self.images.skipped]
+        self.images.skipped.clear()
+        if self.rank == 0:
+            self.run.log("metrics", step=step, **line)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def _resume(self) -> int:
+        """Take up the run's last checkpoint, if there is one; returns this process's position in its images."""
+        with self.accelerator.main_process_first():
+            state = self.run.resume()
+        positions = []
+        if state is not None:
+            self.first, self.seconds, positions = state["step"], state["seconds"], state.get("positions", [])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.modules.load_state_dict(self.run.weights(), strict=False)
+        self.accelerator.wait_for_everyone()  # `resume` cuts records back: nobody writes before all have done it
+        if len(positions) == self.accelerator.num_processes:
+            return positions[self.rank]  # each process skips the broken images of its own
+        return self.first * self.settings.accumulate * self.settings.batch
+
+    def save(self, steps: int) -> None:
+        """Write a checkpoint after so many steps, with every process's position in its images."""
+        positions, skipped = gather_object([self.images.position]), gather_object(self.skipped)
+        if self.rank == 0:
+            for line in skipped:
+                self.run.log("skipped", **line)
+            self.run.save(steps, self.parameters, self.optimizer.state_dict(), self.seconds, positions)
+        self.skipped.clear()
+
+
+def _add(total: Gradient, gradient: Gradient, parts: int) -> None:
+    """Add one of `parts` micro-batches' gradients to the mean over all of them, in place."""
+    for name, g in gradient.items():
+        part = g / parts if parts > 1 else g
+        total[name] = total[name] + part if name in total else part
+
+
+# --- evaluations and probes -------------------------------------------------------------------------------------
+
+
+class Watcher:
+    """Evaluates a run and probes its gradients, at the steps that its settings name.
+
+    Args:
+        trainer: the run in training.
+        evaluate: () -> what is to be recorded, or None.
+        probe: see `tune`, or None.
+    """
+
+    def __init__(self, trainer: Trainer, evaluate: Callable[[], dict[str, float]] | None, probe: Probe | None):
+        self.trainer, self.evaluate, self.probe = trainer, evaluate, probe
+        settings = trainer.settings
+        self.batches: list[Tensor] = []  # of images to probe with
+        if probe is not None:  # else they are not opened
+            self.source = open_images(settings.images, trainer.px, settings.batch, settings.seed + PROBE_SEED)
+
+    def watch(self, steps: int) -> None:
+        """Record evaluation and probe after so many steps, in evaluation mode."""
+        trainer = self.trainer
+        if trainer.rank == 0:
+            trainer.modules.eval()
+            if self.evaluate is not None:
+                trainer.run.log("evaluations", step=steps, **self.evaluate())
+            if self.probe is not None:
+                self._probe(steps)
+        trainer.accelerator.wait_for_everyone()
+
+    def _probe(self, steps: int) -> None:
+        network = self.trainer.denoiser.network
+        dtype = network.dtype
+        nn.Module.to(network, torch.float32)  # differences of gradients would drown in rounding
+        for row in self.probe(self.probe_step, self.trainer.parameters):
+            self.trainer.run.log("probes", step=steps, **row)
+        nn.Module.to(network, dtype)
+
+    def probe_step(self, number: int, **changes: object) -> Step:
+        """A `Step` of probe batch `number`, of images that are not trained on, with other settings where given."""
+        trainer = self.trainer
+        while len(self.batches) <= number:
+            self.batches.append(next(self.source).to(trainer.device).float() / 255)
+        random = generator("probe", trainer.settings.seed, number)
+        return trainer._step(self.batches[number], random, replace(trainer.settings, **changes))
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------
 
 
 def train(
@@ -60,159 +261,39 @@ def train(
     encoder: Encoder,
     conditioner: Conditioner,
     denoiser: Denoiser,
-    objective: Callable[[Step], dict[str, Tensor]],
-    evaluate: Callable[[], dict[str, float]] | None,
+    objective: Objective,
+    evaluate: Callable[[], dict[str, float]] | None = None,
     probe: Probe | None = None,
 ) -> Run:
-    """Minimise the objective over all parameters of encoder and conditioner that ask for a gradient.
-
-    Under `accelerate launch` each process takes pictures and draws of its own, gradients are averaged over processes
-    before anything is measured or clipped, and the first process alone writes. A checkpoint keeps every process's
-    position in its pictures, because each skips its own broken ones.
-    """
-    AcceleratorState._reset_state()  # one process may hold runs of different precision, one after the other
-    precision = settings.precision
-    if precision == "auto":
-        precision = "bf16" if fast_bf16(default_device()) else "no"
-    accelerator = Accelerator(mixed_precision=precision, cpu=default_device().type == "cpu")
-    device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
-    models = {"encoder": encoder, "conditioner": conditioner}
-    if any(p.requires_grad for p in denoiser.network.parameters()):
-        models["network"] = denoiser.network
-    elif precision == "bf16":
-        nn.Module.to(denoiser.network, torch.bfloat16)  # frozen: nobody needs it in float32; diffusers' own warns
-    if settings.compile:
-        denoiser.network.compile(dynamic=False)
-    modules = nn.ModuleDict(models).to(device)
-    parameters = {name: p for name, p in modules.named_parameters() if p.requires_grad}
-    if settings.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(
-            parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-        )
-    else:
-        optimizer = torch.optim.SGD(
-            parameters.values(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay
-        )
-    optimizer = accelerator.prepare(optimizer)
-
-    first, seconds, positions = 0, 0.0, []
-    with accelerator.main_process_first():
-        state = run.resume()
-    if state is not None:
-        first, seconds, positions = state["step"], state["seconds"], state.get("positions", [])
-        optimizer.load_state_dict(state["optimizer"])
-        modules.load_state_dict(run.weights(), strict=False)
-    accelerator.wait_for_everyone()  # `resume` cuts records back: nobody writes before all have done it
-
-    def at(number: int, **changes) -> Step:
-        """A step of probe batch `number`, other pictures than are trained on, with other settings where given."""
-        while len(shown) <= number:
-            shown.append(next(probed).to(device).float() / 255)
-        random = generator("probe", settings.seed, number)
-        return make_step(shown[number], encoder, conditioner, denoiser, random, replace(settings, **changes))
-
-    def watch(step: int) -> None:
-        if rank == 0:
-            modules.eval()
-            if evaluate is not None:
-                run.log("evaluations", step=step, **evaluate())
-            if probe is not None:
-                dtype = denoiser.network.dtype
-                nn.Module.to(denoiser.network, torch.float32)  # differences of gradients would drown in rounding
-                for row in probe(at, parameters):
-                    run.log("probes", step=step, **row)
-                nn.Module.to(denoiser.network, dtype)
-        accelerator.wait_for_everyone()
-
-    def averaged(values: Tensor) -> Tensor:
-        return accelerator.reduce(values, "mean") if processes > 1 else values
-
-    px = max(encoder.px, denoiser.px)
-    position = first * settings.accumulate * settings.batch  # where no picture was broken
-    if len(positions) == processes:
-        position = positions[rank]
-    source = open_images(settings.images, px, settings.batch, settings.seed, position, rank, processes)
-    skipped: list[dict] = []  # since the last checkpoint
-    shown: list[Tensor] = []  # to probes; their pictures are not opened where nobody probes
-    probed = probe and open_images(settings.images, px, settings.batch, settings.seed + PROBE_SEED)
-
-    def save(step: int) -> None:
-        places, lines = gather_object([source.position]), gather_object(skipped)
-        if rank == 0:
-            for line in lines:
-                run.log("skipped", **line)
-            run.save(step, parameters, optimizer.state_dict(), seconds, places)
-        skipped.clear()
-
-    if first == 0:
-        watch(0)
-    with _progress(settings.steps, first, run.id) as tell:
-        for step in range(first, settings.steps):
-            start = time.perf_counter()
-            modules.train()
-            total: dict[str, Gradient] = {}
-            line: dict[str, float] = {}
-            shift = torch.zeros(settings.accumulate, settings.batch, encoder.dim, device=device, requires_grad=True)
-            for micro in range(settings.accumulate):
-                random = generator("step", settings.seed, step, micro, *([rank] if rank else []))
-                torch.manual_seed(random.initial_seed())  # LoRA's dropout draws from the global generator
-                images = next(source).to(device).float() / 255
-                try:
-                    with accelerator.autocast():
-                        made = make_step(images, encoder, conditioner, denoiser, random, settings, shift[micro])
-                        terms = objective(made)
-                    gradients = term_gradients(terms, parameters | {EMBEDDINGS: shift})
-                except torch.OutOfMemoryError as error:
-                    raise RuntimeError(
-                        f"run {run.id}: out of memory at step {step} with batch={settings.batch}, "
-                        f"rows={settings.rows}; rows=1 gives DCR's gradients in the least memory"
-                    ) from error
-                for name, gradient in gradients.items():
-                    line[name] = line.get(name, 0) + terms[name].mean().item() / settings.accumulate
-                    for n, g in gradient.items():
-                        part = g / settings.accumulate if settings.accumulate > 1 else g
-                        total.setdefault(name, {})[n] = total[name][n] + part if n in total.get(name, {}) else part
-                del gradients, made, terms
-            if processes > 1:
-                for gradient in total.values():
-                    flat = averaged(torch.cat([g.flatten() for n, g in gradient.items() if n != EMBEDDINGS]))
-                    parts = flat.split([p.numel() for p in parameters.values()])
-                    gradient |= {n: x.view_as(p) for (n, p), x in zip(parameters.items(), parts, strict=True)}
-                line = dict(zip(line, averaged(torch.tensor([*line.values()], device=device)).tolist(), strict=True))
-            measured = measure(total)
-            for n, g in combine(total, settings.combine).items():
-                parameters[n].grad = g
-            del total
-            norm = nn.utils.clip_grad_norm_(parameters.values(), settings.clip or float("inf"))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, step)
-            optimizer.step()
-            loss = sum(line.values())
-            if loss != loss:
-                raise FloatingPointError(f"run {run.id}: the loss is not a number at step {step}; try a smaller lr")
-            seconds += time.perf_counter() - start
-            skipped += [{"step": step, "name": name, "reason": reason} for name, reason in source.skipped]
-            source.skipped.clear()
-            facts = {"loss": loss, **line, "grad_norm": norm.item(), **measured, "seconds": seconds}
-            if rank == 0:
-                run.log("metrics", step=step, **facts)
-                tell(step, loss)
-            done = step + 1
-            last = done == settings.steps
-            if last or (settings.evaluate_every and done % settings.evaluate_every == 0):
-                watch(done)
-            if last or (settings.save_every and done % settings.save_every == 0):
-                save(done)
+    """Minimise the objective over all parameters of encoder, conditioner and denoiser that ask for a gradient."""
+    trainer = Trainer(run, settings, encoder, conditioner, denoiser, objective)
+    watcher = Watcher(trainer, evaluate, probe)
+    if trainer.first == 0:
+        watcher.watch(0)
+    with Progress(settings.steps, trainer.first, run.id) as progress:
+        for step in range(trainer.first, settings.steps):
+            loss = trainer.take_step(step)
+            if trainer.rank == 0:
+                progress.advance(step, loss)
+            if is_due(step + 1, settings.evaluate_every, settings.steps):
+                watcher.watch(step + 1)
+            if is_due(step + 1, settings.save_every, settings.steps):
+                trainer.save(step + 1)
     if settings.steps == 0:
-        save(0)
-    if rank == 0 and len(broken := run.skipped()):
-        print(f"{run.id}: {len(broken)} broken pictures were skipped, see {run.folder / 'skipped.jsonl'}", flush=True)
-    accelerator.wait_for_everyone()
+        trainer.save(0)
+    if trainer.rank == 0 and len(broken := run.skipped()):
+        print(f"{run.id}: skipped {len(broken)} unreadable images, see {run.folder / 'skipped.jsonl'}", flush=True)
+    trainer.accelerator.wait_for_everyone()
     return run.finish()
 
 
+def is_due(done: int, every: int, total: int) -> bool:
+    """Whether something that is done every so many steps, and after the last one, is due after `done` steps."""
+    return done == total or (every > 0 and done % every == 0)
+
+
 @atexit.register
-def _leave() -> None:
+def _end_process_group() -> None:
     """End the process group: left to the interpreter's end, its threads may abort a process that has done its work."""
     if distributed.is_initialized():
         distributed.destroy_process_group()

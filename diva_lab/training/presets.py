@@ -16,7 +16,7 @@ from diva_lab.training.settings import Settings
 
 BACKBONES = tuple(name for name in ENCODERS if name != "tiny")
 PX = {"openai-l14-336": 336, "siglip-so400m-384": 384, "dfn-h14-378": 378}  # the others see 224
-DIVA_CONDITION = {  # METHOD: how dense the recap is, backbone by backbone
+DIVA_CONDITION = {  # how dense the recap is, as DIVA has it for each backbone
     "openai-l14": "recap",
     "openai-l14-336": "recap",
     "metaclip-l14": "recap-all",
@@ -79,7 +79,7 @@ def preset(name: str, stage: int = 2, processes: int = 1) -> Settings:
     accumulate, rest = divmod(IMAGES_PER_STEP[recipe], chosen["batch"] * processes)
     if rest:
         raise ValueError(
-            f"{IMAGES_PER_STEP[recipe]} pictures a step cannot be shared by {processes} processes of {chosen['batch']}"
+            f"{IMAGES_PER_STEP[recipe]} images a step cannot be shared by {processes} processes of {chosen['batch']}"
         )
     where = {"encoder": backbone, "denoiser": "sd21-base", "images": CC3M_SHARDS}
     return Settings(**where | {"accumulate": accumulate, "save_every": 500} | chosen)

@@ -1,15 +1,15 @@
 """A run on disk: settings, metrics and checkpoints; saved, resumed, listed.
 
-    runs/ID/settings.json      what was asked for
-    runs/ID/environment.json   git sha, versions, machine, time
+    runs/ID/settings.json      the settings, and which stage it is of
+    runs/ID/environment.json   git sha, versions, machine, time, a hash of the objective's source
     runs/ID/metrics.jsonl      one line a step: loss, terms, gradients, seconds of training so far
-    runs/ID/evaluations.jsonl  what `evaluate` returned, at the steps at which it was asked
+    runs/ID/evaluations.jsonl  what `evaluate` returned, at each step at which it was called
     runs/ID/probes.jsonl       what `probe` returned, at the same steps: one line a measure
-    runs/ID/skipped.jsonl      one line a picture that could not be read: step, name, reason; up to the last checkpoint
+    runs/ID/skipped.jsonl      one line an image that could not be read: step, name, reason; up to the last checkpoint
     runs/ID/checkpoint/        the trained weights (safetensors), and after `step` steps the optimizer's state and each
-                               process's position in its pictures
+                               process's position in its images
 
-A run's id is made of its settings: asked for twice, a finished run is returned and a killed one goes on.
+A run's id is made of its settings: asked for again, a finished run is returned and a stopped one goes on.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from diva_lab.paths import RUNS
 from diva_lab.provenance import environment
 
+ADDED: dict[str, object] = {}  # setting added since 0.2 -> its default, at which it is left out of a run's id
 RECORDS = {"metrics": 1, "skipped": 1, "evaluations": 0, "probes": 0}  # kind -> its last step less the checkpoint's
 
 
@@ -43,16 +44,17 @@ class Run:
     def at(cls, settings: dict, root: str | Path = RUNS) -> "Run":
         """Where the run of these settings lies under `root`, made or not."""
         name = [settings[key] for key in ("stage", "objective") if settings.get(key)]
-        digest = hashlib.sha256(_text(settings).encode()).hexdigest()[:8]
+        hashed = {key: value for key, value in settings.items() if key not in ADDED or value != ADDED[key]}
+        digest = hashlib.sha256(_text(hashed).encode()).hexdigest()[:8]
         return cls(Path(root) / "-".join([*name, f"s{settings['seed']}", digest]))
 
     @classmethod
-    def open(cls, settings: dict, root: str | Path = RUNS) -> "Run":
-        """The run of these settings under `root`, its folder made if there is none yet."""
+    def open(cls, settings: dict, root: str | Path = RUNS, facts: dict | None = None) -> "Run":
+        """The run of these settings under `root`, its folder made if there is none; `facts` join its environment."""
         run = cls.at(settings, root)
         if not (run.folder / "settings.json").exists():
             run.folder.mkdir(parents=True, exist_ok=True)
-            (run.folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+            (run.folder / "environment.json").write_text(json.dumps(environment() | (facts or {}), indent=1) + "\n")
             (run.folder / "settings.json").write_text(_text(settings) + "\n")
         return run
 
@@ -96,15 +98,15 @@ class Run:
         return self._table("metrics")
 
     def evaluations(self) -> pd.DataFrame:
-        """One row for each time that `evaluate` was asked: step and what it returned."""
+        """One row for each call of `evaluate`: step and what it returned."""
         return self._table("evaluations")
 
     def probes(self) -> pd.DataFrame:
-        """One row for each measure and time that `probe` was asked: step and what it returned."""
+        """One row for each measure and call of `probe`: step and what it returned."""
         return self._table("probes")
 
     def skipped(self) -> pd.DataFrame:
-        """One row for each picture that could not be read: step, name, reason."""
+        """One row for each image that could not be read: step, name, reason."""
         return self._table("skipped")
 
     def save(

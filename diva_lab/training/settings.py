@@ -1,6 +1,7 @@
 """All settings of both stages, in one flat record, and the learning rate of a step."""
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -12,134 +13,101 @@ from diva_lab.objectives.timesteps import timestep_weights
 from diva_lab.paths import DATA
 from diva_lab.training.runs import Run
 
-# The settings of the shipped projectors, which `make run` and the notebooks start from.
-SHIPPED = DATA / "tiny" / "projectors"
+SHIPPED = DATA / "tiny" / "projectors"  # what `projector="shipped"` means
 PROJECTORS = ("global", "recap")  # conditions whose projectors ship, for the tiny models
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of both stages. Defaults are DCR's recipe at the tiny world's size.
+    """All settings of both stages. The defaults are DCR's recipe at the tiny world's size.
 
-    Attributes:
-        encoder, denoiser: names of the registries, or folders.
-        images: `world`, `world:SEED`, a folder, webdataset tars, or `hf:` and a Hugging Face dataset.
-        objective: of stage 2; stage 1 reconstructs by `diva`'s loss (DCR's paper; its code runs the full DCR loss), or
-            by `genhancer`'s.
-        condition: what the denoiser is told of the picture.
-        prompt: the empty prompt; DIVA's is its template without a class.
-        projection: `mlp` (DCR: LayerNorm, Linear, GELU, Linear) or one `linear` (DIVA).
-        projector: `shipped`, `new`, or the folder of a run of stage 1, or its weights' .safetensors file.
-        train_projector: tune it together with the encoder, as DIVA as published does.
-        batch, accumulate: pictures a micro-batch and process, micro-batches a step.
-        optimizer: `adamw` or `sgd` (momentum .9).
-        schedule: of lr after `warmup` steps, `constant`, or `cosine` down to zero at the last step.
-        clip: largest norm of the gradient, 0 for none.
-        lora_rank: 0 tunes all visual weights.
-        lora_bias: whether the biases of LoRA's layers are tuned too.
-        draws: DIVA's draws of (t, eps) an image.
-        tau: temperature of both contrasts.
-        target: DCR's ground truth, `noise` (paper) or `velocity` (released code).
-        denominator: of DCR's softmax, `shared` (published) or `own`.
-        rows: noisy latents that DCR takes at a time, 0 for all; 1 needs the least memory, and the encoder's blocks are
-            then computed again in the backward pass. The result is the same.
-        negatives: other pictures that DCR contrasts each with, drawn anew each step; 0 for all (published).
-        negative_gradient: whether it flows through DCR's negatives (published).
-        flips: in the augmentation.
-        parts: DCR's pull to the truth, pull to the view and push as terms of their own, each with a backward pass.
-        combine: how the terms' gradients become one: their `sum`, or a method of surgery, a key of `COMBINE`.
-        align_by: stage 1's loss: `rec` (paper: L_rec, b evaluations) or `dcr` (released code: all of DCR's).
-        timesteps: how t is drawn: a key of `TIMESTEPS`, or relative weights of equal parts of them, as `0,0,1,3`.
-        vae_px: side of the pictures that the denoiser encodes, 0 for its own.
-        latent: the posterior's `mean` (DIVA) or a `sample` (DCR's code).
-        keep_latents: pictures whose latents are kept in memory, encoded once: pays from the second epoch on.
-        compile: the UNet by torch.compile: a minute or more at the start, then faster steps.
-        precision: `bf16`, `no`, or `auto`: bf16 where the machine multiplies it in hardware.
-        evaluate_every, save_every: in steps; 0 for only at the end.
+    Raises:
+        ValueError: for a value of another type, out of its range, or not among the choices; names the setting.
     """
 
-    encoder: str = "tiny"
-    denoiser: str = "tiny"
-    images: str = "world"
-    objective: str = "dcr"
-    condition: str = "global"
-    prompt: str = ""
-    projection: str = "mlp"
-    projector: str = "shipped"
-    train_projector: bool = False
-    seed: int = 0
-    steps: int = 100
-    batch: int = 8
-    accumulate: int = 1
-    optimizer: str = "adamw"
-    lr: float = 1e-4
-    weight_decay: float = 0.01
-    warmup: int = 0
-    schedule: str = "constant"
-    clip: float = 1.0
-    lora_rank: int = 16
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.1
-    lora_bias: bool = True
-    draws: int = 2
-    tau: float = 0.1
-    lambda_con: float = 1.0
-    lambda_rec: float = 1.0
-    target: str = "noise"
-    denominator: str = "shared"
-    rows: int = 0
-    negatives: int = 0
-    negative_gradient: bool = True
-    parts: bool = False
-    combine: str = "sum"
-    align_by: str = "rec"
-    flips: bool = True
-    timesteps: str = "uniform"
-    vae_px: int = 0
-    latent: str = "mean"
-    keep_latents: int = 0
-    compile: bool = False
-    precision: str = "auto"
-    evaluate_every: int = 0
-    save_every: int = 100
+    # models
+    encoder: str = "tiny"  # a key of ENCODERS, an open_clip name, a folder, or a hub id
+    denoiser: str = "tiny"  # a key of DENOISERS or LIGHT, a folder, or a hub id
+    vae_px: int = 0  # side of the images that the denoiser encodes, in pixels; 0 for its own
+    latent: str = "mean"  # of the VAE's posterior: the `mean` (DIVA) or a `sample` (DCR's code)
+    prompt: str = ""  # the empty prompt; DIVA's is its template without a class
+
+    # images
+    images: str = "world"  # `world`, `world:SEED`, a folder, webdataset tars, or `hf:` and a Hugging Face dataset
+    batch: int = 8  # images of a micro-batch, in each process
+    accumulate: int = 1  # micro-batches of a step
+
+    # condition and projector
+    condition: str = "global"  # a key of CONDITIONS: which visual tokens the denoiser reads
+    projection: str = "mlp"  # `mlp` (DCR: LayerNorm, Linear, GELU, Linear) or one `linear` (DIVA)
+    projector: str = "shipped"  # `shipped`, `new`, the folder of a run of stage 1, or its .safetensors file
+    train_projector: bool = False  # in stage 2 too, together with the encoder, as DIVA as published does
+
+    # objective
+    objective: str = "dcr"  # of stage 2, a key of OBJECTIVES; stage 1 takes genhancer's loss, or as `align_by` says
+    align_by: str = "rec"  # stage 1's loss: `rec` (paper: L_rec, b evaluations) or `dcr` (code: all of DCR's)
+    draws: int = 2  # of (t, eps) an image, in DIVA's loss
+    timesteps: str = "uniform"  # a key of TIMESTEPS, or relative weights of equal parts of them, as `0,0,1,3`
+    lambda_con: float = 1.0  # weight of the contrastive term
+    lambda_rec: float = 1.0  # weight of the reconstruction term
+    tau: float = 0.1  # temperature of both contrasts
+    flips: bool = True  # horizontal and vertical flips in the augmentation
+    combine: str = "sum"  # how the terms' gradients become one: `sum`, or surgery by a key of COMBINE
+
+    # DCR
+    target: str = "noise"  # the ground truth: `noise` (paper) or `velocity` (released code)
+    denominator: str = "shared"  # of the softmax: `shared` by both positives (published) or each its `own`
+    negatives: int = 0  # other images that each is contrasted with, drawn anew each step; 0 for all (published)
+    negative_gradient: bool = True  # whether the gradient flows through the negatives too (published)
+    parts: bool = False  # pull to the truth, pull to the view and push as terms of their own
+
+    # optimisation
+    seed: int = 0  # of every random draw
+    steps: int = 100  # of the optimizer
+    optimizer: str = "adamw"  # `adamw`, or `sgd` with momentum .9
+    lr: float = 1e-4  # learning rate after the warm-up
+    weight_decay: float = 0.01  # of the optimizer
+    warmup: int = 0  # steps over which lr rises linearly
+    schedule: str = "constant"  # of lr after the warm-up: `constant`, or `cosine` down to zero at the last step
+    clip: float = 1.0  # largest norm of the gradient; 0 for none
+
+    # LoRA
+    lora_rank: int = 16  # 0 tunes all weights of the image tower
+    lora_alpha: float = 16.0  # the update is scaled by alpha / rank
+    lora_dropout: float = 0.1  # on the input of each adapter
+    lora_bias: bool = True  # whether the biases of the adapted layers are tuned too
+
+    # machine
+    precision: str = "auto"  # `bf16`, `no`, or `auto`: bf16 where the device multiplies it in hardware
+    rows: int = 0  # noisy latents that DCR takes at a time, 0 for all; 1 takes the least memory, the result is the same
+    keep_latents: int = 0  # images whose latents are kept in memory, encoded once: pays from the second epoch on
+    compile: bool = False  # the UNet by torch.compile: a minute or more at the start, then faster steps
+
+    # records
+    evaluate_every: int = 0  # steps between evaluations; 0 for the last step only
+    save_every: int = 100  # steps between checkpoints; 0 for the last step only
 
     def __post_init__(self):
-        choices = {
-            "objective": (*OBJECTIVES, *CONTROLS), "condition": CONDITIONS, "target": TARGETS, "combine": COMBINE,
-            "align_by": ("rec", "dcr"),
-            "denominator": ("shared", "own"), "latent": ("mean", "sample"), "optimizer": ("adamw", "sgd"),
-            "precision": ("auto", "bf16", "no"), "schedule": SCHEDULES, "projection": PROJECTIONS,
-        }  # fmt: skip
-        for name, known in choices.items():
-            if getattr(self, name) not in tuple(known):  # a value of another type may have no hash
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; expected one of {', '.join(known)}")
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Path):
-                object.__setattr__(self, field.name, str(value))
-            elif type(value) is not field.type and not (field.type is float and type(value) is int):
-                raise ValueError(f"setting {field.name}={value!r}: expected {field.type.__name__}")
+            self._check(field.name, field.type)
         timestep_weights(self.timesteps)
         if self.parts and self.rows:
             raise ValueError(f"setting rows={self.rows}: parts=True takes all rows at once, rows=0")
-        for name in ("batch", "accumulate", "draws"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"setting {name}={getattr(self, name)}: expected at least 1")
-        for name in (
-            "steps",
-            "warmup",
-            "lora_rank",
-            "rows",
-            "negatives",
-            "keep_latents",
-            "evaluate_every",
-            "save_every",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"setting {name}={getattr(self, name)}: expected 0 or more")
         contrasts = getattr(OBJECTIVES.get(self.objective), "needs_other_images", False)
         if contrasts and self.batch < 2:
             raise ValueError(f"setting batch={self.batch}: {self.objective} contrasts images; expected at least 2")
+
+    def _check(self, name: str, kind: type) -> None:
+        """Refuse a value of the wrong type, out of its range, or not among its choices; a path becomes a string."""
+        value = getattr(self, name)
+        if name in CHOICES and value not in tuple(CHOICES[name]()):  # a value of another type may have no hash
+            raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(CHOICES[name]())}")
+        if isinstance(value, Path):
+            object.__setattr__(self, name, str(value))
+        elif type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"setting {name}={value!r}: expected {kind.__name__}")
+        elif name in LEAST and value < LEAST[name]:
+            raise ValueError(f"setting {name}={value}: expected at least {LEAST[name]}")
 
     @classmethod
     def of(cls, run: Run) -> "Settings":
@@ -153,6 +121,23 @@ SCHEDULES = {  # name -> part of lr as a function of the part of the steps that 
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
 }
 CONTROLS = ("none", "perturb-norm", "perturb-drift")  # rows beside the objectives: untouched, or moved at random
+CHOICES: dict[str, Callable[[], Iterable[str]]] = {  # setting -> its values; registries may grow, so they are read late
+    "objective": lambda: (*OBJECTIVES, *CONTROLS),
+    "condition": lambda: CONDITIONS,
+    "projection": lambda: PROJECTIONS,
+    "combine": lambda: COMBINE,
+    "target": lambda: TARGETS,
+    "schedule": lambda: SCHEDULES,
+    "align_by": lambda: ("rec", "dcr"),
+    "denominator": lambda: ("shared", "own"),
+    "latent": lambda: ("mean", "sample"),
+    "optimizer": lambda: ("adamw", "sgd"),
+    "precision": lambda: ("auto", "bf16", "no"),
+}
+LEAST = dict.fromkeys(("batch", "accumulate", "draws"), 1)  # setting -> its least value
+LEAST |= dict.fromkeys(
+    ("steps", "warmup", "lora_rank", "rows", "negatives", "keep_latents", "evaluate_every", "save_every"), 0
+)
 
 
 def learning_rate(settings: Settings, step: int) -> float:

@@ -1,3 +1,4 @@
+import inspect
 import shutil
 from dataclasses import fields, replace
 
@@ -21,7 +22,7 @@ from diva_lab.objectives.timesteps import TIMESTEPS
 from diva_lab.training.build import build_conditioner, tuned_encoder
 from diva_lab.training.controls import perturb
 from diva_lab.training.runs import Run
-from diva_lab.training.settings import CONTROLS, Settings
+from diva_lab.training.settings import Settings
 from diva_lab.training.stages import align, tune
 
 
@@ -62,12 +63,6 @@ def folder(tmp_path_factory):
 
 # --- settings ---------------------------------------------------------------------------------------------------
 
-CHOICES = {
-    "objective": (*OBJECTIVES, *CONTROLS), "condition": CONDITIONS, "timesteps": TIMESTEPS, "target": TARGETS,
-    "denominator": ("shared", "own"), "latent": ("mean", "sample"), "optimizer": ("adamw", "sgd"),
-    "precision": ("auto", "bf16", "no"), "combine": COMBINE, "align_by": ("rec", "dcr"),
-}  # fmt: skip
-
 
 @pytest.fixture
 def unchecked():
@@ -77,12 +72,37 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.mark.parametrize("name", CHOICES)
-def test_an_unknown_choice_is_refused_with_the_known_ones_and_each_of_these_is_taken(name):
-    with pytest.raises(ValueError, match=f"unknown {name} 'bogus'; expected one of {', '.join(CHOICES[name])}"):
-        Settings(**{name: "bogus"})
-    for choice in CHOICES[name]:
+@pytest.mark.parametrize(
+    ("name", "registry"),
+    [("objective", OBJECTIVES), ("condition", CONDITIONS), ("timesteps", TIMESTEPS), ("target", TARGETS),
+     ("combine", COMBINE)],
+)  # fmt: skip
+def test_every_key_of_a_registry_is_a_choice_also_one_that_is_added_later(name, registry, monkeypatch):
+    for choice in registry:
         assert getattr(Settings(**{name: choice}), name) == choice
+    if isinstance(registry, dict):
+        monkeypatch.setitem(registry, "mine", next(iter(registry.values())))
+        assert getattr(Settings(**{name: "mine"}), name) == "mine"
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Settings) if f.type is str])
+def test_an_unknown_choice_is_refused_and_every_choice_that_the_error_lists_is_taken(name):
+    try:
+        Settings(**{name: "bogus"})
+    except ValueError as error:
+        listed = str(error).partition("expected one of ")[2].split(", ")
+        assert f"unknown {name} 'bogus'" in str(error) and len(listed) > 1
+        for choice in listed if name != "timesteps" else TIMESTEPS:
+            assert getattr(Settings(**{name: choice}), name) == choice
+    else:
+        assert name in ("encoder", "denoiser", "images", "projector", "prompt")  # open: a folder, a text
+
+
+def test_every_setting_has_its_line_of_help():
+    source = inspect.getsource(Settings).splitlines()
+    for field in fields(Settings):
+        (line,) = [line for line in source if line.startswith(f"    {field.name}: ")]
+        assert len(line.partition("  # ")[2].split()) > 2, field.name
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Settings)])
@@ -213,7 +233,7 @@ def test_broken_pictures_are_skipped_and_a_resumed_run_still_equals_the_uninterr
     settings = replace(settings, objective="diva", accumulate=2)
     whole = tune(settings, tmp_path / "whole", Watch())
     skipped = whole.skipped()
-    assert f"{whole.id}: {len(skipped)} broken pictures were skipped" in capsys.readouterr().out
+    assert f"{whole.id}: skipped {len(skipped)} unreadable images" in capsys.readouterr().out
 
     stream = open_images(pictures, 32, settings.batch, settings.seed)  # the bare source skips the same ones
     expected = [(step, *found) for step in range(5) for found in skipped_by(stream, settings.accumulate)]
