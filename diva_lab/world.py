@@ -204,88 +204,130 @@ class World:
         return np.concatenate(parts) if parts else np.zeros((0, self.px, self.px, 3), np.uint8)
 
     def _render(self, scenes: np.ndarray) -> np.ndarray:
-        t = self._tables
-        u = scenes["nuisance"].T[:, :, None, None]  # [NUISANCES, n, 1, 1]
-        grid = (np.arange(self.px) + 0.5) * (32 / self.px)
-        x, y = grid[None, None, :], grid[None, :, None]
-        soft = self.px / 32  # edges are one pixel wide at any resolution
+        canvas = _Canvas(self, scenes)
+        image = canvas.background()
+        image = canvas.glow(image)
+        image = canvas.tail(image)
+        image = canvas.body(image)
+        image = canvas.arrow(image)
+        image = canvas.ball(image)
+        image = canvas.sign(image)
+        image = canvas.dots(image)
+        return canvas.light_and_grain(image)
 
-        def cover(distance):  # signed distance inside (canvas units) -> opacity
-            return (distance * soft + 0.5).clip(0, 1)
 
-        def paint(image, alpha, colour):
-            return image + alpha[..., None] * (colour - image)
+def _paint(image: np.ndarray, alpha: np.ndarray, colour: np.ndarray | float) -> np.ndarray:
+    return image + alpha[..., None] * (colour - image)
 
-        def per(values, dtype=float):  # one number a scene, to broadcast over pixels
-            return np.asarray(values, dtype)[:, None, None]
 
-        # background: sky and ground meet at the horizon, high in the picture when seen from high
-        low = per(scenes["viewpoint"])
-        horizon = 6.5 + 17 * low + 3 * (u[0] - 0.5)
-        tone = 0.3 + 0.4 * u[1]
-        step = (0.13 + 0.1 * u[2]) * np.where(u[3] > 0.5, 1, -1)
-        tint = 0.16 * (u[4:7] - 0.5).transpose(1, 2, 3, 0)  # [n, 1, 1, 3]
-        ground = cover(y - horizon)
-        image = (tone - step + 2 * step * ground * np.ones_like(x))[..., None] + tint
-        for i in range(4):  # clutter
-            a, b, c = u[7 + 3 * i], u[8 + 3 * i], u[9 + 3 * i]
-            speck = cover(0.7 + 0.7 * c - np.hypot(x - 32 * a, y - 32 * b))
-            image = image + (speck * np.where(c > 0.5, 0.2, -0.2))[..., None]
+def _column(values: np.ndarray, dtype: type = float) -> np.ndarray:
+    """One number a scene, [n, 1, 1], to broadcast over pixels."""
+    return np.asarray(values, dtype)[:, None, None]
 
+
+class _Canvas:
+    """What is painted for a few scenes, layer by layer; coordinates are those of the 32 x 32 canvas, y down."""
+
+    def __init__(self, world: World, scenes: np.ndarray):
+        self.tables, self.scenes = world._tables, scenes
+        self.u = u = scenes["nuisance"].T[:, :, None, None]  # [NUISANCES, n, 1, 1]
+        grid = (np.arange(world.px) + 0.5) * (32 / world.px)
+        self.x, self.y = grid[None, None, :], grid[None, :, None]
+        self.soft = world.px / 32  # edges are one pixel wide at any resolution
+        self.tone = 0.3 + 0.4 * u[1]
+        self.step = (0.13 + 0.1 * u[2]) * np.where(u[3] > 0.5, 1, -1)
         # the body, in polar form around its centre
-        cx, cy = 16 + 2.4 * (u[19] - 0.5), 16 + 2.4 * (u[20] - 0.5)
-        radius, tilt = 6.9 + 1.6 * u[21], 0.3 * (u[22] - 0.5)
-        dx, dy = x - cx, y - cy
-        index = ((np.arctan2(dy, dx) + tilt) * (_ANGLES / (2 * np.pi))).astype(int) % _ANGLES
-        inside = radius * t["silhouettes"][per(scenes["class"], int), index] - np.hypot(dx, dy)
-        lit = per(scenes["state"]) == DETAILS["state"].index("lit")
-        glow = np.where(lit, 0.75, 0.0) * np.exp(-(-inside).clip(0) / 2.5)
-        image = paint(image, glow, np.array([1.0, 0.95, 0.75]))
-        colour = t["palette"][scenes["colour"]][:, None, None, :]
+        self.dx, self.dy = self.x - (16 + 2.4 * (u[19] - 0.5)), self.y - (16 + 2.4 * (u[20] - 0.5))
+        self.radius, tilt = 6.9 + 1.6 * u[21], 0.3 * (u[22] - 0.5)
+        index = ((np.arctan2(self.dy, self.dx) + tilt) * (_ANGLES / (2 * np.pi))).astype(int) % _ANGLES
+        outline = self.tables["silhouettes"][_column(scenes["class"], int), index]
+        self.inside = self.radius * outline - np.hypot(self.dx, self.dy)  # distance from the outline, inside above 0
+        self.colour = self.tables["palette"][scenes["colour"]][:, None, None, :]
+        self.side = np.where(u[23] > 0.5, 1.0, -1.0)  # of the bottom corner with the tail; the dots take the other
 
-        # tail: towards the bottom corner on `side`; the dots take the other one
-        side = np.where(u[23] > 0.5, 1.0, -1.0)
-        along = ((dx * side + dy) * 0.7071).clip(0, radius + 4.5)
-        off = np.hypot(dx - along * side * 0.7071, dy - along * 0.7071)
-        has_tail = per(scenes["presence"]) == DETAILS["presence"].index("with")
-        image = paint(image, cover(1.1 - off) * has_tail, 0.45 * colour)
+    def cover(self, distance: np.ndarray) -> np.ndarray:
+        """Opacity from the signed distance inside an outline, in canvas units."""
+        return (distance * self.soft + 0.5).clip(0, 1)
 
-        wave = np.sin((dx * 0.8 + dy * 0.6) * 1.1 + 6.28 * u[24])
-        cross_wave = np.sin((dx * -0.6 + dy * 0.8) * 1.1 + 6.28 * u[25])
-        kind = per(scenes["structure"], int)
-        dark = np.select([kind == 1, kind == 2], [wave > 0, wave * cross_wave > 0], False)
-        image = paint(image, cover(inside), colour * np.where(dark, 0.45, 1.0)[..., None])
+    def is_value(self, detail: str, value: str) -> np.ndarray:
+        return _column(self.scenes[detail]) == DETAILS[detail].index(value)
 
-        # the arrowhead on the body: which way it faces
-        way = np.array([_DIRECTIONS[v] for v in DETAILS["orientation"]], float)[scenes["orientation"]]
-        ahead, across = dx * per(way[:, 0]) + dy * per(way[:, 1]), dx * per(way[:, 1]) - dy * per(way[:, 0])
-        arrow = np.minimum(ahead + 1.9, (3.1 - ahead) * 0.5 - np.abs(across) * 0.87)
-        image = paint(image, cover(arrow + 0.9), 0.97)
-        image = paint(image, cover(arrow), 0.03)
+    def way(self, detail: str) -> tuple[np.ndarray, np.ndarray]:
+        """The direction that a detail's value names, as x and y of one scene each."""
+        way = np.array([_DIRECTIONS[value] for value in DETAILS[detail]], float)[self.scenes[detail]]
+        return _column(way[:, 0]), _column(way[:, 1])
 
-        # the ball beside the body, of any colour
-        way = np.array([_DIRECTIONS[v] for v in DETAILS["position"]], float)[scenes["position"]]
-        ball = 2.3 - np.hypot(dx - per(way[:, 0]) * (radius + 3.7), dy - per(way[:, 1]) * (radius + 3.7))
-        image = paint(image, cover(ball), 0.1)
-        image = paint(image, cover(ball - 0.8), t["palette"][(u[26, :, 0, 0] * 6).astype(int)][:, None, None, :])
-
-        # the sign with its letter, in a top corner
-        left, top = np.where(u[27] > 0.5, 24.0, 1.0) + 0.9 * (u[28] - 0.5), 1 + 0.9 * (u[29] - 0.5)
-        column, row = np.floor(x - left).astype(int), np.floor(y - top).astype(int)
-        on = (column >= 0) & (column < 7) & (row >= 0) & (row < 9)
-        ink = t["glyphs"][per(scenes["text"], int), row.clip(0, 8), column.clip(0, 6)]
-        image = np.where(on[..., None], (0.95 - 0.9 * ink)[..., None], image)
-
-        # one to four dots in the bottom corner away from the tail
-        first, bright = np.where(side > 0, 1.9, 20.6), np.where(tone + step > 0.5, 0.02, 0.98)
+    def background(self) -> np.ndarray:
+        """Sky and ground, which meet at the horizon: high in the image when seen from high; and clutter."""
+        u = self.u
+        low = _column(self.scenes["viewpoint"])
+        horizon = 6.5 + 17 * low + 3 * (u[0] - 0.5)
+        tint = 0.16 * (u[4:7] - 0.5).transpose(1, 2, 3, 0)  # [n, 1, 1, 3]
+        ground = self.cover(self.y - horizon)
+        image = (self.tone - self.step + 2 * self.step * ground * np.ones_like(self.x))[..., None] + tint
         for i in range(4):
-            dot = 1.25 - np.hypot(x - first - 3.1 * i, y - 29.6)
-            image = paint(image, cover(dot) * (per(scenes["quantity"]) >= i), bright[..., None])
+            a, b, c = u[7 + 3 * i], u[8 + 3 * i], u[9 + 3 * i]
+            speck = self.cover(0.7 + 0.7 * c - np.hypot(self.x - 32 * a, self.y - 32 * b))
+            image = image + (speck * np.where(c > 0.5, 0.2, -0.2))[..., None]
+        return image
 
-        # light and grain
-        turn = 6.28 * u[30]
-        light = 1 + (0.2 * u[31] / 16) * ((x - 16) * np.cos(turn) + (y - 16) * np.sin(turn))
-        grain = t["grain"][(scenes["nuisance"][:, 31] * 32).astype(int)]
+    def glow(self, image: np.ndarray) -> np.ndarray:
+        """The light around a lit body."""
+        alpha = np.where(self.is_value("state", "lit"), 0.75, 0.0) * np.exp(-(-self.inside).clip(0) / 2.5)
+        return _paint(image, alpha, np.array([1.0, 0.95, 0.75]))
+
+    def tail(self, image: np.ndarray) -> np.ndarray:
+        along = ((self.dx * self.side + self.dy) * 0.7071).clip(0, self.radius + 4.5)
+        off = np.hypot(self.dx - along * self.side * 0.7071, self.dy - along * 0.7071)
+        return _paint(image, self.cover(1.1 - off) * self.is_value("presence", "with"), 0.45 * self.colour)
+
+    def body(self, image: np.ndarray) -> np.ndarray:
+        """The silhouette in its colour: plain, striped or checked."""
+        wave = np.sin((self.dx * 0.8 + self.dy * 0.6) * 1.1 + 6.28 * self.u[24])
+        cross_wave = np.sin((self.dx * -0.6 + self.dy * 0.8) * 1.1 + 6.28 * self.u[25])
+        kind = _column(self.scenes["structure"], int)
+        dark = np.select([kind == 1, kind == 2], [wave > 0, wave * cross_wave > 0], False)
+        return _paint(image, self.cover(self.inside), self.colour * np.where(dark, 0.45, 1.0)[..., None])
+
+    def arrow(self, image: np.ndarray) -> np.ndarray:
+        """The arrowhead on the body: which way it faces."""
+        x, y = self.way("orientation")
+        ahead, across = self.dx * x + self.dy * y, self.dx * y - self.dy * x
+        arrow = np.minimum(ahead + 1.9, (3.1 - ahead) * 0.5 - np.abs(across) * 0.87)
+        image = _paint(image, self.cover(arrow + 0.9), 0.97)
+        return _paint(image, self.cover(arrow), 0.03)
+
+    def ball(self, image: np.ndarray) -> np.ndarray:
+        """The ball beside the body, of any colour."""
+        x, y = self.way("position")
+        ball = 2.3 - np.hypot(self.dx - x * (self.radius + 3.7), self.dy - y * (self.radius + 3.7))
+        image = _paint(image, self.cover(ball), 0.1)
+        colour = self.tables["palette"][(self.u[26, :, 0, 0] * 6).astype(int)][:, None, None, :]
+        return _paint(image, self.cover(ball - 0.8), colour)
+
+    def sign(self, image: np.ndarray) -> np.ndarray:
+        """The sign with its letter, in a top corner."""
+        u = self.u
+        left, top = np.where(u[27] > 0.5, 24.0, 1.0) + 0.9 * (u[28] - 0.5), 1 + 0.9 * (u[29] - 0.5)
+        column, row = np.floor(self.x - left).astype(int), np.floor(self.y - top).astype(int)
+        on = (column >= 0) & (column < 7) & (row >= 0) & (row < 9)
+        ink = self.tables["glyphs"][_column(self.scenes["text"], int), row.clip(0, 8), column.clip(0, 6)]
+        return np.where(on[..., None], (0.95 - 0.9 * ink)[..., None], image)
+
+    def dots(self, image: np.ndarray) -> np.ndarray:
+        """One to four dots in the bottom corner away from the tail."""
+        first, bright = np.where(self.side > 0, 1.9, 20.6), np.where(self.tone + self.step > 0.5, 0.02, 0.98)
+        for i in range(4):
+            dot = 1.25 - np.hypot(self.x - first - 3.1 * i, self.y - 29.6)
+            image = _paint(image, self.cover(dot) * (_column(self.scenes["quantity"]) >= i), bright[..., None])
+        return image
+
+    def light_and_grain(self, image: np.ndarray) -> np.ndarray:
+        """Light that comes from one side, grain, and rounding to uint8."""
+        turn = 6.28 * self.u[30]
+        slope = (self.x - 16) * np.cos(turn) + (self.y - 16) * np.sin(turn)
+        light = 1 + (0.2 * self.u[31] / 16) * slope
+        grain = self.tables["grain"][(self.scenes["nuisance"][:, 31] * 32).astype(int)]
         return ((image * light[..., None] + grain).clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
