@@ -107,7 +107,8 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    from diva_lab.evaluation.table import COLUMNS, count_sets, evaluate
+    from diva_lab.evaluation.results import COLUMNS
+    from diva_lab.evaluation.table import count_sets, evaluate
 
     table = evaluate(
         args.encoder, args.benchmarks.split(","), args.root, args.out, args.seed, args.features, args.precision,

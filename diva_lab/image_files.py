@@ -22,6 +22,11 @@ CC3M = "pixparse/cc3m-wds"  # 576 tars to train on, cc3m-train-0000.tar ..., and
 Sample = tuple[bytes | Path | ValueError, str]  # a picture's file, or why there is none; its name
 
 
+def find_images(folder: Path) -> list[Path]:
+    """The image files in a folder, at every depth, in the order of their paths."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+
+
 def decode_square(data: bytes | Path | ValueError, px: int) -> UInt8[np.ndarray, "px px 3"]:
     """One picture as RGB, upright, its shorter side resized to `px`, cut at the centre.
 

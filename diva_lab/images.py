@@ -22,15 +22,24 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from diva_lab.image_files import SUFFIXES, Sample, dataset_cell, decode_square, find_tars, open_dataset, read_tars
+from diva_lab.image_files import (
+    SUFFIXES,
+    Sample,
+    dataset_cell,
+    decode_square,
+    find_images,
+    find_tars,
+    open_dataset,
+    read_tars,
+)
 from diva_lab.world import World, draw_scenes
 
 PATIENCE = 100  # unreadable samples in a row that are taken for a broken source
-Batch = tuple[Tensor, list[tuple[str, str]]]  # pictures; name and reason of what was skipped on the way to them
+Batch = tuple[Tensor, list[tuple[str, str]]]  # images; name and reason of each that was skipped before them
 
 
 class Images:
-    """Endless batches of pictures.
+    """Endless batches of images.
 
     Attributes:
         position: samples taken for the batches handed out so far, broken ones included.
@@ -51,8 +60,8 @@ class Images:
         return images
 
 
-def _tensor(pictures: list[np.ndarray] | np.ndarray) -> UInt8[Tensor, "n 3 px px"]:
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
+def _tensor(images: list[np.ndarray] | np.ndarray) -> UInt8[Tensor, "n 3 px px"]:
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
 
 
 def _world_batches(world: World, n: int, seed: int, first: int, rank: int) -> Iterator[Batch]:
@@ -63,28 +72,46 @@ def _world_batches(world: World, n: int, seed: int, first: int, rank: int) -> It
 
 def _decoded(samples: Iterator[Sample], px: int, n: int, source: str) -> Iterator[Batch]:
     """Batches of `n`, decoded by threads, the next one while the last is used."""
-    row: list[tuple[str, str]] = []  # the broken ones since the last readable picture
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        ahead = deque((name, pool.submit(decode_square, data, px)) for data, name in islice(samples, 2 * n))
+        results = _decode_ahead(samples, px, 2 * n, pool)
+        unread: list[tuple[str, str]] = []  # since the last readable image
         while True:
-            pictures, broken = [], []
-            while len(pictures) < n:
-                name, picture = ahead.popleft()
-                data, following = next(samples)
-                ahead.append((following, pool.submit(decode_square, data, px)))
-                try:
-                    pictures.append(picture.result())
-                    row = []
-                except ValueError as error:
-                    row.append((name, str(error)))
-                    broken.append(row[-1])
-                    if len(row) == PATIENCE:
-                        raise ValueError(
-                            f"images={source!r}: {PATIENCE} samples in a row ({len(set(row))} different ones) cannot "
-                            f"be read, the first is {row[0][0]} ({row[0][1]}); expected whole {', '.join(SUFFIXES)} "
-                            "files. Replace or remove what is broken and start again: nothing done so far is lost"
-                        ) from error
-            yield _tensor(pictures), broken
+            images, broken = [], []
+            while len(images) < n:
+                name, image, reason = next(results)
+                if image is not None:
+                    images.append(image)
+                    unread = []
+                    continue
+                broken.append((name, reason))
+                unread.append((name, reason))
+                if len(unread) == PATIENCE:
+                    raise _too_many(unread, source)
+            yield _tensor(images), broken
+
+
+def _decode_ahead(
+    samples: Iterator[Sample], px: int, ahead: int, pool: ThreadPoolExecutor
+) -> Iterator[tuple[str, np.ndarray | None, str]]:
+    """Name, image or None, and why there is none, of each sample, `ahead` of which are being decoded."""
+    queue = deque((name, pool.submit(decode_square, data, px)) for data, name in islice(samples, ahead))
+    while True:
+        name, image = queue.popleft()
+        data, following = next(samples)
+        queue.append((following, pool.submit(decode_square, data, px)))
+        try:
+            yield name, image.result(), ""
+        except ValueError as error:
+            yield name, None, str(error)
+
+
+def _too_many(unread: list[tuple[str, str]], source: str) -> ValueError:
+    name, reason = unread[0]
+    return ValueError(
+        f"images={source!r}: {len(unread)} samples in a row ({len(set(unread))} different ones) cannot be read, "
+        f"the first is {name} ({reason}); expected whole {', '.join(SUFFIXES)} files. Replace or remove what is "
+        "broken and start again: nothing done so far is lost"
+    )
 
 
 def _order(length: int, seed: int, first: int, rank: int, processes: int) -> Iterator[int]:
@@ -100,18 +127,18 @@ def _order(length: int, seed: int, first: int, rank: int, processes: int) -> Ite
 def open_images(
     source: str | Path, px: int, n: int, seed: int, first: int = 0, rank: int = 0, processes: int = 1
 ) -> Images:
-    """Endless batches of `n` pictures, uint8 [n, 3, px, px], from the sample `first` on; each process has its own.
+    """Endless batches of `n` images, uint8 [n, 3, px, px], from the sample `first` on; each process has its own.
 
     Args:
         source: `world` or `world:SEED`; a folder, searched at every depth; webdataset tars as a path, a glob
             (`cc3m/cc3m-train-*.tar`) or a brace range (`{0000..0575}`); or `hf:FOLDER_OR_ID[:SPLIT]`, a Hugging Face
-            dataset that was saved to disk, a folder that `datasets.load_dataset` reads, or one of the hub. Its pictures
+            dataset that was saved to disk, a folder that `datasets.load_dataset` reads, or one of the hub. Its images
             are the first column of type `datasets.Image`, its split is `train` or the only one.
-        px: side of the pictures in pixels; the world renders at 32.
+        px: side of the images in pixels; the world renders at 32.
         first: `position` of the process's `Images` when it was left, with the same `n`.
 
     Raises:
-        FileNotFoundError: where there is no such folder, tar or dataset, or no picture in it.
+        FileNotFoundError: where there is no such folder, tar or dataset, or no image in it.
         ValueError: for a source that cannot be understood, and when a hundred samples in a row cannot be read.
     """
     source = str(source)
@@ -134,13 +161,11 @@ def open_images(
         folder = Path(source)
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"images={source!r}: no such folder; expected 'world', a folder of pictures, tars, or 'hf:DATASET'"
+                f"images={source!r}: no such folder; expected 'world', a folder of images, tars, or 'hf:DATASET'"
             )
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        files = find_images(folder)
         if not files:
-            raise FileNotFoundError(
-                f"images={source!r}: no picture in this folder; expected {', '.join(SUFFIXES)} files"
-            )
+            raise FileNotFoundError(f"images={source!r}: no image in this folder; expected {', '.join(SUFFIXES)} files")
         samples = ((files[i], str(files[i])) for i in _order(len(files), seed, first, rank, processes))
     return Images(_decoded(samples, px, n, source), first)
 
@@ -148,7 +173,7 @@ def open_images(
 def augment(
     images: Float[Tensor, "b 3 h w"], generator: torch.Generator, flips: bool = True
 ) -> Float[Tensor, "b 3 h w"]:
-    """DCR's augmentation of pictures in [0, 1], drawn anew for each: colour jitter, crop, flips.
+    """DCR's augmentation of images in [0, 1], drawn anew for each: colour jitter, crop, flips.
 
     ColorJitter(.1, .1, .1, .05), RandomResizedCrop scale (.9, 1), ratio (.9, 1.1), and with `flips` a horizontal and a
     vertical flip with p = .5 each. As positives of a contrast the flips teach invariance to orientation and text, two

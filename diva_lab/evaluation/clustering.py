@@ -11,7 +11,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor
 
-from diva_lab.evaluation.task import Task, labelled, score_row
+from diva_lab.evaluation.task import Task, benchmark, labelled, score_row
 
 
 def matched_accuracy(labels: Int[np.ndarray, " n"], clusters: Int[np.ndarray, " n"]) -> float:
@@ -84,6 +84,7 @@ def agreement_intervals(
     return intervals
 
 
+@benchmark(heeds=("max_images",))
 def cluster_benchmark(task: Task) -> Iterator[dict]:
     """k-means with as many clusters as classes: NMI, ACC, ARI."""
     found, embeddings = labelled(task)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diva_lab.evaluation.pairs import embed_files, pair_decisions, read_pairs, score_pairs, summarise
-from diva_lab.evaluation.task import Task, score_row
+from diva_lab.evaluation.task import Task, benchmark, score_row
 from diva_lab.paths import DATA
 from diva_lab.statistics import bootstrap_mean
 
@@ -100,6 +100,7 @@ def emoji_report(
     return {f"{prefix}/{name}": report[name] for prefix, report in reports.items() for name in names}
 
 
+@benchmark(data="nothing")
 def emoji_benchmark(task: Task) -> Iterator[dict]:
     """EmojiPairs, with names (`emoji_benchmark`, on both sets and on each) and without (`emoji-match`)."""
     report = emoji_report(task.encoder, EMOJI, task.seed, task.embed_files)

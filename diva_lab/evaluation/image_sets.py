@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from diva_lab.image_files import SUFFIXES, Place
+from diva_lab.image_files import SUFFIXES, Place, find_images
 
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)  # for sets that CLIP_benchmark does not know
 PREFIXES = ("wds_", "vtab-")  # what CLIP_benchmark's folders carry before a set's name
@@ -199,7 +199,7 @@ def _from_folders(name: str, folder: Path, root: Path, templates: tuple[str, ...
     places, labels = [], []
     wrong = [] if len(classes) > 1 else [f"{classes[0]!r} is the only class folder; expected two or more"]
     for label, kind in enumerate(classes):
-        found = sorted(path for path in (folder / kind).rglob("*") if path.suffix.lower() in SUFFIXES)
+        found = find_images(folder / kind)
         if not found:
             wrong.append(f"{kind}: no picture in this class; expected {', '.join(SUFFIXES)} files")
         places += [Place(str(path)) for path in found]

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diva_lab.evaluation.task import Task, labelled, labelled_train, score_row
+from diva_lab.evaluation.task import Task, benchmark, labelled, score_row
 from diva_lab.statistics import wilson
 
 
@@ -39,9 +39,10 @@ def knn_accuracy(
     return right / len(test)
 
 
+@benchmark(heeds=("max_images",))
 def knn_benchmark(task: Task) -> Iterator[dict]:
     """The vote of the nearest pictures of the train split."""
-    (known, train), (found, test) = labelled_train(task), labelled(task)
+    (known, train), (found, test) = labelled(task, "train"), labelled(task)
     accuracy = knn_accuracy(train, torch.from_numpy(known.labels), test, torch.from_numpy(found.labels))
     n = len(found)
     yield score_row("top-1", accuracy, n, *wilson(round(accuracy * n), n), 1 / len(found.classes))

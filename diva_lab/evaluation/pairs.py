@@ -19,7 +19,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from diva_lab.evaluation.image_sets import IMAGE_FOLDERS, decode_image
-from diva_lab.evaluation.task import Task, score_row
+from diva_lab.evaluation.task import Task, benchmark, score_row
 from diva_lab.image_files import Place
 from diva_lab.models.encoders import embed
 from diva_lab.statistics import bootstrap_mean, wilson
@@ -311,6 +311,7 @@ def compare_pairs(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, list[i
     return {"gained": gained, "lost": lost, "p": float(p)}
 
 
+@benchmark(data="pairs", heeds=("strict",))
 def mmvp_vlm(task: Task) -> Iterator[dict]:
     """The official score and each pattern's; beside it image to text, the group score, and ties."""
     scores = score_pairs(task.encoder, task.folder, task.embed_files, task.strict)

@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from diva_lab.evaluation.task import Task, labelled, labelled_train, score_row
+from diva_lab.evaluation.task import Task, benchmark, labelled, score_row
 from diva_lab.statistics import wilson
 
 SMALL = 1 << 22  # numbers in a training set, below which two BLAS threads are 15 times slower than one
@@ -43,9 +43,10 @@ def linear_probes(
     return accuracies
 
 
+@benchmark(heeds=("max_images",))
 def linear_probe(task: Task) -> Iterator[dict]:
     """Logistic regression on the train split's features."""
-    (known, train), (found, test) = labelled_train(task), labelled(task)
+    (known, train), (found, test) = labelled(task, "train"), labelled(task)
     accuracy = linear_probes(train, {"class": known.labels}, test, {"class": found.labels})["class"]
     n = len(found)
     yield score_row("top-1", accuracy, n, *wilson(round(accuracy * n), n), 1 / len(found.classes))

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from scipy.stats import hypergeom
 from torch import Tensor
 
-from diva_lab.evaluation.task import Task, score_row
+from diva_lab.evaluation.task import Task, benchmark, score_row
 from diva_lab.statistics import wilson
 
 
@@ -50,6 +50,7 @@ def recall_by_chance(owner: Int[Tensor, " m"], pictures: int, ks: tuple[int, ...
     return found | {f"text to image R@{k}": min(k / pictures, 1.0) for k in ks}
 
 
+@benchmark(data="captions", heeds=("max_images",))
 def retrieval_benchmark(task: Task) -> Iterator[dict]:
     """R@1, 5, 10 both ways."""
     found = task.read()

@@ -1,7 +1,7 @@
 """Any encoder on any benchmark, one table with a row for each encoder, benchmark, set, metric and category.
 
-    from diva_lab import evaluate
-    evaluate(["openai-l14", "runs/ID"], ["mmvp-vlm", "clustering", "zero-shot"], "data_root")
+    >>> from diva_lab import evaluate
+    >>> evaluate(["openai-l14", "runs/ID"], ["mmvp-vlm", "clustering", "zero-shot"], "data_root")
 
 A benchmark runs on every folder of the root that it can read (`zero-shot:cifar10` names one); features are computed
 once for each encoder and set. All that fails is listed at the end and has no row. Of two or more encoders, the later
@@ -10,7 +10,6 @@ zero-shot, the six of clustering.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -24,28 +23,17 @@ from diva_lab.evaluation.image_sets import CLASSIFICATION_SETS, CLUSTERED, canon
 from diva_lab.evaluation.knn import knn_benchmark
 from diva_lab.evaluation.pairs import compare_pairs, is_pairs, mmvp_vlm
 from diva_lab.evaluation.probes import linear_probe
+from diva_lab.evaluation.results import COLUMNS, FACTS, ResultFiles, versions_and_git
 from diva_lab.evaluation.retrieval import retrieval_benchmark
-from diva_lab.evaluation.task import Task, score_row
+from diva_lab.evaluation.task import Reads, Task, reads_of, score_row
 from diva_lab.evaluation.world import world_benchmark
 from diva_lab.evaluation.zeroshot import zero_shot
 from diva_lab.machine import default_device
 from diva_lab.models.encoders import Encoder, load_encoder
 from diva_lab.paths import CACHE
-from diva_lab.provenance import environment
 from diva_lab.training.build import tuned_encoder
 from diva_lab.training.runs import Run
 
-COLUMNS = ["encoder", "benchmark", "set", "metric", "category", "n", "value", "low", "high", "chance", "note"]
-VERSIONS = ["torch", "open_clip_torch", "transformers", "scikit-learn", "numpy"]
-# of every row, beside them; `strict` and `pictures` where the benchmark knows them, else False and 0
-FACTS = ["seed", "features", "precision", "strict", "max_images", "weights", "git", *VERSIONS]
-KEY = ["encoder", "benchmark", "set", "seed", "features", "precision", "strict", "max_images"]  # of what was measured
-PAIRS = ["encoder", "against", "set", "pattern", "id_1", "id_2", "change", *FACTS]
-PAIRS_KEY = ["encoder", "against", "set", "seed", "features", "precision", "strict"]
-SPEED = ["encoder", "embedded", "seconds", "images_per_second", "waiting", "batch", "workers", "device"]
-SPEED += ["features", "precision", "weights", "git", *VERSIONS]
-AVERAGES = {"zero-shot": (tuple(CLASSIFICATION_SETS), ("score",)), "clustering": (CLUSTERED, ("nmi", "acc", "ari"))}
-ANYWHERE = ("world", "emoji")  # they ship with the workbook and need no root
 BENCHMARKS: dict[str, Callable[[Task], Iterator[dict]]] = {
     "mmvp-vlm": mmvp_vlm,
     "zero-shot": zero_shot,
@@ -56,68 +44,8 @@ BENCHMARKS: dict[str, Callable[[Task], Iterator[dict]]] = {
     "world": world_benchmark,
     "emoji": emoji_benchmark,
 }
-
-
-def open_encoder(name: str | Path, device: torch.device | str = "cpu") -> Encoder:
-    """An encoder by a registry name, an open_clip name, a folder, `NAME@FILE` of released weights, or a run.
-
-    A run is its folder, or the folder `checkpoint` in it.
-    """
-    folder = Path(name)
-    if folder.name == "checkpoint" and (folder.parent / "settings.json").is_file():
-        folder = folder.parent
-    if (folder / "settings.json").is_file():
-        return tuned_encoder(Run(folder), device).to(device)
-    return load_encoder(str(name), device)
-
-
-def benchmark_folders(root: Path, benchmark: str) -> list[Path]:
-    """The folders under a root that a benchmark is meant for; `root` itself where it is one.
-
-    Raises:
-        FileNotFoundError: where there is none; says what was expected.
-    """
-    name, _, only = benchmark.partition(":")
-    if name not in BENCHMARKS:
-        raise ValueError(f"unknown benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}")
-    if name in ANYWHERE:
-        return [root]
-    if not root.is_dir():
-        raise FileNotFoundError(f"--root {root}: no such folder")
-    inside = sorted(path for path in root.iterdir() if not path.name.startswith(".") and path.is_dir())
-    tables = sorted(root.glob("*.csv"))
-    if only:
-        found = [path for path in inside + tables if only in (path.name, path.stem, canonical_name(path.stem))]
-    elif name == "mmvp-vlm":
-        found = [path for path in (root, *inside, *tables) if is_pairs(path)]
-    else:
-        sets = [root] if is_set(root) else [path for path in inside if not is_pairs(path)]
-        captioned = {path: has_captions(path) for path in sets}  # None: cannot be told, and each benchmark will say so
-        found = [path for path in sets if captioned[path] in (None, name == "retrieval")]
-    if not found:
-        raise FileNotFoundError(f"{root}: no folder {only or 'here'} for {name}; see diva_lab.evaluation.image_sets")
-    return found
-
-
-def _work(root: Path, benchmarks: Sequence[str]) -> list[tuple[str, Path, str]]:
-    """(benchmark, folder, label of the set) of all that is asked for; one error with all that cannot start."""
-    found, errors = {}, []
-    for name in benchmarks:
-        try:
-            found |= {(name.partition(":")[0], folder): None for folder in benchmark_folders(root, name)}
-        except (ValueError, OSError) as error:
-            errors.append(error)
-    if errors:
-        many = ValueError(f"{len(errors)} benchmarks cannot start:\n- " + "\n- ".join(map(str, errors)))
-        raise errors[0] if len(errors) == 1 else many
-    work, taken = [], set()
-    for benchmark, folder in found:
-        whole = folder.resolve()
-        label = benchmark if benchmark in ANYWHERE else canonical_name(whole.name if whole.is_dir() else whole.stem)
-        label = whole.name if (benchmark, label) in taken else label  # wds_mnist beside mnist
-        taken.add((benchmark, label))
-        work.append((benchmark, folder, label))
-    return work
+# benchmark -> the sets of its average, and the metrics that are averaged
+AVERAGES = {"zero-shot": (tuple(CLASSIFICATION_SETS), ("score",)), "clustering": (CLUSTERED, ("nmi", "acc", "ari"))}
 
 
 def evaluate(
@@ -136,103 +64,186 @@ def evaluate(
     """One row for each encoder, benchmark, set, metric and category: `COLUMNS` and `FACTS`.
 
     Of a second encoder on, mmvp-vlm has rows `gained`, `lost` (shares of the pairs) and `mcnemar p` (exact, two-sided)
-    of the category `against FIRST`. Averages have rows of the set `27 sets` or `6 sets`, n being their number, where
-    this call measured all of them; of a set of `image_sets.SETS` that lacks classes, `set` says so: it does not count.
+    of the category `against FIRST`. Averages are rows of the set `27 sets` or `6 sets`, where this call measured all of
+    them; n is their number. A set of `CLASSIFICATION_SETS` that lacks classes says so in `set`, and does not count.
 
     Args:
         encoders: see `open_encoder`.
         benchmarks: keys of `BENCHMARKS`, each as `NAME` or `NAME:SET`.
-        root: of the data; see `diva_lab.evaluation.image_sets`, and `diva_lab.evaluation.pairs` for MMVP-VLM.
-        out: a csv that grows by each finished set; rows of the same `KEY` are replaced. Beside it OUT.pairs.csv lists
-            the pairs gained and lost, OUT.speed.csv what was embedded, how fast, and its share of waiting for data.
+        root: folder of the data; `image_sets` and `pairs` in diva_lab.evaluation say in what layouts.
+        out: a csv that grows by each finished set; rows of the same measurement are replaced. Beside it OUT.pairs.csv
+            lists the pairs gained and lost, OUT.speed.csv how many images were embedded and how fast.
         seed: of k-means and bootstraps.
         features: a key of `FEATURES`; texts are compared with them. The tiny world's rows are always `global`.
-        precision, cache, workers: see `FeatureStore`; a row says what `auto` was, the tiny world's always `no`.
+        precision, cache, workers: see `FeatureStore`. A row says what `auto` was; the tiny world's is always `no`.
         strict: MMVP-VLM as the circulating scripts count it.
-        max_images: of a set's split, so many drawn by the seed where it has more; 0 for all. `n` tells.
+        max_images: so many images of a set's split, drawn by the seed, where it has more; 0 for all.
 
     Raises:
         ValueError: before anything is computed, where no data is there for a benchmark; else at the end, listing
-            everything that failed; what did not is in `out`, and in the error's `table`.
+            everything that failed. Finished rows are in `out`, and in the error's `table`.
     """
-    if features not in FEATURES:
-        raise ValueError(f"unknown features {features!r}; expected one of {', '.join(FEATURES)}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    out = None if out is None else Path(out)
-    if out is not None:
-        _same_columns(out, COLUMNS + FACTS)
-        _same_columns(_beside(out, "pairs"), PAIRS)
-        _same_columns(_beside(out, "speed"), SPEED)
-    work = _work(Path(root), benchmarks)
-    git, device = environment()["git"], default_device()
-    versions = {name: version(name) for name in VERSIONS}
-    rows, failures, failed, firsts = [], [], 0, {}
-
-    def add(new: list[dict]) -> None:
-        rows.extend(new)
-        if out is not None and new:
-            update_csv(out, pd.DataFrame(new, columns=COLUMNS + FACTS), KEY)
-
+    for name, value, known in (("features", features, FEATURES), ("precision", precision, PRECISIONS)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
+    files, work = ResultFiles(out), _work(Path(root), benchmarks)
+    session = _Session(files, work, {"kind": features, "seed": seed, "strict": strict, "max_images": max_images})
     for name in map(str, encoders):
         try:
-            encoder = open_encoder(name, device)
+            encoder = open_encoder(name, default_device())
         except (ValueError, OSError) as error:
-            failures, failed = [*failures, f"{name}: {error}"], failed + len(work)
+            session.failed(len(work), f"{name}: {error}")
             continue
-        store = FeatureStore(encoder, cache, precision, workers=workers)
-        plain = {"seed": seed, "features": features, "precision": store.precision, "strict": False, "max_images": 0}
-        plain |= {"weights": store.fingerprint[:12], "git": git, **versions}
-        own = []
-        for benchmark, folder, label in work:
-            facts = plain | {
-                "mmvp-vlm": {"strict": strict},
-                "world": {"features": "global", "precision": "no"},
-                "emoji": {},
-            }.get(benchmark, {"max_images": max_images})
-            task = Task(encoder, store, folder, features, seed, strict, max_images)
-            try:
-                measured = list(BENCHMARKS[benchmark](task))
-            except (ValueError, OSError) as error:
-                failures, failed = [*failures, f"{name}, {benchmark}, {label}: {error}"], failed + 1
-                continue
-            for scores in task.scores:
-                first, before = firsts.setdefault(folder, (name, scores))
-                if first != name:
-                    compared, pairs = _compare(before, scores, first)
-                    measured += compared
-                    if out is not None:
-                        same = {"encoder": name, "against": first, "set": label} | facts
-                        listed = pd.DataFrame([same | pair for pair in pairs], columns=PAIRS)
-                        update_csv(_beside(out, "pairs"), listed, PAIRS_KEY, same)
-            if label in CLASSIFICATION_SETS and task.classes and min(task.classes) < CLASSIFICATION_SETS[label].classes:
-                label = f"{label} ({min(task.classes)} of {CLASSIFICATION_SETS[label].classes} classes)"
-            new = [{"encoder": name, "benchmark": benchmark, "set": label, **row, **facts} for row in measured]
-            own += new
-            add(new)
-        add(average_rows(own))
-        if store.images:
-            rate, waited = store.images / store.seconds, store.waited / store.seconds
-            print(
-                f"{Path(name).name}: {store.images} pictures, {rate:.0f} a second, "
-                f"{waited:.0%} of the time waiting for data"
-            )
-            speed = {"encoder": name, "embedded": store.images, "seconds": store.seconds, "waiting": waited}
-            speed |= {
-                "images_per_second": rate,
-                "batch": store.batch,
-                "workers": store.workers,
-                "device": device.type,
-            }
-            if out is not None:
-                speed = pd.DataFrame([{**plain, **speed}], columns=SPEED)
-                update_csv(_beside(out, "speed"), speed, ["encoder", "features", "precision", "device"])
-    table = pd.DataFrame(rows, columns=COLUMNS + FACTS)
-    if failures:
-        error = ValueError(f"{failed} of {len(work) * len(encoders)} failed:\n- " + "\n- ".join(failures))
+        session.measure(name, FeatureStore(encoder, cache, precision, workers=workers))
+    table = pd.DataFrame(session.rows, columns=COLUMNS + FACTS)
+    if session.failures:
+        total = f"{session.failed_tasks} of {len(work) * len(encoders)} failed"
+        error = ValueError("\n- ".join([f"{total}:", *session.failures]))
         error.table = table
         raise error
     return table
+
+
+class _Session:
+    """One call of `evaluate`: the rows so far, what failed, and the first encoder's pairs.
+
+    Args:
+        files: where rows go as they come.
+        work: benchmark, folder and label of the set, for each task.
+        options: of every `Task`.
+    """
+
+    def __init__(self, files: ResultFiles, work: list[tuple[str, Path, str]], options: dict):
+        self.files, self.work, self.options = files, work, options
+        self.rows: list[dict] = []
+        self.failures: list[str] = []
+        self.failed_tasks = 0
+        self.first_scores: dict[Path, tuple[str, pd.DataFrame]] = {}  # folder -> first encoder, its pairs
+        self.provenance = versions_and_git()
+
+    def failed(self, tasks: int, message: str) -> None:
+        self.failures.append(message)
+        self.failed_tasks += tasks
+
+    def measure(self, name: str, store: FeatureStore) -> None:
+        """Run every task on one encoder, add its averages, and report the speed."""
+        own: list[dict] = []
+        for benchmark, folder, label in self.work:
+            task = Task(store.encoder, store, folder, **self.options)
+            try:
+                measured = list(BENCHMARKS[benchmark](task))
+            except (ValueError, OSError) as error:
+                self.failed(1, f"{name}, {benchmark}, {label}: {error}")
+                continue
+            facts = self._facts(store, reads_of(BENCHMARKS[benchmark]))
+            for scores in task.scores:
+                measured += self._compare_with_first(name, folder, label, scores, facts)
+            place = {"encoder": name, "benchmark": benchmark, "set": _label(label, task.classes)}
+            own += self._add([{**place, **row, **facts} for row in measured])
+        self._add(average_rows(own))
+        self._report_speed(name, store)
+
+    def _facts(self, store: FeatureStore, reads: Reads | None = None) -> dict:
+        """What a row says of how it was measured; options that its benchmark does not heed are at their default."""
+        facts = {"seed": self.options["seed"], "features": self.options["kind"], "precision": store.precision}
+        facts |= {"strict": False, "max_images": 0, "weights": store.fingerprint[:12], **self.provenance}
+        if reads is None:
+            return facts
+        return facts | {name: self.options[name] for name in reads.heeds} | reads.fixed
+
+    def _add(self, rows: list[dict]) -> list[dict]:
+        self.rows += rows
+        self.files.add_rows(rows)
+        return rows
+
+    def _compare_with_first(self, name: str, folder: Path, label: str, scores: pd.DataFrame, facts: dict) -> list[dict]:
+        """Rows of what changed against the first encoder on the same pairs; the first has none."""
+        first, before = self.first_scores.setdefault(folder, (name, scores))
+        if first == name:
+            return []
+        rows, pairs = _compare(before, scores, first)
+        self.files.add_pairs(pairs, {"encoder": name, "against": first, "set": label} | facts)
+        return rows
+
+    def _report_speed(self, name: str, store: FeatureStore) -> None:
+        if not store.images:
+            return
+        speed, waiting = store.images / store.seconds, store.waited / store.seconds
+        print(f"{Path(name).name}: {store.images} images, {speed:.0f} a second, {waiting:.0%} of the time without data")
+        row = {"encoder": name, "embedded": store.images, "seconds": store.seconds, "images_per_second": speed}
+        row |= {"waiting": waiting, "batch": store.batch, "workers": store.workers, "device": store.device.type}
+        self.files.add_speed(self._facts(store) | row)
+
+
+def _label(label: str, classes: list[int]) -> str:
+    """A set's label; one of `CLASSIFICATION_SETS` that lacks classes says how many it has."""
+    whole = CLASSIFICATION_SETS[label].classes if label in CLASSIFICATION_SETS else 0
+    return f"{label} ({min(classes)} of {whole} classes)" if classes and min(classes) < whole else label
+
+
+def open_encoder(name: str | Path, device: torch.device | str = "cpu") -> Encoder:
+    """An encoder by a registry name, an open_clip name, a folder, `NAME@FILE` of released weights, or a run.
+
+    A run is its folder, or the folder `checkpoint` in it.
+    """
+    folder = Path(name)
+    if folder.name == "checkpoint" and (folder.parent / "settings.json").is_file():
+        folder = folder.parent
+    if (folder / "settings.json").is_file():
+        return tuned_encoder(Run(folder), device).to(device)
+    return load_encoder(str(name), device)
+
+
+def benchmark_folders(root: Path, benchmark: str) -> list[Path]:
+    """The folders under a root that a benchmark reads; `root` itself where it is one.
+
+    Raises:
+        FileNotFoundError: where there is none; says what was expected.
+    """
+    name, _, only = benchmark.partition(":")
+    if name not in BENCHMARKS:
+        raise ValueError(f"unknown benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}")
+    reads = reads_of(BENCHMARKS[name])
+    if reads.data == "nothing":
+        return [root]
+    if not root.is_dir():
+        raise FileNotFoundError(f"--root {root}: no such folder")
+    inside = sorted(path for path in root.iterdir() if not path.name.startswith(".") and path.is_dir())
+    tables = sorted(root.glob("*.csv"))
+    if only:
+        found = [path for path in inside + tables if only in (path.name, path.stem, canonical_name(path.stem))]
+    elif reads.data == "pairs":
+        found = [path for path in (root, *inside, *tables) if is_pairs(path)]
+    else:
+        sets = [root] if is_set(root) else [path for path in inside if not is_pairs(path)]
+        captioned = {path: has_captions(path) for path in sets}  # None: a broken tar, which each benchmark reports
+        found = [path for path in sets if captioned[path] in (None, reads.data == "captions")]
+    if not found:
+        raise FileNotFoundError(f"{root}: no folder {only or 'here'} for {name}; see diva_lab.evaluation.image_sets")
+    return found
+
+
+def _work(root: Path, benchmarks: Sequence[str]) -> list[tuple[str, Path, str]]:
+    """(benchmark, folder, label of the set) for each task; one error that lists every benchmark that cannot start."""
+    found, errors = {}, []
+    for name in benchmarks:
+        try:
+            found |= {(name.partition(":")[0], folder): None for folder in benchmark_folders(root, name)}
+        except (ValueError, OSError) as error:
+            errors.append(error)
+    if errors:
+        many = ValueError(f"{len(errors)} benchmarks cannot start:\n- " + "\n- ".join(map(str, errors)))
+        raise errors[0] if len(errors) == 1 else many
+    work, taken = [], set()
+    for benchmark, folder in found:
+        whole = folder.resolve()
+        label = canonical_name(whole.name if whole.is_dir() else whole.stem)
+        if reads_of(BENCHMARKS[benchmark]).data == "nothing":
+            label = benchmark
+        label = whole.name if (benchmark, label) in taken else label  # wds_mnist beside mnist
+        taken.add((benchmark, label))
+        work.append((benchmark, folder, label))
+    return work
 
 
 def _compare(before: pd.DataFrame, after: pd.DataFrame, first: str) -> tuple[list[dict], list[dict]]:
@@ -272,36 +283,3 @@ def count_sets(table: pd.DataFrame) -> list[str]:
         elif names:
             lines.append(f"{encoder}, {benchmark}: {len(names)} of {len(names)} sets, averaged")
     return lines
-
-
-def _beside(out: Path, what: str) -> Path:
-    return out.with_suffix(f".{what}.csv")
-
-
-def _same_columns(path: Path, columns: Sequence[str]) -> None:
-    if not path.exists():
-        return
-    try:
-        old = list(pd.read_csv(path, nrows=0).columns)
-    except ValueError:
-        old = ["none that can be read"]
-    if old != list(columns):
-        raise ValueError(
-            f"{path}: columns {', '.join(old)}; expected a table that this version of evaluate wrote: move it away, or "
-            "choose another name"
-        )
-
-
-def update_csv(path: Path, table: pd.DataFrame, key: Sequence[str], same: dict | None = None) -> None:
-    """Add rows to a csv, in the place of older ones with the same values of `key`; of `same` too, had it no new row."""
-    _same_columns(path, list(table.columns))
-    if path.exists():
-        old = pd.read_csv(path, dtype={"weights": str, "git": str})
-        new = pd.concat([table[key], pd.DataFrame([same])[key]]) if same else table[key]
-        settled = set(new.astype(str).itertuples(index=False, name=None))
-        kept = [row not in settled for row in old[key].astype(str).itertuples(index=False, name=None)]
-        table = pd.concat([old[kept], table]) if any(kept) else table
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".new")
-    table.to_csv(draft, index=False, float_format="%.6g")
-    draft.replace(path)

@@ -1,6 +1,6 @@
 """What a benchmark is given, and the rows that it yields."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +15,50 @@ from diva_lab.models.encoders import Encoder
 
 
 @dataclass(frozen=True)
+class Reads:
+    """What a benchmark needs, and which options it heeds.
+
+    Attributes:
+        data: `pairs` (MMVP-VLM's layout), `classes`, `captions`, or `nothing`: it brings its own images.
+        heeds: of the options `strict` and `max_images` those that change its rows.
+        fixed: what its rows say of `features` and `precision` whatever the options are.
+    """
+
+    data: str = "classes"
+    heeds: tuple[str, ...] = ()
+    fixed: dict[str, str] = field(default_factory=dict)
+
+
+def benchmark(**reads: object) -> Callable:
+    """A decorator for a function from a `Task` to rows of `score_row`, with the fields of `Reads`."""
+
+    def mark(function: Callable) -> Callable:
+        function.reads = Reads(**reads)
+        return function
+
+    return mark
+
+
+def reads_of(function: Callable) -> Reads:
+    """What a benchmark declared; a plain function, as one of a notebook, brings its own images."""
+    return getattr(function, "reads", Reads("nothing"))
+
+
+@dataclass(frozen=True)
 class Task:
-    """What a benchmark is given: an encoder, its features, a set, and how."""
+    """What a benchmark is given.
+
+    Attributes:
+        encoder: frozen.
+        store: computes the encoder's features of image files, once for each content.
+        folder: of the set.
+        kind: of the features, a key of `FEATURES`.
+        seed: of k-means, bootstraps and of the images that `max_images` leaves.
+        strict: MMVP-VLM as the circulating scripts count it.
+        max_images: of a split; 0 for all.
+        scores: of pairs; a benchmark leaves them here to have encoders compared.
+        classes: how many classes each set has that was read.
+    """
 
     encoder: Encoder
     store: FeatureStore
@@ -25,8 +67,8 @@ class Task:
     seed: int = 0
     strict: bool = False
     max_images: int = 0
-    scores: list[pd.DataFrame] = field(default_factory=list)  # of pairs, for a comparison; mmvp-vlm leaves its here
-    classes: list[int] = field(default_factory=list)  # how many each set read has
+    scores: list[pd.DataFrame] = field(default_factory=list)
+    classes: list[int] = field(default_factory=list)
 
     def read(self, split: str = "test") -> ImageSet:
         return read_set(self.folder, split).draw(self.max_images, self.seed)
@@ -39,18 +81,16 @@ class Task:
 
 
 def score_row(metric: str, value: float, n: int, low=np.nan, high=np.nan, chance=np.nan, category: str = "all") -> dict:
+    """A row of the table: a value with its interval and chance level, and a note where it is not above chance."""
     note = "not above chance" if low <= chance else ""
     return {"metric": metric, "category": category, "n": n, "value": value, "low": low, "high": high, "chance": chance,
             "note": note}  # fmt: skip
 
 
 def labelled(task: Task, split: str = "test") -> tuple[ImageSet, torch.Tensor]:
-    found = task.read(split)
-    if not len(found.labels):
-        raise ValueError(f"{task.folder}: pictures without classes; expected a folder for each class, or .cls members")
-    task.classes.append(len(found.classes))
-    return found, task.embed(found.places)
-
-
-def labelled_train(task: Task) -> tuple[ImageSet, torch.Tensor]:
-    return labelled(task, "train")
+    """A split's images with classes, and their features [n, d]."""
+    images = task.read(split)
+    if not len(images.labels):
+        raise ValueError(f"{task.folder}: images without classes; expected a folder for each class, or .cls members")
+    task.classes.append(len(images.classes))
+    return images, task.embed(images.places)

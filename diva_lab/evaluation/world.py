@@ -3,7 +3,8 @@
 import functools
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from diva_lab.evaluation.clustering import cluster_scores
 from diva_lab.evaluation.pairs import score_pairs, summarise
 from diva_lab.evaluation.probes import linear_probes
-from diva_lab.evaluation.task import Task, score_row
+from diva_lab.evaluation.task import Task, benchmark, score_row
 from diva_lab.evaluation.zeroshot import zeroshot_accuracy
 from diva_lab.models.encoders import embed
 from diva_lab.paths import CACHE
@@ -26,6 +27,9 @@ SCENES = 3000  # of a test set, and of the probes' training set
 # (world.seed, 40, ...); numpy takes (a, b) and (a, b, 0, 0) for the same seed, so the second number has to differ.
 WORLD_SPLITS = {"measure": (300, 1000, 2), "choose": (100, 2000, 9)}
 PROBE_TRAIN = 3
+MEASURES = [f"{kind}/{name}" for kind in ("pairs", "probe") for name in (*DETAILS, "mean")] + [
+    "zeroshot", "nmi", "acc", "ari",
+]  # of a report, intervals left out  # fmt: skip
 
 
 def world_pairs(world: World = WORLD, split: str = "measure", cache: Path = CACHE) -> Path:
@@ -38,17 +42,16 @@ def world_pairs(world: World = WORLD, split: str = "measure", cache: Path = CACH
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="writing-") as draft:
             pairs = write_pairs(Path(draft) / "pairs", world, per_pattern, seed + world.seed)
-            try:
+            with suppress(OSError):  # another process may have been faster
                 os.rename(pairs, folder)
-            except OSError:  # another process may have been faster
-                if not folder.exists():
-                    raise
+        if not folder.exists():
+            raise OSError(f"{folder}: cannot be written; set DIVA_LAB_CACHE to a folder that can")
     return folder
 
 
 @functools.lru_cache(maxsize=4)
 def _scenes(world: World, key: int) -> tuple[np.ndarray, Tensor]:
-    """`SCENES` scenes [n] and their pictures, uint8 [n, 3, px, px]."""
+    """`SCENES` scenes [n] and their images, uint8 [n, 3, px, px]."""
     scenes = draw_scenes(SCENES, (world.seed, key))
     return scenes, torch.from_numpy(world.render(scenes)).permute(0, 3, 1, 2)
 
@@ -60,9 +63,9 @@ def world_report(
 
     Args:
         encoder: anything that `models.encoders.embed` takes and that has `encode_text`.
-        world: whose pictures to show.
+        world: whose images are shown.
         split: "measure" (300 pairs a pattern) for results, "choose" (100 other pairs, other scenes) for settings.
-        seed: of k-means and of the bootstrap; the pictures do not depend on it.
+        seed: of k-means and of the bootstrap; the images do not depend on it.
         cache: folder under which pairs are kept.
 
     Returns:
@@ -88,21 +91,24 @@ def world_report(
     }
 
 
-def world_benchmark(task: Task) -> Iterator[dict]:
-    """The tiny world's pairs, probes, zero-shot and clustering, always by the global feature in float32."""
-    report = world_report(task.encoder, seed=task.seed)
-    values = {detail: 1 / len(own) for detail, own in DETAILS.items()}
+def report_rows(report: Mapping[str, float]) -> Iterator[dict]:
+    """A `world_report` of the split `measure` as rows, with intervals and chance levels; other keys are left out."""
+    values = {detail: 1 / len(names) for detail, names in DETAILS.items()}
     chances = {"zeroshot": 1 / len(CLASSES), "ari": 0.0, "probe/mean": float(np.mean(list(values.values())))}
     chances |= {f"probe/{detail}": chance for detail, chance in values.items()}
     each = WORLD_SPLITS["measure"][0]
-    for name, value in report.items():
-        if name.endswith(("/low", "/high")):
-            continue
+    for name in [name for name in MEASURES if name in report]:
         metric, _, category = name.partition("/")
+        value, chance = report[name], 0.25 if metric == "pairs" else chances.get(name, np.nan)
         n, ends = SCENES, (report.get(f"{name}/low", np.nan), report.get(f"{name}/high", np.nan))
         if metric == "pairs":
             n = each * len(DETAILS) if category == "mean" else each
         elif metric == "zeroshot" or (metric == "probe" and category != "mean"):
             ends = wilson(round(value * n), n)
-        chance = 0.25 if metric == "pairs" else chances.get(name, np.nan)
-        yield score_row(metric, value, n, *ends, chance, category if category not in ("", "mean") else "all")
+        yield score_row(metric, value, n, *ends, chance, "all" if category in ("", "mean") else category)
+
+
+@benchmark(data="nothing", fixed={"features": "global", "precision": "no"})
+def world_benchmark(task: Task) -> Iterator[dict]:
+    """The tiny world's pairs, probes, zero-shot and clustering, always by the global feature in float32."""
+    yield from report_rows(world_report(task.encoder, seed=task.seed))

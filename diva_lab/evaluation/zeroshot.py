@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diva_lab.evaluation.image_sets import CLASSIFICATION_SETS
-from diva_lab.evaluation.task import Task, labelled, score_row
+from diva_lab.evaluation.task import Task, benchmark, labelled, score_row
 from diva_lab.statistics import bootstrap_mean, wilson
 
 TEMPLATES = ("a photo of a {}",)
@@ -35,6 +35,7 @@ def zeroshot_accuracy(
     return (logits.argmax(dim=1) == labels).float().mean().item()
 
 
+@benchmark(heeds=("max_images",))
 def zero_shot(task: Task) -> Iterator[dict]:
     """Top-1, top-5, the mean of the classes' accuracies, and `score`: whichever of them is the set's convention."""
     found, embeddings = labelled(task)

@@ -26,7 +26,7 @@ from diva_lab.provenance import environment
 from diva_lab.training.runs import Run
 from diva_lab.workbook.parameters import assigned_names
 from diva_lab.workbook.report import write_report
-from diva_lab.world import CLASSES, DETAILS, PATTERNS
+from diva_lab.world import DETAILS
 
 NOTEBOOKS = ROOT / "notebooks"
 SUMMARY_MEASURES = [f"{kind}/{name}" for kind in ("pairs", "probe") for name in (*DETAILS, "mean")]
@@ -56,24 +56,12 @@ def recorded_rows(run: Run) -> pd.DataFrame:
 
     Without rows where the run recorded none. Pairs and zero-shot have their interval and what chance would score.
     """
-    from diva_lab.evaluation.table import COLUMNS, FACTS
-    from diva_lab.evaluation.world import SCENES, WORLD_SPLITS
-    from diva_lab.statistics import wilson
+    from diva_lab.evaluation.results import COLUMNS, FACTS
+    from diva_lab.evaluation.world import report_rows
 
     evaluations = run.evaluations()
     last = evaluations.iloc[-1].to_dict() if "pairs/mean" in evaluations else {}
-    each, rows = WORLD_SPLITS["measure"][0], []
-    for name in [name for name in SUMMARY_MEASURES if name in last]:
-        metric, _, category = name.partition("/")
-        category = "all" if category in ("", "mean") else category
-        n, value, low, high, chance = SCENES, last[name], np.nan, np.nan, np.nan
-        if metric == "pairs":
-            n, chance = each * (len(PATTERNS) if category == "all" else 1), 0.25
-            low, high = (last.get(f"{name}/{end}", np.nan) for end in ("low", "high"))
-        elif metric == "zeroshot":
-            (low, high), chance = wilson(round(value * n), n), 1 / len(CLASSES)
-        note = "not above chance" if low <= chance else ""
-        rows.append((metric, category, n, value, low, high, chance, note))
+    rows = list(report_rows(last))
     table = pd.DataFrame(rows, columns=COLUMNS[3:]).assign(encoder=run.id, benchmark="world", set="world")
     if rows:
         made = run.environment
@@ -88,7 +76,8 @@ def evaluate_runs(root: Path) -> tuple[pd.DataFrame, list[str]]:
     `encoder` is the run's id. The world's rows are those of the run's own record where it has them: to ask again would
     take a dozen seconds a run, and give the same to rounding.
     """
-    from diva_lab.evaluation.table import COLUMNS, FACTS, evaluate
+    from diva_lab.evaluation.results import COLUMNS, FACTS
+    from diva_lab.evaluation.table import evaluate
 
     empty = pd.DataFrame(columns=COLUMNS + FACTS)
     tables, failures = [], []

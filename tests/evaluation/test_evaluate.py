@@ -21,12 +21,11 @@ from diva_lab.evaluation.features import FeatureStore
 from diva_lab.evaluation.image_sets import IMAGE_FOLDERS, read_set
 from diva_lab.evaluation.knn import knn_accuracy
 from diva_lab.evaluation.pairs import compare_pairs, read_pairs, score_pairs, summarise
+from diva_lab.evaluation.results import COLUMNS, FACTS
 from diva_lab.evaluation.retrieval import recall_at, recall_by_chance
 from diva_lab.evaluation.table import (
     AVERAGES,
     BENCHMARKS,
-    COLUMNS,
-    FACTS,
     average_rows,
     benchmark_folders,
     count_sets,
@@ -81,7 +80,7 @@ def test_every_benchmark_has_its_rows(table):
 def test_speed_and_the_wait_for_data_are_told(root, capsys):
     evaluate(["tiny"], ["clustering"], root, cache=None)
     assert re.search(
-        r"^tiny: 36 pictures, \d+ a second, \d+% of the time waiting for data$", capsys.readouterr().out, re.M
+        r"^tiny: 36 images, \d+ a second, \d+% of the time without data$", capsys.readouterr().out, re.M
     )
 
 

@@ -9,7 +9,7 @@ from one_step import pictures
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from diva_lab.cli import main
-from diva_lab.evaluation.table import COLUMNS, FACTS
+from diva_lab.evaluation.results import COLUMNS, FACTS
 from diva_lab.models.encoders import load_encoder
 from diva_lab.training.build import tuned_encoder
 from diva_lab.training.controls import perturb
