@@ -1,5 +1,6 @@
-"""What a score is worth: intervals for a proportion, a mean of groups, a difference over seeds, a slope and a rate."""
+"""Intervals for a proportion, a mean, a difference over seeds, a slope and a rate of conflict."""
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,14 +14,9 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     E. B. Wilson, JASA 22 (1927). Raises ValueError unless 0 <= successes <= n and n >= 1.
     """
     if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"no proportion: {successes} successes out of {n}")
-    z = stats.norm.ppf((1 + level) / 2)
-    p = successes / n
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    low = 0.0 if successes == 0 else float(centre - half)
-    high = 1.0 if successes == n else float(centre + half)
-    return low, high
+        raise ValueError(f"no proportion: {successes} successes out of {n}; expected 0 <= successes <= n and n >= 1")
+    low, high = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
+    return float(low), float(high)
 
 
 def bootstrap_mean(
@@ -43,14 +39,15 @@ def bootstrap_mean(
 def paired_t(differences: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
     """Mean of paired `differences` (one a seed) and its Student-t interval: (mean, low, high).
 
-    Raises ValueError for fewer than two seeds, from which no spread can be read.
+    Equal differences give an interval of no width. Raises ValueError for fewer than two seeds, which have no spread.
     """
     values = np.asarray(differences, dtype=float)
     if values.ndim != 1 or len(values) < 2:
         raise ValueError(f"an interval over seeds takes at least two differences, not an array of shape {values.shape}")
-    mean = float(values.mean())
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    return mean, mean - half, mean + half
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # scipy warns of equal differences
+        low, high = stats.ttest_1samp(values, 0).confidence_interval(level)
+    return float(values.mean()), float(low), float(high)
 
 
 def regression(
@@ -59,23 +56,23 @@ def regression(
     """Least squares of y on x: the slope with its interval (slope, low, high), and the line with that of its mean.
 
     Returns:
-        The slope, in units of y over x, and the line at `points` places from the least x to the largest: `x`, `mean`,
-        `low`, `high`. Student's t with n - 2 degrees of freedom; the pairs are taken as independent.
+        The slope, in units of y over x, and the line at `points` places from the smallest x to the largest: `x`,
+        `mean`, `low`, `high`. Student's t with n - 2 degrees of freedom; the pairs are taken as independent.
 
     Raises:
-        ValueError: for fewer than three pairs, or x all alike.
+        ValueError: for fewer than three pairs, or if all x are equal.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     if len(x) != len(y) or len(x) < 3 or np.ptp(x) == 0:
-        raise ValueError(f"no regression of {len(y)} values on {len(x)}: it takes three pairs, and x that vary")
-    centre, spread = x.mean(), ((x - x.mean()) ** 2).sum()
-    slope = float(((x - centre) * y).sum() / spread)
-    rest = y - y.mean() - slope * (x - centre)
-    sd, t = np.sqrt((rest**2).sum() / (len(x) - 2)), stats.t.ppf((1 + level) / 2, len(x) - 2)
-    half = float(t * sd / np.sqrt(spread))
+        raise ValueError(
+            f"no regression of {len(y)} values on {len(x)}: expected at least three pairs, and x that vary"
+        )
+    fit = stats.linregress(x, y)
+    half = stats.t.ppf((1 + level) / 2, len(x) - 2) * fit.stderr
     at = np.linspace(x.min(), x.max(), points)
-    mean, reach = y.mean() + slope * (at - centre), t * sd * np.sqrt(1 / len(x) + (at - centre) ** 2 / spread)
-    return (slope, slope - half, slope + half), {"x": at, "mean": mean, "low": mean - reach, "high": mean + reach}
+    mean, reach = fit.intercept + fit.slope * at, half * np.sqrt(x.var() + (at - x.mean()) ** 2)
+    slope = (float(fit.slope), float(fit.slope - half), float(fit.slope + half))
+    return slope, {"x": at, "mean": mean, "low": mean - reach, "high": mean + reach}
 
 
 def paired_differences(
@@ -84,12 +81,15 @@ def paired_differences(
     """Mean difference to `baseline` of every other objective in each of `measures`, with its interval over seeds.
 
     Args:
-        results: one row an objective and seed: columns `objective`, `seed` and the measures.
+        results: one row for each objective and seed: columns `objective`, `seed` and the measures.
 
     Returns:
-        Columns objective, measure, difference, low, high, seeds: how many both have. low and high are NaN for a single
-        seed. The interval is over seeds of training; the test pictures are the same for all, so it does not hold
-        what other pictures would change. Raises ValueError if `baseline` is not among the objectives.
+        Columns objective, measure, difference, low, high, seeds (how many both have). low and high are NaN for a single
+        seed. The interval is over seeds of training: all runs are tested on the same images, so it does not contain
+        the variation between test images.
+
+    Raises:
+        ValueError: if `baseline` is not among the objectives.
     """
     if baseline not in set(results["objective"]):
         raise ValueError(f"no baseline {baseline!r} among {', '.join(dict.fromkeys(results['objective']))}")
@@ -109,7 +109,7 @@ def paired_differences(
 def compare_rows(
     results: pd.DataFrame, rows: Sequence[str], measures: Sequence[str], baseline: str = "none"
 ) -> pd.DataFrame:
-    """`paired_differences` of those of `rows` that have a seed in common with `baseline`; the others are left out."""
+    """`paired_differences` of those of `rows` that share a seed with `baseline`; the others are left out."""
     seeds = set(results.loc[results["objective"] == baseline, "seed"])
     shared = results[results["seed"].isin(seeds)]
     kept = [name for name in rows if name != baseline and name in set(shared["objective"])]
@@ -125,27 +125,27 @@ def conflict_rate(
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Share of negative cosines with its interval (rate, low, high); NaN left out.
+    """Share of negative cosines with its interval (rate, low, high); NaN is left out.
 
     Neighbouring steps share weights and momentum, so they are not independent: the interval is a circular block
     bootstrap's (Politis and Romano, 1992), blocks of `block` steps drawn within each run.
 
     Args:
-        cosines: of one run in the order of its steps, or of several, one array each.
+        cosines: of one run in the order of its steps, or of several runs, one array each.
 
     Raises:
-        ValueError: where no cosine is left.
+        ValueError: if no cosine is a finite number.
     """
     runs = [cosines] if np.ndim(cosines[0] if len(cosines) else 0.0) == 0 else cosines
     negative = [(part := np.asarray(run, float))[np.isfinite(part)] < 0 for run in runs]
     negative = [part for part in negative if len(part)]
     if not negative:
-        raise ValueError("no cosine is a number: there is nothing to take a rate of")
+        raise ValueError("no cosine is a finite number; a rate takes at least one")
     rng, total, n = np.random.default_rng(seed), np.zeros(draws), sum(map(len, negative))
     for part in negative:
         blocks = -(-len(part) // block)
         starts = rng.integers(len(part), size=(draws, blocks))
-        places = (starts[:, :, None] + np.arange(block)).reshape(draws, -1)[:, : len(part)] % len(part)
-        total += part[places].sum(1)
+        steps = (starts[:, :, None] + np.arange(block)).reshape(draws, -1)[:, : len(part)] % len(part)
+        total += part[steps].sum(1)
     low, high = np.quantile(total / n, [(1 - level) / 2, (1 + level) / 2])
     return float(sum(part.sum() for part in negative) / n), float(low), float(high)

@@ -1,8 +1,19 @@
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
-from diva_lab.statistics import bootstrap_mean, paired_t, regression, wilson
+from diva_lab.statistics import (
+    bootstrap_mean,
+    compare_rows,
+    conflict_rate,
+    paired_differences,
+    paired_t,
+    regression,
+    wilson,
+)
+
+# --- a proportion -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -15,18 +26,28 @@ def test_wilson_gives_the_values_of_newcombes_table(successes, n, expected):  # 
 
 @pytest.mark.parametrize("n", [1, 15, 300])
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.999])
-def test_wilson_agrees_with_scipy_holds_the_proportion_and_stays_within_0_and_1(n, level):
+def test_wilson_inverts_the_score_test_holds_the_proportion_and_stays_within_0_and_1(n, level):
+    z = stats.norm.ppf((1 + level) / 2)
     for successes in range(n + 1):
         low, high = wilson(successes, n, level)
-        expected = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
-        assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-9)
         assert 0 <= low <= successes / n <= high <= 1
+        assert (low == 0) == (successes == 0) and (high == 1) == (successes == n)
+        for end in {low, high} - {0.0, 1.0}:  # |p - end| is z standard errors at the end
+            assert (successes / n - end) ** 2 == pytest.approx(z**2 * end * (1 - end) / n, rel=1e-12)
+
+
+def test_wilson_by_hand():  # two of four, at the level of z = 2: 1 / 2 -+ sqrt(1 / 16 + 1 / 16)
+    level = 2 * stats.norm.cdf(2) - 1
+    assert wilson(2, 4, level) == pytest.approx((0.5 - 0.5**0.5 / 2, 0.5 + 0.5**0.5 / 2), rel=1e-12)
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 0), (3, 2), (-1, 5)])
 def test_wilson_refuses_what_is_no_proportion(successes, n):
     with pytest.raises(ValueError, match="no proportion"):
         wilson(successes, n)
+
+
+# --- a mean of groups -------------------------------------------------------------------------------------------
 
 
 def test_bootstrap_mean_holds_the_mean_of_the_group_means_and_not_the_mean_of_the_members():
@@ -55,16 +76,20 @@ def test_bootstrap_mean_refuses_an_empty_group():
         bootstrap_mean([np.ones(3), np.ones(0)])
 
 
-def test_paired_t_agrees_with_scipy():
-    differences = np.random.default_rng(0).normal(0.02, 0.01, size=5)
-    mean, low, high = paired_t(differences)
-    expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
-    assert mean == pytest.approx(differences.mean())
-    assert (low, high) == pytest.approx((expected.low, expected.high))
+# --- a difference over seeds ------------------------------------------------------------------------------------
 
 
-def test_paired_t_of_equal_differences_is_a_point():
-    assert paired_t([0.25, 0.25, 0.25]) == (0.25, 0.25, 0.25)
+def test_paired_t_by_hand():  # three seeds: two degrees of freedom, whose quantile is known in closed form
+    p = 0.975
+    quantile = (2 * p - 1) * (2 / (4 * p * (1 - p))) ** 0.5
+    half = quantile * 0.1 / 3**0.5
+    assert paired_t([0.1, 0.2, 0.3]) == pytest.approx((0.2, 0.2 - half, 0.2 + half), rel=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [0.0, 0.25, -1e-3])
+def test_paired_t_of_equal_differences_is_a_point(value):
+    assert paired_t([value] * 4) == (value, value, value)
 
 
 def test_paired_t_refuses_a_single_seed():
@@ -72,20 +97,63 @@ def test_paired_t_refuses_a_single_seed():
         paired_t([0.1])
 
 
-def test_regression_agrees_with_scipy_and_its_band_is_narrowest_at_the_mean():
+RESULTS = pd.DataFrame(
+    {
+        "objective": ["none"] * 3 + ["dcr"] * 3 + ["diva"],
+        "seed": [0, 1, 2, 2, 1, 0, 1],
+        "pairs/mean": [0.2, 0.3, 0.4, 0.5, 0.4, 0.4, 0.2],
+        "nmi": [0.7, 0.7, 0.7, 0.6, 0.6, 0.6, 0.8],
+    }
+)
+
+
+def test_differences_are_paired_by_seed_whatever_the_order_of_the_rows():
+    rows = paired_differences(RESULTS.sample(frac=1, random_state=1), ["pairs/mean", "nmi"])
+    row = rows[(rows["objective"] == "dcr") & (rows["measure"] == "pairs/mean")].iloc[0]
+    assert (row["difference"], row["low"], row["high"]) == pytest.approx(paired_t([0.2, 0.1, 0.1]))
+    assert row["seeds"] == 3
+
+
+def test_a_shift_common_to_an_objective_has_an_interval_of_no_width():
+    rows = paired_differences(RESULTS, ["nmi"]).set_index("objective")
+    assert rows.loc["dcr", ["difference", "low", "high"]].to_numpy(float) == pytest.approx(np.full(3, -0.1))
+
+
+def test_a_single_seed_has_a_difference_and_no_interval():
+    row = paired_differences(RESULTS, ["nmi"]).set_index("objective").loc["diva"]
+    assert row["difference"] == pytest.approx(0.1)
+    assert np.isnan([row["low"], row["high"]]).all()
+
+
+def test_the_baseline_must_be_there():
+    with pytest.raises(ValueError, match="no baseline 'zero' among none, dcr, diva"):
+        paired_differences(RESULTS, ["nmi"], baseline="zero")
+
+
+def test_compare_rows_leaves_out_rows_that_have_not_been_run_or_share_no_seed():
+    more = pd.concat([RESULTS, pd.DataFrame([{"objective": "far", "seed": 9, "pairs/mean": 0.1, "nmi": 0.1}])])
+    rows = compare_rows(more, ["far", "dcr, velocity", "dcr", "none"], ["nmi"])
+    assert rows["objective"].tolist() == ["dcr"]
+    assert rows.equals(paired_differences(RESULTS[RESULTS["objective"] != "diva"], ["nmi"]))
+    assert compare_rows(more, ["dcr"], ["nmi"], baseline="not run").empty
+
+
+# --- a slope ----------------------------------------------------------------------------------------------------
+
+
+def test_regression_by_hand_and_its_band_is_narrowest_at_the_mean():
     x = np.array([0.0, 1.0, 2.0, 3.0, 4.0])
     y = np.array([1.0, 2.5, 2.0, 4.0, 4.5])
     (slope, low, high), line = regression(x, y, points=5)
-    fit = stats.linregress(x, y)
-    half = stats.t.ppf(0.975, 3) * fit.stderr
-    assert (slope, low, high) == pytest.approx((fit.slope, fit.slope - half, fit.slope + half))
-    assert line["x"] == pytest.approx(x)
-    assert line["mean"] == pytest.approx(fit.intercept + fit.slope * x)
+    # sums of squares about the means 2 and 2.8: x 10, xy 8.5, residuals 1.075
+    t, s = stats.t.ppf(0.975, 3), (1.075 / 3) ** 0.5
+    half = t * s / 10**0.5
+    assert (slope, low, high) == pytest.approx((0.85, 0.85 - half, 0.85 + half), rel=1e-12)
+    assert line["x"].tolist() == x.tolist()
+    assert line["mean"] == pytest.approx(2.8 + 0.85 * (x - 2), rel=1e-12)
     width = line["high"] - line["low"]
     assert width.argmin() == 2 and width[0] == pytest.approx(width[4])
-    # at the mean of x the band is that of a mean: t s / sqrt(n)
-    s = np.sqrt(((y - fit.intercept - fit.slope * x) ** 2).sum() / 3)
-    assert width[2] == pytest.approx(2 * stats.t.ppf(0.975, 3) * s / np.sqrt(5))
+    assert width[2] == pytest.approx(2 * t * s / 5**0.5, rel=1e-12)  # at the mean of x the band is that of a mean
 
 
 def test_regression_of_points_on_a_line_has_an_interval_of_no_width_and_takes_three():
@@ -95,3 +163,40 @@ def test_regression_of_points_on_a_line_has_an_interval_of_no_width_and_takes_th
         regression([0.0, 1.0], [0.0, 1.0])
     with pytest.raises(ValueError, match="x that vary"):
         regression([1.0, 1.0, 1.0], [0.0, 1.0, 2.0])
+
+
+# --- a rate of conflict -----------------------------------------------------------------------------------------
+
+
+def series(rate: float, n: int, seed: int, stay: float = 0.0) -> np.ndarray:
+    """Cosines whose sign is negative at `rate`; each keeps the one before with probability `stay`."""
+    rng, out = np.random.default_rng(seed), []
+    for _ in range(n):
+        out.append(out[-1] if out and rng.random() < stay else np.where(rng.random() < rate, -0.2, 0.2))
+    return np.array(out, float)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.863])
+def test_the_rate_of_a_known_conflict_is_recovered(rate):
+    found, low, high = conflict_rate(series(rate, 2000, seed=1))
+    assert low < rate < high and high - low < 0.08
+    assert found == pytest.approx(rate, abs=0.03)
+
+
+def test_blocks_of_one_step_give_about_wilsons_interval():
+    cosines = series(0.3, 500, seed=2)
+    found, low, high = conflict_rate(cosines, block=1)
+    assert (low, high) == pytest.approx(wilson(round(found * 500), 500), abs=0.01)
+
+
+def test_steps_that_depend_on_each_other_have_a_wider_interval():
+    cosines = series(0.5, 1000, seed=3, stay=0.9)
+    widths = [np.ptp(conflict_rate(cosines, block)[1:]) for block in (1, 30)]
+    assert widths[1] > 2 * widths[0]
+
+
+def test_several_runs_are_counted_together_and_nan_is_left_out():
+    rate, low, high = conflict_rate([np.array([-0.1, np.nan, 0.2]), np.array([0.3, 0.4])])
+    assert rate == 0.25 and low <= rate <= high
+    with pytest.raises(ValueError, match="no cosine"):
+        conflict_rate(np.array([np.nan]))

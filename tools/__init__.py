@@ -1,1 +1,1 @@
-"""What makes the files that ship: models, projectors, study, tables, presets. Not installed."""
+"""Commands that make the files that ship: models, projectors, study, tables, presets, emoji pairs. Not installed."""

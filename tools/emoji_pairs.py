@@ -1,11 +1,11 @@
-"""How data/emoji_pairs was made: minimal pairs of emoji from two freely licensed sets, in MMVP-VLM's layout.
+"""Build data/emoji_pairs: minimal pairs of emoji from two freely licensed sets, in MMVP-VLM's layout.
 
     npm install --prefix DIR emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
     python -m tools.emoji_pairs --packages DIR/node_modules --out data/emoji_pairs
 
-`data/emoji_pairs/pairs.csv` lists the pairs, chosen by eye: both sets show the difference that the names tell, and as
-little else as can be. A name is Unicode's, in lower case: the character's, or where that misleads ("white medium star"
-is yellow) the short name of CLDR.
+`data/emoji_pairs/pairs.csv` lists the pairs, which were chosen by eye: both sets show the difference between the two
+names, and little else. Names are Unicode's, in lower case; where a character's name misleads ("white medium star" is
+yellow), the short name of CLDR.
 """
 
 import argparse
@@ -37,40 +37,31 @@ def write_emoji_pairs(packages: str | Path, out: str | Path, table: str | Path =
     """Write the pairs of `table` as `out`/noto and `out`/twemoji, each in MMVP-VLM's layout, and `out`/NOTICE.md.
 
     Row k of the table (pattern, name_1, name_2, unicode_1, unicode_2: code points as in emoji.json's `unified`) has
-    the ids 2k-1 and 2k in both folders. Pictures keep the packages' 64 x 64 pixels, on white.
+    the ids 2k-1 and 2k in both folders. Images keep the packages' 64 x 64 pixels, on white.
 
     Args:
         packages: folder that holds emoji-datasource-google and emoji-datasource-twitter, such as node_modules.
-        out: folder to write; pictures of an earlier call are replaced.
+        out: folder to write; images of an earlier call are replaced.
         table: the list of pairs.
 
     Raises:
-        FileNotFoundError: where a package is missing; names all that are.
-        ValueError: where a package lacks an emoji of the table; nothing is written.
+        FileNotFoundError: if a package is missing; names all that are.
+        ValueError: if a package lacks an emoji of the table; nothing is written.
     """
-    packages, out = (
-        {name: Path(packages) / f"emoji-datasource-{vendor}" for name, vendor in EMOJI_SETS.items()},
-        Path(out),
-    )
-    missing = [str(package) for package in packages.values() if not (package / "emoji.json").is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"no emoji.json in {' nor in '.join(missing)}; expected the unpacked npm packages there"
-        )
+    out, images = Path(out), find_images(Path(packages))
     with open(table, newline="", encoding="utf-8") as file:
         members = [
             (row["pattern"], row[f"name_{n}"], row[f"unicode_{n}"]) for row in csv.DictReader(file) for n in (1, 2)
         ]
-    pictures = {name: _pictures(package, EMOJI_SETS[name]) for name, package in packages.items()}
-    absent = sorted({f"{code} in {name}" for name in EMOJI_SETS for *_, code in members if code not in pictures[name]})
-    if absent:
-        raise ValueError(f"no picture of {', '.join(absent)}")
+    missing = sorted({f"{code} in {name}" for name in EMOJI_SETS for *_, code in members if code not in images[name]})
+    if missing:
+        raise ValueError(f"no image of {', '.join(missing)}")
     for name in EMOJI_SETS:
         shutil.rmtree(out / name / IMAGES, ignore_errors=True)
         for i, (pattern, _, code) in enumerate(members, 1):
             path = out / name / IMAGES / pattern / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            _on_white(pictures[name][code]).save(path, optimize=True)
+            put_on_white(images[name][code]).save(path, optimize=True)
         rows = [(i, pattern, statement) for i, (pattern, statement, _) in enumerate(members, 1)]
         with open(out / name / "Questions.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([("Question ID", "Type", "Statement"), *rows])
@@ -78,17 +69,26 @@ def write_emoji_pairs(packages: str | Path, out: str | Path, table: str | Path =
     return out
 
 
-def _pictures(package: Path, vendor: str) -> dict[str, Path]:
-    """Code points -> file, for every emoji that the package has a picture of."""
-    emoji = json.loads((package / "emoji.json").read_text(encoding="utf-8"))
-    paths = {entry["unified"]: package / "img" / vendor / "64" / entry["image"] for entry in emoji}
-    return {code: path for code, path in paths.items() if path.is_file()}
+def find_images(packages: Path) -> dict[str, dict[str, Path]]:
+    """Set -> code points -> image file, of every emoji that the set's package in folder `packages` has an image of."""
+    folders = {name: packages / f"emoji-datasource-{vendor}" for name, vendor in EMOJI_SETS.items()}
+    missing = [str(folder) for folder in folders.values() if not (folder / "emoji.json").is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"no emoji.json in {' nor in '.join(missing)}; expected the unpacked npm packages there"
+        )
+    images = {}
+    for name, folder in folders.items():
+        entries = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
+        paths = {entry["unified"]: folder / "img" / EMOJI_SETS[name] / "64" / entry["image"] for entry in entries}
+        images[name] = {code: path for code, path in paths.items() if path.is_file()}
+    return images
 
 
-def _on_white(path: Path) -> Image.Image:
+def put_on_white(path: Path) -> Image.Image:
     with Image.open(path) as file:
-        picture = file.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        image = file.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,3 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     except (FileNotFoundError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

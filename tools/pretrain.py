@@ -1,15 +1,16 @@
-"""Train the tiny models from nothing but a seed: a CLIP that is blind to details, and a diffusion model that is not.
+"""Train the tiny models from a seed: a CLIP that is blind to details, and a diffusion model that is not.
 
-`python -m tools.pretrain all` writes `data/tiny/clip` in open_clip's on-disk format and
-`data/tiny/diffusion` in Stable Diffusion's, each with `record.json`: seed, git sha, versions, sha256 and time.
-Killed, it goes on from its last checkpoint under `runs/pretrain/`. `models --world 1 --out runs/world-1` makes those of
-another world, which `python -m tools.study --models runs/world-1` studies.
+`python -m tools.pretrain all` writes `data/tiny/clip` in open_clip's on-disk format and `data/tiny/diffusion` in Stable
+Diffusion's, each with `record.json`: seed, git sha, versions, sha256 and time. A stopped command continues from its
+last checkpoint under `runs/pretrain/`. `models --world 1 --out runs/world-1` trains models on another world, which
+`python -m tools.study --models runs/world-1` studies.
 
-The CLIP is made in two phases. *Words*: the text tower learns, by contrast, to match captions with the attribute lists
-of their scenes, in batches of minimal pairs, whose captions name the one detail in which the two differ and each other
-detail with p = .15; after it the text tower knows what every detail is called. *Sight*: the text tower is locked, and
-the visual tower learns from pictures whose captions name the class always and each detail hardly ever (p = .001). That
-is the blindness under study: the words are known, but what the visual tower sees is not tied to them.
+The CLIP is trained in two phases. *Words*: the text tower learns, by CLIP's contrastive loss, to match captions with
+the attributes of their scenes. Batches consist of minimal pairs; a caption names the one detail in which its pair
+differs, and each other detail with p = .15. After this phase the text tower knows the name of every detail. *Sight*:
+the text tower is locked, and the visual tower learns from images whose captions always name the class and name each
+detail very rarely (p = .001). This is the blindness under study: the text tower knows the words, but the visual tower
+does not connect them with what it sees.
 """
 
 import argparse
@@ -49,7 +50,8 @@ from diva_lab.world import (
 
 CONTEXT = 26  # tokens of a caption, ends included; a full caption takes 24
 CLIP_WEIGHTS, WEIGHTS = "open_clip_model.safetensors", "diffusion_pytorch_model.safetensors"
-WORDS, SIGHT = 0.15, 0.001  # how often a caption mentions each detail, in the two phases of CLIP's training
+WORDS, SIGHT = 0.15, 0.001  # probability that a caption names a detail, in the two phases of CLIP's training
+SCENES = 60_000  # in the training set of every model
 
 
 def fit(
@@ -62,11 +64,15 @@ def fit(
     save_every: int = 500,
     decay: float = 0.999,
 ) -> dict[str, nn.Module]:
-    """AdamW with warm-up and cosine decay over all parameters of `modules`; resumes from its own checkpoint.
+    """Train all parameters of `modules` by AdamW with warm-up and cosine decay; continues from its last checkpoint.
 
-    `name` says all that the result depends on beside `steps`, so that no other training's checkpoint is taken up.
-    `loss_of(step, rng)` gives the loss of one batch; its rng depends on (seed, step) alone. Leaves the exponential
-    moving average of the weights in `modules` and returns them.
+    Args:
+        name: of the checkpoint. It must contain everything that the result depends on, except `steps`.
+        modules: by name; at the end they hold the exponential moving average of their weights, frozen.
+        loss_of: `loss_of(step, rng)` returns the loss of one batch; its rng depends on (seed, step) alone.
+        lr: the largest learning rate.
+        save_every: steps between checkpoints.
+        decay: of the moving average.
     """
     folder = RUNS / "pretrain" / f"{name}-{steps}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +117,7 @@ def fit(
 
 
 class Pool:
-    """Scenes to draw batches from; their pictures are rendered when first asked for and kept in memory as uint8."""
+    """Scenes to draw batches from. Their images are rendered at the first access and kept in memory as uint8."""
 
     def __init__(self, world: World, scenes: np.ndarray):
         self.world, self.scenes = world, scenes
@@ -120,13 +126,13 @@ class Pool:
     def images(self) -> Tensor:
         return torch.from_numpy(self.world.render(self.scenes)).permute(0, 3, 1, 2)
 
-    def at(self, index: np.ndarray) -> Tensor:
-        """The pictures [n, 3, px, px] of those scenes, in [0, 1]."""
+    def batch(self, index: np.ndarray) -> Tensor:
+        """Images [n, 3, px, px] in [0, 1] of the scenes at `index` [n]."""
         return self.images[torch.from_numpy(index)].float() / 255
 
 
-class Twins:
-    """Minimal pairs to draw batches from: for every detail, 3500 pairs of scenes that differ in it alone."""
+class MinimalPairs:
+    """Minimal pairs to draw batches from: for each detail `each` pairs of scenes that differ only in it."""
 
     def __init__(self, world: World, each: int = 3500):
         self.pairs = np.concatenate([draw_pairs(name, each, (world.seed, 5, i)) for i, name in enumerate(DETAILS)])
@@ -134,13 +140,13 @@ class Twins:
         self.pool = Pool(world, self.pairs.reshape(-1))
 
     def draw(self, n: int, p: float, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
-        """Places in the pool [2 n] of `n` pairs, and their captions: the pair's detail always, others with `p`."""
+        """Indices in the pool [2 n] of `n` pairs, and captions, which name the pair's detail, and others with `p`."""
         index = rng.integers(len(self.pairs), size=n)
         names = np.array(list(DETAILS))
-        said = (rng.random((n, len(names))) < p) | (names == self.details[index][:, None])
+        named = (rng.random((n, len(names))) < p) | (names == self.details[index][:, None])  # [n, details]
         texts = [
             caption(scene, tuple(names[row]), rng)
-            for pair, row in zip(self.pairs[index], said, strict=True)
+            for pair, row in zip(self.pairs[index], named, strict=True)
             for scene in pair
         ]
         return np.stack([2 * index, 2 * index + 1], 1).reshape(-1), texts
@@ -154,28 +160,30 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
 
 
 def write_record(folder: Path, **facts: object) -> None:
+    """Write `folder`/record.json: `facts`, git sha, versions, time, and the sha256 of every file in the folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "record.json")
     record = {**facts, **environment(), "sha256": {str(p.relative_to(folder)): sha256(p) for p in files}}
     (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def save_tokenizer(folder: Path) -> None:
-    """A byte-pair vocabulary in CLIP's own format, learned from the world's words: every one of them is one token."""
+    """Write a byte-pair vocabulary in CLIP's own format, in which each of the world's words is one token."""
     letters = [f"{letter}{end}" for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
-    learned = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learned.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(
         vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False,
-        special_tokens=letters,  # known beforehand: numbered as met, they would break ties in another order each time
+        special_tokens=letters,  # in a fixed order: the trainer's own order differs from run to run and breaks ties
     )  # fmt: skip
-    learned.train_from_iterator(vocabulary(), trainer)
-    merges = [tuple(pair) for pair in json.loads(learned.to_str())["model"]["merges"]]
+    tokenizer.train_from_iterator(vocabulary(), trainer)
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     tokens = [*letters, *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
     ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     CLIPTokenizer(vocab=ids, merges=merges, model_max_length=CONTEXT).save_pretrained(folder)
 
 
 def clip_config(world: World, vocabulary_size: int) -> dict:
+    """open_clip's configuration of the tiny CLIP."""
     return {
         "model_cfg": {
             "embed_dim": 128,
@@ -200,7 +208,7 @@ def clip_config(world: World, vocabulary_size: int) -> dict:
 
 
 def new_clip(folder: Path, seed: int) -> nn.Module:
-    """An open_clip model with the folder's configuration and weights drawn from `seed`, its attention split."""
+    """An open_clip model with the folder's configuration, weights drawn from `seed`, and split attention."""
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     split_attention(model.visual), split_attention(model.transformer)
@@ -208,7 +216,7 @@ def new_clip(folder: Path, seed: int) -> nn.Module:
 
 
 class AttributeTower(nn.Module):
-    """Stands in for the visual tower while the words are learned: attributes of scenes -> embedding [n, 128]."""
+    """Replaces the visual tower in the first phase: attributes of scenes -> embedding [n, 128]."""
 
     def __init__(self):
         super().__init__()
@@ -219,14 +227,17 @@ class AttributeTower(nn.Module):
 
 
 def pretrain_clip(out: Path, world: World, seed: int, steps: tuple[int, int] = (800, 250), p: float = SIGHT) -> None:
-    """Train the tiny CLIP (see the module's text) and write it as an open_clip folder."""
+    """Train the tiny CLIP in two phases (see the module's docstring) and write it as an open_clip folder.
+
+    `steps` are those of the two phases; `p` is the probability that a caption names a detail in the second.
+    """
     out.mkdir(parents=True, exist_ok=True)
     save_tokenizer(out)
     config = clip_config(world, len(CLIPTokenizer.from_pretrained(out)))
     (out / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
     model = new_clip(out, seed)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
-    twins, pool, attributes = Twins(world), Pool(world, draw_scenes(60_000, (world.seed, 1))), AttributeTower()
+    pairs, pool, attributes = MinimalPairs(world), Pool(world, draw_scenes(SCENES, (world.seed, 1))), AttributeTower()
     mean, std = (config["preprocess_cfg"][name][0] for name in ("mean", "std"))
 
     def loss(image: Tensor, texts: list[str]) -> Tensor:
@@ -235,13 +246,13 @@ def pretrain_clip(out: Path, world: World, seed: int, steps: tuple[int, int] = (
         return clip_loss(F.normalize(image.float(), dim=1), text, model.logit_scale)
 
     def words(_: int, rng: np.random.Generator) -> Tensor:
-        scenes, texts = twins.draw(128, WORDS, rng)
-        return loss(attributes(twins.pool.scenes[scenes]), texts)
+        scenes, texts = pairs.draw(128, WORDS, rng)
+        return loss(attributes(pairs.pool.scenes[scenes]), texts)
 
     def sight(_: int, rng: np.random.Generator) -> Tensor:
         index = rng.integers(len(pool.scenes), size=256)
         with autocast():
-            image = model.encode_image((pool.at(index) - mean) / std)
+            image = model.encode_image((pool.batch(index) - mean) / std)
         return loss(image, captions(pool.scenes[index], p, rng))
 
     tag, visual = f"clip-{world.seed}-{seed}", model.visual
@@ -257,7 +268,7 @@ def pretrain_clip(out: Path, world: World, seed: int, steps: tuple[int, int] = (
 
 
 def pretrain_vae(out: Path, world: World, seed: int, steps: int = 2600) -> None:
-    """Train the autoencoder (4 x smaller, 16 channels) on L1 + L2 with a faint KL term; write `out/vae`."""
+    """Train the autoencoder (4 x smaller, 16 channels) by L1 + L2 with a small KL term; write `out/vae`."""
     torch.manual_seed(seed)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -269,10 +280,10 @@ def pretrain_vae(out: Path, world: World, seed: int, steps: int = 2600) -> None:
         sample_size=world.px,
         mid_block_add_attention=False,
     ).to(memory_format=torch.channels_last)
-    pool = Pool(world, draw_scenes(60_000, (world.seed, 1)))
+    pool = Pool(world, draw_scenes(SCENES, (world.seed, 1)))
 
     def loss_of(step: int, rng: np.random.Generator) -> Tensor:
-        images = pool.at(rng.integers(len(pool.scenes), size=32)) * 2 - 1
+        images = pool.batch(rng.integers(len(pool.scenes), size=32)) * 2 - 1
         with autocast():
             posterior = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
             decoded = vae.decode(posterior.sample()).sample.float()
@@ -281,7 +292,7 @@ def pretrain_vae(out: Path, world: World, seed: int, steps: int = 2600) -> None:
 
     fit(f"vae-{world.seed}-{seed}", {"vae": vae}, loss_of, steps, 2e-3, seed)
     with torch.inference_mode():
-        images = pool.at(np.arange(2048)) * 2 - 1
+        images = pool.batch(np.arange(2048)) * 2 - 1
         latents = vae.encode(images).latent_dist.mean
         error = (vae.decode(latents).sample - images).square().mean().item()
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
@@ -324,19 +335,8 @@ def clip_text_encoder(folder: Path, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return text_encoder.eval().requires_grad_(False)
 
 
-def pretrain_diffusion(
-    out: Path, world: World, seed: int, steps: int = 4500, batch: int = 64, emphasis: float = 6.0
-) -> None:
-    """Train the UNet on full captions, 10 % of them empty, under CLIP's own frozen text tower, as Stable Diffusion is.
-
-    An error at timestep t weighs min(1 / abar_t, `emphasis`): the loss on the velocity, but for the highest noise.
-    Plain errors of the noise hardly count where the caption decides most.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(out / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
-    vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).eval()
-    text_encoder = clip_text_encoder(out.parent / "clip", tokenizer)
+def new_unet(world: World, seed: int) -> UNet2DConditionModel:
+    """A UNet with weights drawn from `seed`."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=world.px // 4,
@@ -350,14 +350,37 @@ def pretrain_diffusion(
         attention_head_dim=(3, 5),  # diffusers' name for the number of heads
         norm_num_groups=16,
     ).to(memory_format=torch.channels_last)
+    unet.set_attn_processor(AttnProcessor())  # twice as fast: fused attention's backward is slow for few tokens
+    return unet
+
+
+@torch.no_grad()
+def encode_latents(vae: AutoencoderKL, pool: Pool) -> Tensor:
+    """Scaled latents of all scenes of the pool: means of the VAE's posteriors, [n, 16, px / 4, px / 4]."""
+    latents = torch.cat([vae.encode(i.float() / 127.5 - 1).latent_dist.mean for i in pool.images.split(500)])
+    return latents * vae.config.scaling_factor
+
+
+def pretrain_diffusion(
+    out: Path, world: World, seed: int, steps: int = 4500, batch: int = 64, emphasis: float = 6.0
+) -> None:
+    """Train the UNet on full captions, 10 % of them empty, with CLIP's own frozen text tower as in Stable Diffusion.
+
+    The error at timestep t has the weight min(1 / abar_t, `emphasis`). Up to a factor this is the loss on the velocity,
+    except at the highest noise. Unweighted errors of the noise hardly count where the caption decides most.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(out / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).eval()
+    text_encoder = clip_text_encoder(out.parent / "clip", tokenizer)
+    unet = new_unet(world, seed)
     scheduler = DDPMScheduler(
         1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="epsilon",
         clip_sample=False, steps_offset=1,
     )  # fmt: skip
-    pool = Pool(world, draw_scenes(60_000, (world.seed, 1)))
-    with torch.inference_mode():
-        latents = torch.cat([vae.encode(i.float() / 127.5 - 1).latent_dist.mean for i in pool.images.split(500)])
-        latents = (latents * vae.config.scaling_factor).clone()
+    pool = Pool(world, draw_scenes(SCENES, (world.seed, 1)))
+    latents = encode_latents(vae, pool)
     weight = (1 / scheduler.alphas_cumprod).clamp(max=emphasis)
     weight = weight / weight.mean()
 
@@ -374,24 +397,25 @@ def pretrain_diffusion(
             predicted = unet(noisy, t, context).sample
         return (weight[t] * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
 
-    unet.set_attn_processor(AttnProcessor())  # twice as fast here: fused attention backward is slow for few tokens
-    made_from = sha256(out / "vae" / WEIGHTS)[:6] + sha256(out.parent / "clip" / CLIP_WEIGHTS)[:6]
-    name = f"diffusion-{world.seed}-{seed}-{emphasis}-{made_from}"
+    parts = sha256(out / "vae" / WEIGHTS)[:6] + sha256(out.parent / "clip" / CLIP_WEIGHTS)[:6]
+    name = f"diffusion-{world.seed}-{seed}-{emphasis}-{parts}"
     fit(name, {"unet": unet}, loss_of, steps, 1e-3, seed, decay=0.9995)
     unet.half().save_pretrained(out / "unet")
     text_encoder.half().save_pretrained(out / "text_encoder")
     scheduler.save_pretrained(out / "scheduler")
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        **{part: [None, None] for part in ("feature_extractor", "safety_checker", "image_encoder")},
-    }
-    (out / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+    (out / "model_index.json").write_text(json.dumps(PIPELINE, indent=1) + "\n")
     write_record(out, seed=seed, world=world.seed, steps=steps, batch=batch, emphasis=emphasis)
+
+
+PIPELINE = {  # model_index.json of a Stable Diffusion folder
+    "_class_name": "StableDiffusionPipeline",
+    "scheduler": ["diffusers", "DDPMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    **{part: [None, None] for part in ("feature_extractor", "safety_checker", "image_encoder")},
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -399,11 +423,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "what",
         choices=("clip", "vae", "diffusion", "models", "pairs", "all"),
-        help="diffusion needs clip and vae first; models: those three; all: the shipped pairs of pictures too",
+        help="diffusion needs clip and vae; models: these three; all: the shipped image pairs too",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--world", type=int, default=0, help="seed of the world to learn from")
-    parser.add_argument("--sight", type=float, default=SIGHT, help="how often a caption names a detail as CLIP sees")
+    parser.add_argument("--world", type=int, default=0, help="seed of the world to train on")
+    parser.add_argument(
+        "--sight", type=float, default=SIGHT, help="probability that a caption names a detail in CLIP's second phase"
+    )
     parser.add_argument("--out", type=Path, default=DATA / "tiny")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
@@ -415,3 +441,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.what in ("pairs", "all"):
         write_pairs(DATA / "world" / "pairs", World(args.world), 15, args.seed)
         write_record(DATA / "world", seed=args.seed, world=args.world)
+
+
+if __name__ == "__main__":
+    main()

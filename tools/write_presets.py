@@ -1,4 +1,4 @@
-"""Write every preset as notebooks/presets/NAME.yaml, which `papermill -f` takes for notebook 02.
+"""Write every preset as notebooks/presets/NAME.yaml, for `papermill -f` with notebook 02.
 
 python -m tools.write_presets
 """
@@ -12,7 +12,7 @@ PRESET_FILES = ROOT / "notebooks" / "presets"
 
 
 def write_presets(folder: Path = PRESET_FILES) -> None:
-    """Write `folder`/NAME.yaml for every preset; files of presets that are no more are removed."""
+    """Write `folder`/NAME.yaml for every preset; files of presets that no longer exist are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.yaml"):
         old.unlink()

@@ -1,8 +1,10 @@
-"""What the tiny models can do, measured once and shipped: how well the denoiser draws, how high P could rise.
+"""What the tiny models can do: how well the denoiser draws, and the pair score that supervision reaches.
 
-`python -m tools.yardsticks quality` reads samples with a classifier of attributes that was trained on the world.
-`python -m tools.yardsticks ceiling` tunes the visual tower alone, supervised, against the frozen text tower: the
-pair score per pattern after it is the ceiling of every unsupervised objective.
+`python -m tools.yardsticks quality` reads the denoiser's samples with a classifier that is trained on the world.
+`python -m tools.yardsticks ceiling` tunes the visual tower by supervision against the frozen text tower: the pair score
+of each pattern afterwards is the ceiling of every unsupervised objective.
+
+Both write a table that ships: data/results/quality.csv, data/results/ceiling.csv.
 """
 
 import argparse
@@ -24,11 +26,11 @@ from diva_lab.paths import DATA
 from diva_lab.provenance import environment, sha256
 from diva_lab.statistics import wilson
 from diva_lab.world import ATTRIBUTES, DETAILS, PATTERNS, World, captions, draw_scenes
-from tools.pretrain import CLIP_WEIGHTS, WORDS, Pool, Twins, clip_loss, fit
+from tools.pretrain import CLIP_WEIGHTS, WORDS, MinimalPairs, Pool, clip_loss, fit
 
 
 class Classifier(nn.Module):
-    """Pictures [n, 3, 32, 32] in [0, 1] -> logits of every attribute, by name."""
+    """Images [n, 3, 32, 32] in [0, 1] -> logits of every attribute, by name."""
 
     def __init__(self):
         super().__init__()
@@ -47,39 +49,39 @@ class Classifier(nn.Module):
 
 
 def train_classifier(world: World, seed: int = 0, steps: int = 300) -> Classifier:
-    """A classifier of all attributes, trained on the world's own pictures."""
+    """A classifier of all attributes, trained on images of the world."""
     torch.manual_seed(seed)
     model, pool = Classifier(), Pool(world, draw_scenes(60_000, (world.seed, 1)))
 
     def loss_of(_: int, rng: np.random.Generator) -> Tensor:
         index = rng.integers(len(pool.scenes), size=128)
         with autocast():
-            logits = model(pool.at(index))
+            logits = model(pool.batch(index))
         labels = {name: torch.from_numpy(pool.scenes[name][index].astype(int)) for name in ATTRIBUTES}
         return sum(F.cross_entropy(logits[name].float(), labels[name]) for name in ATTRIBUTES)
 
     fit(f"classifier-{world.seed}-{seed}", {"model": model}, loss_of, steps, 2e-3, seed, decay=0.99)
-    model.train()  # the running statistics belong to the raw weights: take them anew for the averaged ones
+    model.train()  # the running statistics are those of the raw weights: compute them again for the averaged weights
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
-            module.momentum = None  # a plain mean over what follows
+            module.momentum = None  # a plain mean over all batches that follow
     with torch.no_grad():
         for part in np.arange(4096).reshape(-1, 256):
-            model(pool.at(part))
+            model(pool.batch(part))
     return model.eval()
 
 
 @torch.no_grad()
 def read_attributes(model: Classifier, images: Tensor) -> dict[str, np.ndarray]:
-    """The value that the classifier reads of every attribute, [n] each."""
+    """The classifier's value of every attribute, [n] each."""
     return {name: logits.argmax(1).numpy() for name, logits in model(images).items()}
 
 
 def sample_quality(world: World, n: int = 256, guidance: float = 3.0, seed: int = 0) -> pd.DataFrame:
-    """Share of samples in which the classifier reads what the full caption asked for.
+    """Share of the denoiser's samples in which the classifier reads what the full caption says.
 
-    Returns a row per attribute: share, its Wilson interval, n, and the classifier's own accuracy on pictures of the
+    Returns a row for each attribute: share, its Wilson interval, n, and the classifier's own accuracy on images of the
     world.
     """
     model, denoiser = train_classifier(world), load_denoiser("tiny")
@@ -89,26 +91,26 @@ def sample_quality(world: World, n: int = 256, guidance: float = 3.0, seed: int 
         parts = [denoiser.sample(texts[i : i + 128], guidance, seed=seed + i) for i in range(0, n, 128)]
     images = torch.cat(parts).float()
     test = draw_scenes(2000, (world.seed, 2))
-    own = read_attributes(model, Pool(world, test).at(np.arange(len(test))))
+    on_world = read_attributes(model, Pool(world, test).batch(np.arange(len(test))))
     rows = []
     for name, read in read_attributes(model, images).items():
         hits = int((read == scenes[name]).sum())
         low, high = wilson(hits, n)
-        accuracy = float((own[name] == test[name]).mean())
+        accuracy = float((on_world[name] == test[name]).mean())
         rows.append({"attribute": name, "share": hits / n, "low": low, "high": high, "n": n, "classifier": accuracy})
     return pd.DataFrame(rows)
 
 
 def supervised_ceiling(world: World, seed: int = 0, steps: int = 1500, lr: float = 5e-4) -> pd.DataFrame:
-    """Tune all visual weights on minimal pairs with their captions; a row per detail: score before and after."""
-    encoder, twins = load_encoder("tiny"), Twins(world)
+    """Tune all visual weights on captioned minimal pairs; a row for each detail: pair score before and after."""
+    encoder, pairs = load_encoder("tiny"), MinimalPairs(world)
     scores = {"before": score_pairs(encoder, world_pairs(world))}
     make_trainable(encoder, rank=0)
 
     def loss_of(_: int, rng: np.random.Generator) -> Tensor:
-        index, texts = twins.draw(128, WORDS, rng)
+        index, texts = pairs.draw(128, WORDS, rng)
         with autocast():
-            image = encoder.encode_image(twins.pool.at(index))
+            image = encoder.encode_image(pairs.pool.batch(index))
         return clip_loss(image, encoder.encode_text(texts), encoder.model.logit_scale)
 
     name = f"ceiling-{world.seed}-{seed}-{lr}-{sha256(DATA / 'tiny' / 'clip' / CLIP_WEIGHTS)[:6]}"
@@ -119,7 +121,7 @@ def supervised_ceiling(world: World, seed: int = 0, steps: int = 1500, lr: float
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.yardsticks", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("quality", "ceiling"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -136,3 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     table.round(5).to_csv(path, index=False)
     print(table.round(3).to_string(index=False), f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()

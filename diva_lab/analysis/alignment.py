@@ -1,9 +1,9 @@
-"""What stage 1 must reach: of all that a full caption tells the denoiser, how much does the visual condition tell it?
+"""The recovered fraction: how much the visual condition helps the denoiser, compared with the image's full caption.
 
     recovered = (L_rec(empty) - L_rec(visual)) / (L_rec(empty) - L_rec(caption))
 
-0 is as good as no condition, 1 as good as the image's full caption. All three losses see the same latents, timesteps
-and noise; sums over the images are taken before the ratio.
+0 is as good as the empty prompt, 1 as good as the full caption. All three losses use the same latents, timesteps and
+noise; sums over the images are taken before the ratio. Stage 1 is trained to raise it.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ ALIGNMENT_TIMESTEPS = tuple(range(50, 1000, 100))  # the middles of ten equal pa
 
 @torch.no_grad()
 def _losses(denoiser, context: Tensor, latents: Tensor, t: int, seed: int, batch: int) -> np.ndarray:
-    """Mean squared eps-error of each image, [n]. The noise depends on (seed, t) and the image's place alone."""
+    """Mean squared eps-error of each image, [n]. The noise depends only on (seed, t) and the image's position."""
     generator = torch.Generator().manual_seed(1000 * seed + t)
     noise = torch.randn(latents.shape, generator=generator).to(latents)  # [n, c, h, w]
     losses = []
@@ -33,7 +33,7 @@ def _losses(denoiser, context: Tensor, latents: Tensor, t: int, seed: int, batch
 
 
 def _ratio(gain: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """gain / room, NaN where the caption gains nothing over the empty prompt."""
+    """gain / room; NaN where the caption is no better than the empty prompt."""
     return np.divide(gain, room, out=np.full_like(gain, np.nan), where=room > 0)
 
 
@@ -53,20 +53,25 @@ def recovered_fraction(
     Args:
         denoiser: a frozen `Denoiser`.
         context_visual: the condition made from each image, [n, L, C].
-        captions: the full caption of each image; None where there is none, and nothing can be recovered: NaN.
+        captions: the full caption of each image; None without captions, which makes the fraction NaN.
         latents: of the images, [n, c, h, w].
+        timesteps: at which the losses are taken.
+        seed: of the noise and of the bootstrap.
+        batch: images in one call of the denoiser.
         level, draws: of the bootstrap over images.
 
     Returns:
-        One row a timestep, indexed by it, and a last one indexed "total" (t is NaN there, losses are means over the
+        One row for each timestep, indexed by it, and a last one indexed "total" (t is NaN, losses are means over the
         timesteps). Columns t; empty, visual, caption: the mean losses; recovered, low, high: the fraction and its
         interval, NaN where the caption is no better than the empty prompt (for low and high: in any resample).
-        Raises ValueError where the images differ in number.
+
+    Raises:
+        ValueError: if the numbers of contexts, captions and latents differ.
     """
     n = len(latents)
     if len(context_visual) != n or (captions is not None and len(captions) != n):
         counts = f"{len(context_visual)} contexts, {n if captions is None else len(captions)} captions, {n} latents"
-        raise ValueError(f"each image takes one context, one caption and one latent; got {counts}")
+        raise ValueError(f"expected one context, one caption and one latent for each image, got {counts}")
     contexts = {"empty": denoiser.empty.expand(n, -1, -1), "visual": context_visual}
     if captions is not None:
         contexts["caption"] = torch.cat([denoiser.encode_text(captions[i : i + batch]) for i in range(0, n, batch)])
@@ -93,7 +98,7 @@ def recovered_fraction(
 
 
 def alignment_report(conditioner, encoder, denoiser, world: World | None = None, n: int = 256) -> dict[str, float]:
-    """The recovered fraction on `n` held-out pictures of the world with full captions, for `align(evaluate=...)`.
+    """The recovered fraction on `n` held-out images of the world with full captions, for `align(evaluate=...)`.
 
     Returns "recovered", its interval "recovered/low" and "recovered/high", and "recovered/<t>" for each timestep.
     """

@@ -5,43 +5,8 @@ from small_models import write_clip, write_diffusion
 
 from diva_lab.analysis.conflict import probe_gradients
 from diva_lab.images import open_images
-from diva_lab.statistics import conflict_rate, wilson
 from diva_lab.training.settings import Settings
 from diva_lab.training.stages import tune
-
-
-def series(rate: float, n: int, seed: int, stay: float = 0.0) -> np.ndarray:
-    """Cosines whose sign is negative at `rate`; each keeps the one before with probability `stay`."""
-    rng, out = np.random.default_rng(seed), []
-    for _ in range(n):
-        out.append(out[-1] if out and rng.random() < stay else np.where(rng.random() < rate, -0.2, 0.2))
-    return np.array(out, float)
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.5, 0.863])
-def test_the_rate_of_a_known_conflict_is_recovered(rate):
-    found, low, high = conflict_rate(series(rate, 2000, seed=1))
-    assert low < rate < high and high - low < 0.08
-    assert found == pytest.approx(rate, abs=0.03)
-
-
-def test_blocks_of_one_step_give_about_wilsons_interval():
-    cosines = series(0.3, 500, seed=2)
-    found, low, high = conflict_rate(cosines, block=1)
-    assert (low, high) == pytest.approx(wilson(round(found * 500), 500), abs=0.01)
-
-
-def test_steps_that_depend_on_each_other_have_a_wider_interval():
-    cosines = series(0.5, 1000, seed=3, stay=0.9)
-    widths = [np.ptp(conflict_rate(cosines, block)[1:]) for block in (1, 30)]
-    assert widths[1] > 2 * widths[0]
-
-
-def test_several_runs_are_counted_together_and_nan_is_left_out():
-    rate, low, high = conflict_rate([np.array([-0.1, np.nan, 0.2]), np.array([0.3, 0.4])])
-    assert rate == 0.25 and low <= rate <= high
-    with pytest.raises(ValueError, match="no cosine"):
-        conflict_rate(np.array([np.nan]))
 
 
 @pytest.fixture(scope="module")

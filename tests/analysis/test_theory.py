@@ -1,16 +1,13 @@
 """Both theorems on toy data with constants by hand, and the additive bias on a UNet of diffusers."""
 
 import math
-from functools import partial
 
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from small_models import write_diffusion
 
 from diva_lab.analysis.theory import (
-    COSINES,
     affine_fit,
     at_cosine,
     dcr_predictions,
@@ -28,7 +25,6 @@ from diva_lab.models.conditions import Conditioner
 from diva_lab.models.encoders import load_encoder
 from diva_lab.models.registry import load_denoiser
 from diva_lab.objectives.dcr import dcr_loss
-from tools import study
 
 RANDOM = torch.Generator()
 TAU = 0.1
@@ -230,22 +226,3 @@ def test_what_two_global_conditions_say_differs_by_one_vector_and_what_two_recap
         one, two = first_messages(denoiser, normal(1, 4, 8, 8), 500, denoiser.empty.double() + added)
         spread = (one - two).std(0) / (one - two).abs().mean()  # [c], over positions
         assert (spread.max() < 1e-12) == uniform
-
-
-# --- in the study -----------------------------------------------------------------------------------------------
-
-
-def test_the_studys_tables_hold_every_step_and_say_which_run_and_code_made_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "THEORY", ("diva",))
-    report = partial(theory_report, timesteps=(400,), n=48, latents=1, halvings=2)
-    slice_ = study.Study(tmp_path, tmp_path / "results", theory_steps=1, theory=report, theory_batches=1)
-    scatter_of, affine = (pd.read_csv(path) for path in study.theory_tables(slice_))
-    assert scatter_of.groupby("step").size().to_dict() == {0: 4, 1: 4}  # two kinds of features, two of constants
-    assert set(scatter_of["run"]) == {path.name for path in (tmp_path / "theory").iterdir()}
-    sizes = affine.groupby(["objective", "step", "t", "denominator", "view", "distance"]).size()
-    assert sizes["none", 0].eq(len(COSINES) + 1).all() and sizes["diva", 1].eq(1).all()
-    cosines = affine[affine["negatives"] == "as they are"].groupby("objective")["cosine"].first()
-    assert cosines["none"] != cosines["diva"]  # it is the tuned encoder that was measured
-    for table in (scatter_of, affine):
-        assert {"objective", "seed", "git", "torch"} <= set(table)
-        assert not table.isna().any(axis=None)
