@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 CC3M = "pixparse/cc3m-wds"  # 576 tars to train on, cc3m-train-0000.tar ..., and 16 of validation
-Sample = tuple[bytes | Path | ValueError, str]  # a picture's file, or why there is none; its name
+Sample = tuple[bytes | Path | ValueError, str]  # an image's file, or why there is none; its name
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -28,7 +28,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def decode_square(data: bytes | Path | ValueError, px: int) -> UInt8[np.ndarray, "px px 3"]:
-    """One picture as RGB, upright, its shorter side resized to `px`, cut at the centre.
+    """One image as RGB, upright, its shorter side resized to `px`, cut at the centre.
 
     Raises:
         ValueError: if it cannot be read; says why.
@@ -63,7 +63,7 @@ def find_tars(source: str) -> list[str]:
 
 
 def _tar_images(tar: str, samples: Iterable[dict]) -> Iterator[Sample]:
-    """Those of a tar's samples that hold a picture; what follows a cut counts as one broken sample."""
+    """Those of a tar's samples that hold an image; what follows a cut counts as one broken sample."""
     try:
         for sample in samples:
             name = next((key for key in sample if f".{key}".lower().endswith(SUFFIXES)), None)
@@ -93,7 +93,7 @@ def _length(tar: str) -> int:
 
 
 def read_tars(shards: list[str], seed: int, first: int, rank: int, processes: int) -> Iterator[Sample]:
-    """The pictures in a process's tars, from the sample number `first` on.
+    """The images in a process's tars, from the sample number `first` on.
 
     The order of the shards is new each epoch, every process takes its part of it, and the samples are shuffled. Of the
     epochs before that of `first` only the tars' headers are read.
@@ -110,7 +110,7 @@ def read_tars(shards: list[str], seed: int, first: int, rank: int, processes: in
             for sample in wds.shuffle(1000, seed=(seed * 100_003 + epoch) * processes + rank)(found):
                 yield sample
             if sample is None:
-                raise FileNotFoundError(f"no picture in {', '.join(shards)}; expected members like 000001.jpg")
+                raise FileNotFoundError(f"no image in {', '.join(shards)}; expected members like 000001.jpg")
 
     start = 0
     while first:
@@ -118,14 +118,14 @@ def read_tars(shards: list[str], seed: int, first: int, rank: int, processes: in
         for length in accumulate(map(_length, order(start))):
             if length > first:
                 break
-        if not 0 < length <= first:  # it lies in this epoch; or there is no picture, as `samples` will say
+        if not 0 < length <= first:  # it lies in this epoch; or there is no image, as `samples` will say
             break
         first, start = first - length, start + 1
     return islice(samples(start), first, None)
 
 
 def open_dataset(source: str):
-    """The `datasets.Dataset` that `hf:FOLDER_OR_ID[:SPLIT]` names, only its pictures, not decoded."""
+    """The `datasets.Dataset` that `hf:FOLDER_OR_ID[:SPLIT]` names, only its images, not decoded."""
     import datasets
     from huggingface_hub import snapshot_download
 
@@ -145,7 +145,7 @@ def open_dataset(source: str):
     except Exception as error:  # of datasets, of pyarrow, of what reads a card
         raise ValueError(
             f"images={source!r}: datasets cannot load {folder} ({type(error).__name__}: {error}); expected what "
-            "Dataset.save_to_disk wrote, parquet files, or a folder of pictures"
+            "Dataset.save_to_disk wrote, parquet files, or a folder of images"
         ) from error
     splits = found if isinstance(found, dict) else {str(found.split or "train"): found}
     split = split or (next(iter(splits)) if len(splits) == 1 else "train")
@@ -164,11 +164,11 @@ def dataset_cell(row: dict) -> bytes | Path | ValueError:
     """The file in the only column of a row."""
     (image,) = row.values()
     data, path = (image["bytes"], image["path"]) if image else (None, None)
-    return data or (Path(path) if path else ValueError("no picture in this row"))
+    return data or (Path(path) if path else ValueError("no image in this row"))
 
 
 class Place(NamedTuple):
-    """Where a picture's bytes lie: a whole file, or `size` bytes of one from `offset` on."""
+    """Where an image's bytes lie: a whole file, or `size` bytes of one from `offset` on."""
 
     path: str
     offset: int = 0
@@ -184,7 +184,7 @@ class Place(NamedTuple):
 
 
 def content_hash(places: Sequence[Place]) -> str:
-    """A hash of all pictures' bytes, in their order."""
+    """A hash of all images' bytes, in their order."""
     whole = blake2b(digest_size=16)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for part in pool.map(lambda place: blake2b(place.read(), digest_size=16).digest(), places):

@@ -165,7 +165,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
 
 def test_a_folder_without_pictures_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("words")
-    refused(tmp_path, FileNotFoundError, str(tmp_path), "no picture", *SUFFIXES)
+    refused(tmp_path, FileNotFoundError, str(tmp_path), "no image", *SUFFIXES)
 
 
 BROKEN = {"empty": b"", "text": b"words", "cut": picture(9, (64, 64), "JPEG")[:-300]}
@@ -287,7 +287,7 @@ def test_tars_that_are_not_there_are_refused(tmp_path):
 
 def test_a_tar_without_pictures_is_refused(tmp_path):
     tar = write_tar(tmp_path / "one.tar", {"000.txt": b"a caption"})
-    refused(tar, FileNotFoundError, "no picture in", "one.tar")
+    refused(tar, FileNotFoundError, "no image in", "one.tar")
 
 
 # --- augmentation -----------------------------------------------------------------------------------------------

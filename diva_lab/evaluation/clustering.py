@@ -67,9 +67,9 @@ def agreement_intervals(
     seed: int = 0,
     draws: int = 200,
 ) -> dict[str, tuple[float, float]]:
-    """Bootstrap intervals (low, high) of `agreement` over the pictures, the clusters as they are.
+    """Bootstrap intervals (low, high) of `agreement` over the images, the clusters as they are.
 
-    A resample holds some pictures twice, which raises NMI and ACC: the draws are shifted so that their mean is the
+    A resample holds some images twice, which raises NMI and ACC: the draws are shifted so that their mean is the
     score itself, and cut at its range. What other starts of k-means would change is not in the interval.
     """
     rng, found = np.random.default_rng(seed), agreement(labels, clusters)

@@ -26,12 +26,12 @@ EMOJI_SETS = {"noto": "google", "twemoji": "twitter"}  # a folder of ours -> the
 def match_pairs(
     encoder, first: str | Path, second: str | Path, features: Callable[[Sequence[Path]], Tensor] | None = None
 ) -> pd.DataFrame:
-    """Match the members of each pair in the folder `first` to their counterparts in `second`, by pictures alone.
+    """Match the members of each pair in the folder `first` to their counterparts in `second`, by images alone.
 
     With a_i and b_i the unit embeddings of member i in the two folders, a_1 chooses b_1 where a_1·b_1 > a_1·b_2, a_2
     chooses b_2 where a_2·b_2 >= a_2·b_1 (`pair_decisions`: a tie counts for member 2), and a pair is correct if both
     choose their own. Independent random similarities score .25; an encoder to which a_1 and a_2 look alike scores
-    less, since both then choose the same picture. `features` as in `score_pairs`.
+    less, since both then choose the same image. `features` as in `score_pairs`.
 
     Returns one row a pair, to be summarised: pattern, id_1, id_2, the cosines a1b1, a1b2, a2b1, a2b2, correct, tie,
     image_to_text, here the same rule from `second` to `first`, and group, right both ways. Raises ValueError unless
@@ -68,9 +68,9 @@ def emoji_report(
         features: as in `score_pairs`; asked once for each set, whatever is scored.
 
     Returns:
-        "emoji/<set>/<pattern>" and "emoji/<set>/mean" for the two sets: names to pictures, MMVP-VLM's rule;
+        "emoji/<set>/<pattern>" and "emoji/<set>/mean" for the two sets: names to images, MMVP-VLM's rule;
         "emoji/<pattern>" and "emoji/mean": their average over the sets;
-        "emoji-match/<pattern>" and "emoji-match/mean": pictures to pictures, from noto to twemoji (`match_pairs`).
+        "emoji-match/<pattern>" and "emoji-match/mean": images to images, from noto to twemoji (`match_pairs`).
         Each with "/low" and "/high" (95 %): Wilson's for a pattern of one set and of the match, otherwise bootstrap
         over the pairs, a pair's two drawings kept together.
     """

@@ -1,6 +1,6 @@
-"""Features of pictures on disk: computed once for each encoder and each content, decoded by workers.
+"""Features of images on disk: computed once for each encoder and each content, decoded by workers.
 
-A cache file's name is made of the encoder's weights and preprocessing, the precision, and the bytes of the pictures: a
+A cache file's name is made of the encoder's weights and preprocessing, the precision, and the bytes of the images: a
 renamed folder or run finds its features again, and a changed one does not.
 """
 
@@ -28,7 +28,7 @@ from diva_lab.machine import fast_bf16
 from diva_lab.models.encoders import Encoder, Features
 from diva_lab.paths import CACHE
 
-LOADED = 256  # pictures that a worker hands over at once, however many go through the model together
+LOADED = 256  # images that a worker hands over at once, however many go through the model together
 PRECISIONS = ("auto", "no", "bf16")
 
 
@@ -47,7 +47,7 @@ FEATURES: dict[str, Callable[[Features], Tensor]] = {  # name -> [b, d] of what 
 
 
 def prepare(image: Image.Image, px: int, interpolation: str, squash: bool) -> np.ndarray:
-    """A picture at a model's size, uint8 [px, px, 3]: as open_clip's own transform, but before it is normalised."""
+    """An image at a model's size, uint8 [px, px, 3]: as open_clip's own transform, but before it is normalised."""
     if image.size != (px, px):
         mode = transforms.InterpolationMode(interpolation if interpolation != "random" else "bicubic")
         image = transforms.resize(image, [px, px] if squash else [px], mode)
@@ -109,7 +109,7 @@ class FeatureStore:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the visual weights and of how pictures are prepared."""
+        """A hash of the visual weights and of how images are prepared."""
         if not self._fingerprint:
             encoder, whole = self.encoder, blake2b(digest_size=16)
             facts = (encoder.px, encoder.interpolation, encoder.squash, encoder.mean.tolist(), encoder.std.tolist())
@@ -121,13 +121,13 @@ class FeatureStore:
         return self._fingerprint
 
     def __call__(self, places: Sequence[Place], kind: str = "global") -> Float[Tensor, "n d"]:
-        """Unit-length features [n, d] of the pictures, in float32 on the CPU.
+        """Unit-length features [n, d] of the images, in float32 on the CPU.
 
         Args:
             kind: a key of `FEATURES`.
 
         Raises:
-            ValueError: for an unknown kind, or naming every picture that cannot be read.
+            ValueError: for an unknown kind, or naming every image that cannot be read.
         """
         if kind not in FEATURES:
             raise ValueError(f"unknown features {kind!r}; expected one of {', '.join(FEATURES)}")
@@ -167,7 +167,7 @@ class FeatureStore:
         self.seconds += time.perf_counter() - start
         self.images += len(places)
         if wrong:
-            raise ValueError(f"{len(wrong)} of {len(places)} pictures cannot be read:\n- " + "\n- ".join(wrong))
+            raise ValueError(f"{len(wrong)} of {len(places)} images cannot be read:\n- " + "\n- ".join(wrong))
         return torch.cat(parts)
 
     def _forward(self, images: Tensor, kind: str) -> Tensor:

@@ -1,11 +1,11 @@
-"""Labelled or captioned pictures on disk: class folders, or webdataset tars as CLIP_benchmark has them.
+"""Labelled or captioned images on disk: class folders, or webdataset tars as CLIP_benchmark has them.
 
 A set is a folder under the data root, and its kind is read from what lies in it:
 
-    NAME/[test/]CLASS/*.jpg                   any pictures, a folder for each class
-    NAME/test/*.tar, NAME/classnames.txt      CLIP_benchmark's wds_NAME; .cls or .txt beside each picture
+    NAME/[test/]CLASS/*.jpg                   any images, a folder for each class
+    NAME/test/*.tar, NAME/classnames.txt      CLIP_benchmark's wds_NAME; .cls or .txt beside each image
 
-`val` does for `test`, as ImageNet has it. Pictures are read when they are needed, by place, so that workers can share
+`val` does for `test`, as ImageNet has it. Images are read when they are needed, by place, so that workers can share
 them.
 """
 
@@ -31,7 +31,7 @@ SPLIT_FOLDERS = {"test": ("test", "val"), "train": ("train",)}  # split -> the f
 SPLIT_WORDS = ("train", "val", "valid", "validation", "test")  # which are no classes, unless within a split
 IMAGE_FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")  # MMVP-VLM's, which are no classes
 MULTILABEL = (
-    "several classes a picture, for which mean average precision is not implemented; the single-label version is "
+    "several classes for one image, for which mean average precision is not implemented; the single-label version is "
     "scored: CLIP_benchmark's voc2007, each object cut out, in folders or as .cls"
 )
 
@@ -84,14 +84,14 @@ _PLAIN = {
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Pictures with classes, captions, or neither.
+    """Images with classes, captions, or neither.
 
     Attributes:
         name: of the set, as CLIP_benchmark calls it where it knows it.
-        places: of the n pictures.
+        places: of the n images.
         labels: [n], indices into `classes`; empty where there are none.
         classes, templates: names, and prompts with `{c}` for a name.
-        captions: of each picture, for retrieval.
+        captions: of each image, for retrieval.
     """
 
     name: str
@@ -105,7 +105,7 @@ class ImageSet:
         return len(self.places)
 
     def draw(self, n: int, seed: int) -> "ImageSet":
-        """`n` of the pictures without replacement, in their order; all where n is 0 or there are no more."""
+        """`n` of the images without replacement, in their order; all where n is 0 or there are no more."""
         if not 0 < n < len(self):
             return self
         chosen = np.sort(np.random.default_rng(seed).choice(len(self), n, replace=False))
@@ -115,7 +115,7 @@ class ImageSet:
 
 
 def decode_image(place: Place, prepare: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
-    """A picture as RGB, prepared.
+    """An image as RGB, prepared.
 
     Raises:
         ValueError: where it cannot be read; names it.
@@ -124,7 +124,7 @@ def decode_image(place: Place, prepare: Callable[[Image.Image], np.ndarray]) -> 
         with Image.open(io.BytesIO(place.read())) as image:
             return prepare(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{place}: not a picture that can be read ({error})") from error
+        raise ValueError(f"{place}: not an image that can be read ({error})") from error
 
 
 def _known(kind: str, name: str) -> tuple[str, ...]:
@@ -182,9 +182,9 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _no_class(kind: Path, inside: bool) -> str:
-    """Why a folder among classes is none; "" where it is one. Within a split a class of pictures may be a `train`."""
+    """Why a folder among classes is none; "" where it is one. Within a split a class of images may be a `train`."""
     if kind.name.lower().replace(" ", "_") in {name.lower().replace(" ", "_") for name in IMAGE_FOLDERS}:
-        return f"{kind.name!r} holds MMVP-VLM's pictures, which are no class; expected Questions.csv beside it"
+        return f"{kind.name!r} holds MMVP-VLM's images, which are no class; expected Questions.csv beside it"
     named = kind.name.lower() in SPLIT_WORDS
     if not named or (inside and any(path.suffix.lower() in SUFFIXES for path in kind.iterdir())):
         return ""
@@ -201,7 +201,7 @@ def _from_folders(name: str, folder: Path, root: Path, templates: tuple[str, ...
     for label, kind in enumerate(classes):
         found = find_images(folder / kind)
         if not found:
-            wrong.append(f"{kind}: no picture in this class; expected {', '.join(SUFFIXES)} files")
+            wrong.append(f"{kind}: no image in this class; expected {', '.join(SUFFIXES)} files")
         places += [Place(str(path)) for path in found]
         labels += [label] * len(found)
     named = _lines(folder / "classnames.txt") or _lines(root / "classnames.txt")
@@ -245,21 +245,21 @@ def _from_tars(name: str, tars: list[Path], root: Path, templates: tuple[str, ..
     places, labels, captions = [], [], []
     for key, parts in members.items():
         try:
-            picture = next((place for end, place in parts.items() if f".{end}" in SUFFIXES), None)
+            image = next((place for end, place in parts.items() if f".{end}" in SUFFIXES), None)
             if "npy" in parts and "cls" not in parts:
                 raise ValueError(f"{key}: {MULTILABEL}")
-            if picture is None or not ("cls" in parts or "txt" in parts):
-                raise ValueError(f"{key}: expected a picture and .cls or .txt beside it; found {', '.join(parts)}")
+            if image is None or not ("cls" in parts or "txt" in parts):
+                raise ValueError(f"{key}: expected an image and .cls or .txt beside it; found {', '.join(parts)}")
             if "cls" in parts:
                 labels.append(_number(parts["cls"].read(), f"{key}.cls"))
             else:
                 text = _utf8(parts["txt"].read(), f"{key}.txt")
                 captions.append(tuple(line for line in text.splitlines() if line.strip()))
-            places.append(picture)
+            places.append(image)
         except ValueError as error:
             wrong.append(str(error))
     if labels and captions:
-        wrong.append("some pictures have a class (.cls), others captions (.txt)")
+        wrong.append("some images have a class (.cls), others captions (.txt)")
     names = _lines(root / "classnames.txt") or _known_classes(name, "vtab" in root.name.lower())
     if labels and max(labels) >= len(names):
         wrong.append(
@@ -293,7 +293,7 @@ def _split(folder: Path, split: str) -> Path:
 
 
 def has_captions(folder: Path) -> bool | None:
-    """Whether a set is of captioned pictures, by the first members of its first tar; None where that is broken."""
+    """Whether a set is of captioned images, by the first members of its first tar; None where that is broken."""
     try:
         tars = sorted(_split(folder, "test").glob("*.tar"))
     except FileNotFoundError:
@@ -309,7 +309,7 @@ def has_captions(folder: Path) -> bool | None:
 
 
 def is_set(folder: Path) -> bool:
-    """Whether a folder is itself a set: it has a test split of classes or tars, or its folders hold pictures only."""
+    """Whether a folder is itself a set: it has a test split of classes or tars, or its folders hold images only."""
     inside = [folder / kind for kind in _subfolders(folder)]
     if any(kind.name in SPLIT_FOLDERS["test"] for kind in inside):
         return True
@@ -331,11 +331,11 @@ def read_set(folder: str | Path, split: str = "test") -> ImageSet:
         FileNotFoundError: where there is no such folder, no such split, or nothing in it is a set; says what was
             expected.
         ValueError: for a set whose parts do not agree, listing them all: fewer than two classes, folders that are
-            splits and no classes, classes without pictures, broken tars, several classes a picture.
+            splits and no classes, classes without images, broken tars, several classes for one image.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected a set of pictures")
+        raise FileNotFoundError(f"{folder}: no such folder; expected a set of images")
     name = canonical_name(folder.resolve().name)
     kind = folder / "dataset_type.txt"
     if "multilabel" in name or (kind.is_file() and "multilabel" in kind.read_text(errors="replace")):
@@ -351,6 +351,6 @@ def read_set(folder: str | Path, split: str = "test") -> ImageSet:
     if _subfolders(where):
         return _from_folders(name, where, folder, templates)
     raise FileNotFoundError(
-        f"{folder}: no set of pictures; expected a folder for each class, or {split}/*.tar with classnames.txt as "
+        f"{folder}: no set of images; expected a folder for each class, or {split}/*.tar with classnames.txt as "
         "CLIP_benchmark has them"
     )

@@ -28,7 +28,7 @@ def knn_accuracy(
         ValueError: where there are fewer than `k` to choose from.
     """
     if len(train) < k:
-        raise ValueError(f"k={k} nearest of {len(train)} pictures; expected at least k")
+        raise ValueError(f"k={k} nearest of {len(train)} images; expected at least k")
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     right = 0
     for features, labels in zip(test.split(1024), test_labels.split(1024), strict=True):
@@ -41,7 +41,7 @@ def knn_accuracy(
 
 @benchmark(heeds=("max_images",))
 def knn_benchmark(task: Task) -> Iterator[dict]:
-    """The vote of the nearest pictures of the train split."""
+    """The vote of the nearest images of the train split."""
     (known, train), (found, test) = labelled(task, "train"), labelled(task)
     accuracy = knn_accuracy(train, torch.from_numpy(known.labels), test, torch.from_numpy(found.labels))
     n = len(found)

@@ -47,13 +47,13 @@ def read_pairs(folder: str | Path, strict: bool = False) -> pd.DataFrame:
 
     Ids 2k-1 and 2k are a pair and the odd one is image 1, in whatever order the rows stand; the pattern is image 1's
     type, under its `display_name`. With `strict` the pairs are what the circulating scripts make of the rows: two that
-    follow each other are a pair, the first picture 1 whatever its id, the pattern is the k-th type for the k-th fifteen
-    pairs, and both pictures are looked for in the folder of the first's type.
+    follow each other are a pair, the first image 1 whatever its id, the pattern is the k-th type for the k-th fifteen
+    pairs, and both images are looked for in the folder of the first's type.
 
     A csv with the columns `TABLE` may stand for the folder: a pair a row, its images relative to the csv.
 
     Raises one error that lists everything wrong with the folder: FileNotFoundError where files are missing and
-    nothing else is wrong, ValueError otherwise. Pictures are opened only where there is something to tell already;
+    nothing else is wrong, ValueError otherwise. Images are opened only where there is something to tell already;
     those that cannot be read are then told too, else they are where they are embedded.
     """
     folder = Path(folder)
@@ -107,7 +107,7 @@ def _near(folder: Path, names: Sequence[str]) -> str:
 
 
 def _unreadable(paths: Iterable[Path]) -> list[str]:
-    """What is wrong with each picture that cannot be decoded."""
+    """What is wrong with each image that cannot be decoded."""
     wrong = []
     for path in paths:
         try:
@@ -207,7 +207,7 @@ def score_pairs(
 ) -> pd.DataFrame:
     """One row a pair: pattern, id_1, id_2, the cosines t1i1, t1i2, t2i1, t2i2, correct, tie, image_to_text, group.
 
-    Every text ("a photo of " + statement) and every picture of `folder` (see `read_pairs`) is encoded once.
+    Every text ("a photo of " + statement) and every image of `folder` (see `read_pairs`) is encoded once.
 
     Args:
         features: files -> unit vectors [n, D], as a `features.FeatureStore`; the encoder's embeddings if None.
@@ -222,7 +222,7 @@ def score_pairs(
     images = features([*pairs["image_1"], *pairs["image_2"]]).unflatten(0, (2, -1)).transpose(0, 1)  # [n, 2, D]
     similarity = (texts @ images.transpose(1, 2)).numpy()  # [n, texts, images]
     decisions = pair_decisions(similarity)
-    if strict:  # an odd id expects picture 1, also where it stands second
+    if strict:  # an odd id expects image 1, also where it stands second
         expected = np.where(pairs[["id_1", "id_2"]].to_numpy() % 2 == 1, 1, 2)
         decisions["correct"] = (decisions["chosen"] == expected).all(axis=1)
         decisions["group"] = decisions["correct"] & decisions["image_to_text"]
@@ -247,7 +247,7 @@ def strict_differences(folder: str | Path, own: pd.DataFrame, strict: pd.DataFra
         f"as the scripts count {means[0]:.4f}, by the rule {means[1]:.4f}",
         f"by position {len(moved)} pairs are of another category than the CSV says: {moved.tolist()}",
         f"{len(ties)} pairs with a tie, which counts for image 2: {ties}",
-        f"{len(elsewhere)} pictures taken from the folder of the first row's type: {elsewhere}",
+        f"{len(elsewhere)} images taken from the folder of the first row's type: {elsewhere}",
         f"{len(order)} pairs whose rows stand in another order than their ids: {order}",
     ]
 
@@ -255,7 +255,7 @@ def strict_differences(folder: str | Path, own: pd.DataFrame, strict: pd.DataFra
 def embed_files(encoder, paths: Iterable[Path]) -> Float[Tensor, "n d"]:
     """Embeddings of image files in their own sizes; neighbours of one size share a batch.
 
-    Raises ValueError naming every picture that cannot be read.
+    Raises ValueError naming every image that cannot be read.
     """
     parts, wrong = [], []
     for _, run in itertools.groupby(map(_read, paths), key=lambda read: getattr(read, "shape", None)):
@@ -265,7 +265,7 @@ def embed_files(encoder, paths: Iterable[Path]) -> Float[Tensor, "n d"]:
         elif not wrong:
             parts.append(embed(encoder, torch.stack(run), batch=64))
     if wrong:
-        raise ValueError(wrong[0] if len(wrong) == 1 else "\n- ".join([f"{len(wrong)} pictures:", *wrong]))
+        raise ValueError(wrong[0] if len(wrong) == 1 else "\n- ".join([f"{len(wrong)} images:", *wrong]))
     return torch.cat(parts)
 
 

@@ -1,6 +1,6 @@
 """Linear probes: is a detail still in the embedding, though no text reaches it?
 
-A pair can be lost for two reasons: the picture's embedding lacks the detail, or it has it where the text does not
+A pair can be lost for two reasons: the image's embedding lacks the detail, or it has it where the text does not
 look. The probe tells them apart: it reads the embedding with a regression of its own.
 """
 

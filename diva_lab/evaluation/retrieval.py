@@ -1,4 +1,4 @@
-"""Retrieval both ways: is a picture's caption among the nearest texts, and a caption's picture among the nearest?"""
+"""Retrieval both ways: is an image's caption among the nearest texts, and a caption's image among the nearest?"""
 
 from collections.abc import Iterator
 
@@ -17,15 +17,15 @@ def recall_at(
     owner: Int[Tensor, " m"],
     ks: tuple[int, ...] = (1, 5, 10),
 ) -> dict[str, float]:
-    """R@k in [0, 1], both ways, as for Flickr30K and COCO with their five captions a picture.
+    """R@k in [0, 1], both ways, as for Flickr30K and COCO with five captions for each image.
 
     Args:
         images, texts: unit vectors.
-        owner: of each text, the picture that it describes.
+        owner: of each text, the image that it describes.
 
     Returns:
-        "image to text R@k": the share of pictures with one of their own captions among the k nearest texts;
-        "text to image R@k": the share of captions whose picture is among the k nearest.
+        "image to text R@k": the share of images with one of their own captions among the k nearest texts;
+        "text to image R@k": the share of captions whose image is among the k nearest.
     """
     found = {}
     near_texts = torch.cat(
@@ -42,12 +42,12 @@ def recall_at(
     return found
 
 
-def recall_by_chance(owner: Int[Tensor, " m"], pictures: int, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """What `recall_at` gives on average where the order is drawn: k of `pictures` one way; the other way, for a picture
+def recall_by_chance(owner: Int[Tensor, " m"], images: int, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+    """What `recall_at` gives on average where the order is drawn: k of `images` one way; the other way, for an image
     with c of the m texts, 1 - C(m - c, k) / C(m, k)."""
-    texts, own = len(owner), owner.bincount(minlength=pictures).numpy()
+    texts, own = len(owner), owner.bincount(minlength=images).numpy()
     found = {f"image to text R@{k}": float(hypergeom.sf(0, texts, own, min(k, texts)).mean()) for k in ks}
-    return found | {f"text to image R@{k}": min(k / pictures, 1.0) for k in ks}
+    return found | {f"text to image R@{k}": min(k / images, 1.0) for k in ks}
 
 
 @benchmark(data="captions", heeds=("max_images",))
@@ -55,9 +55,7 @@ def retrieval_benchmark(task: Task) -> Iterator[dict]:
     """R@1, 5, 10 both ways."""
     found = task.read()
     if not found.captions:
-        raise ValueError(
-            f"{task.folder}: pictures without captions; expected .txt members beside them, a caption a line"
-        )
+        raise ValueError(f"{task.folder}: images without captions; expected .txt members beside them, a caption a line")
     owner = torch.tensor([i for i, texts in enumerate(found.captions) for _ in texts])
     texts = [text for own in found.captions for text in own]
     encoded = torch.cat([task.encoder.encode_text(texts[i : i + 256]).cpu() for i in range(0, len(texts), 256)])

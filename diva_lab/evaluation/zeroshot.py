@@ -1,4 +1,4 @@
-"""Zero-shot classification: the class whose name is nearest to the picture."""
+"""Zero-shot classification: the class whose name is nearest to the image."""
 
 from collections.abc import Iterator, Sequence
 

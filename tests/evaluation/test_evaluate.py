@@ -79,9 +79,7 @@ def test_every_benchmark_has_its_rows(table):
 
 def test_speed_and_the_wait_for_data_are_told(root, capsys):
     evaluate(["tiny"], ["clustering"], root, cache=None)
-    assert re.search(
-        r"^tiny: 36 images, \d+ a second, \d+% of the time without data$", capsys.readouterr().out, re.M
-    )
+    assert re.search(r"^tiny: 36 images, \d+ a second, \d+% of the time without data$", capsys.readouterr().out, re.M)
 
 
 def test_the_values_are_those_of_the_benchmarks_own_code(root, table):
@@ -444,7 +442,7 @@ def test_emoji_go_through_the_store_with_the_features_that_the_row_names(drawing
         kind: evaluate(["tiny"], ["emoji"], features=kind, cache=drawings / "cache")
         for kind in ("global", "class+patches", "global")
     }
-    assert capsys.readouterr().out.count("tiny: 72 pictures") == 2  # each once a kind, and the third time none
+    assert capsys.readouterr().out.count("tiny: 72 images") == 2  # each once a kind, and the third time none
     assert all(set(table.features) == {kind} for kind, table in tables.items())
     scores = score_pairs(load_encoder("tiny"), drawings / "emoji" / "noto", lambda files: FeatureStore(
         load_encoder("tiny"), None)([Place(str(file)) for file in files], "class+patches"))  # fmt: skip
@@ -468,7 +466,7 @@ def test_the_worlds_rows_have_their_own_n_and_chance_and_say_global_and_float32(
         ["tiny"], ["world"], features="class+patches", precision="bf16", strict=True, max_images=7, cache=None
     )
     assert set(table.features) == {"global"} and set(table.precision) == {"no"}
-    assert set(table.strict) == {False} and set(table.pictures) == {0}
+    assert set(table.strict) == {False} and set(table.max_images) == {0}
     ns = {(metric, "all" if category == "all" else "one"): n for metric, category, n in zip(
         table.metric, table.category, table.n, strict=True)}  # fmt: skip
     rest = {(metric, "all"): 3000 for metric in ("probe", "zeroshot", "nmi", "acc", "ari")}
@@ -644,7 +642,7 @@ def faults_in_sets(data):
     (data / "tars" / "test" / "1.tar").write_bytes(b"no tar")
     write_folders(data / "names", ("a", "b"))
     (data / "names" / "classnames.txt").write_bytes("Bär\nb\n".encode("latin-1"))
-    return "zero-shot", ["'train' is a split's name", "c: no picture", "d: no picture", "a.cls: b'cat'", "1.tar: not a",
+    return "zero-shot", ["'train' is a split's name", "c: no image", "d: no image", "a.cls: b'cat'", "1.tar: not a",
                          "classnames.txt: not UTF-8", "4 of 4 failed"]  # fmt: skip
 
 
@@ -687,7 +685,7 @@ def test_the_command_tells_all_that_is_wrong_at_once(tmp_path, capsys, fault):
                 str(out),
             ]
         )
-        == 1
+        == 2
     )
     said = capsys.readouterr().err
     for word in words:

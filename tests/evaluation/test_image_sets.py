@@ -111,7 +111,7 @@ def test_all_that_is_wrong_with_class_folders_is_told_at_once(tmp_path):
     root = write_folders(tmp_path / "set", ("a", "b"))
     (root / "c").mkdir(), (root / "d").mkdir()
     (root / "classnames.txt").write_text("one\n")
-    with pytest.raises(ValueError, match=r"(?s)- c: no picture.*- d: no picture.*4 class folders, but 1 line"):
+    with pytest.raises(ValueError, match=r"(?s)- c: no image.*- d: no image.*4 class folders, but 1 line"):
         read_set(root)
 
 
@@ -274,7 +274,7 @@ def test_what_is_no_set_is_told_what_was_expected(tmp_path):
     with pytest.raises(FileNotFoundError, match="a folder for each class"):
         read_set(tmp_path)
     (tmp_path / "set" / "empty").mkdir(parents=True)
-    with pytest.raises(ValueError, match="no picture in this class"):
+    with pytest.raises(ValueError, match="no image in this class"):
         read_set(tmp_path / "set")
 
 

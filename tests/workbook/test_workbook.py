@@ -354,7 +354,7 @@ def test_a_folder_of_pictures_reaches_the_notebooks_by_its_absolute_path(noteboo
 
 def test_a_folder_without_pictures_is_refused(notebooks, tmp_path, capsys):
     assert run_command(["--out", str(tmp_path / "out"), "--images", str(notebooks)], notebooks) == 2
-    assert "no picture" in capsys.readouterr().err
+    assert "no image" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "seeds"), [("3", 3), ("0,1,2", [0, 1, 2]), ("4,", [4])])
