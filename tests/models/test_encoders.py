@@ -215,7 +215,7 @@ def test_split_attention_equals_multihead_attention(batch_first, masked, n):
     expected = packed(x, x, x, need_weights=False, attn_mask=mask)[0]
     split = SplitAttention(packed)
     torch.testing.assert_close(split(x, x, x, attn_mask=mask)[0], expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(split.packed()(x, x, x, attn_mask=mask)[0], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(split.pack()(x, x, x, attn_mask=mask)[0], expected, atol=1e-6, rtol=0)
 
 
 def test_fusing_undoes_splitting(small_clip):
