@@ -22,14 +22,9 @@ EMBEDDINGS = "features"  # key in a Gradient: the gradient in the global embeddi
 
 
 def term_gradients(terms: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Gradient]:
-    """The gradient of each term's mean with respect to `parameters`, from one shared forward pass.
+    """The gradient of each term's mean, [b] -> scalar, from one shared forward pass; their sum is the loss's gradient.
 
-    Args:
-        terms: [b] each, one value per image, as an objective returns them.
-        parameters: by name; a term that does not depend on a parameter has a gradient of zeros there.
-
-    Returns:
-        A gradient for each term. Their sum is the gradient of the loss.
+    Where a term does not depend on a parameter, its gradient is zero.
     """
     gradients, names = {}, list(parameters)
     for k, (term, values) in enumerate(terms.items()):
@@ -75,22 +70,13 @@ def groups_of(names: Sequence[str]) -> dict[str, list[str]]:
     return groups | ({EMBEDDINGS: [EMBEDDINGS]} if EMBEDDINGS in names else {})
 
 
-def conflict(a: Gradient, b: Gradient) -> dict[str, float]:
-    """How far two gradients agree.
+def measure(gradients: dict[str, Gradient]) -> dict[str, float]:
+    """How long the terms' gradients are, and how far each pair of them agrees.
 
     Returns:
-        `cos`: cosine over all parameters, in [-1, 1]. `magnitude`: magnitude similarity, in [0, 1]. `cos/<block>`:
-        cosine in a block of the image tower. `cos/kind/<kind>`: cosine in one kind of layer (q, k, v, out, fc1, fc2,
-        norm, embedding, projection). `cos/features`: cosine in `EMBEDDINGS`, if both have it. NaN where a gradient is
-        zero.
-    """
-    return {name: value for name, value in measure({"a": a, "b": b}).items() if not name.startswith("norm_")}
-
-
-def measure(gradients: dict[str, Gradient]) -> dict[str, float]:
-    """`norm_<term>` of every term, and the entries of `conflict` for every pair of terms.
-
-    With more than two terms the entries of a pair begin with `<one>~<other>:`.
+        `norm_<term>` of every term. For every pair, behind `<one>~<other>:` if there are more than two terms: `cos`,
+        the cosine over all parameters, in [-1, 1]; `magnitude`, the magnitude similarity, in [0, 1]; the cosine in
+        every group of `groups_of`: `cos/<block>`, `cos/kind/<kind>`, `cos/features`. NaN where a gradient is zero.
     """
     terms, by_parameter = list(gradients), grams(list(gradients.values()))
     whole = torch.stack([value for name, value in by_parameter.items() if name != EMBEDDINGS]).sum(0)  # [t, t]

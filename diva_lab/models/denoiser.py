@@ -132,9 +132,9 @@ class Denoiser(nn.Module):
         """
         if kind not in TARGETS:
             raise ValueError(f"unknown target {kind!r}; expected one of {', '.join(TARGETS)}")
-        signal, sigma = self._coefficients(t)
         if kind == "noise":
             return noise
+        signal, sigma = self._coefficients(t)
         return noise - x0 if self.flow else signal * noise - sigma * x0
 
     def predict(
@@ -169,11 +169,7 @@ class Denoiser(nn.Module):
         raise NotImplementedError
 
     def encode_text(self, prompts: list[str]) -> Float[Tensor, "n l c"]:
-        """The context of each prompt, truncated or padded to the tokenizer's length, in float32.
-
-        Raises:
-            ValueError: for a family that has no text encoder.
-        """
+        """The context of each prompt, truncated or padded to the tokenizer's length, in float32; not for `Light`."""
         raise ValueError(f"a {type(self).__name__} denoiser has no text encoder, so it reads no prompts")
 
     @cached_property
@@ -184,15 +180,12 @@ class Denoiser(nn.Module):
     def sample(
         self, prompts: list[str], guidance: float = 3.0, steps: int = 30, seed: int = 0
     ) -> Float[Tensor, "n 3 px px"]:
-        """Images in [0, 1] for `prompts`, drawn by diffusers' own pipeline with classifier-free guidance.
+        """Images in [0, 1] for `prompts`, by diffusers' own pipeline with classifier-free guidance; not for `Light`.
 
         Args:
-            guidance: scale of the guidance, 1 for none.
-            steps: evaluations of the sampler.
+            guidance: its scale, 1 for none.
+            steps: of the sampler.
             seed: of the initial noise.
-
-        Raises:
-            ValueError: for a family that has no text encoder.
         """
         pipeline = self._pipeline()
         pipeline.set_progress_bar_config(disable=True)

@@ -102,7 +102,7 @@ class Light(Denoiser):
         height, width = x_t.shape[-2:]
         x_t = F.pad(x_t, (0, width % 2, 0, height % 2))  # [n, c, 2 rows, 2 columns]
         rows, columns = (size // 2 for size in x_t.shape[-2:])
-        places = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).to(x_t)  # [patches, 3]
+        places = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).to(x_t)  # [r c, 3]
         out = self.network(
             F.pixel_unshuffle(x_t, 2).flatten(2).transpose(1, 2), context, context.mean(1), self.sigma[t],
             img_ids=places, txt_ids=places.new_zeros(context.shape[1], 3),

@@ -14,6 +14,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 CACHED = 1 << 22  # attention scores at a time on a CPU, few enough to stay in its cache from one product to the next
 
@@ -33,6 +34,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [b, n, heads d] -> [b, heads, n, d]
 
 
 class BiasedAttention:
@@ -56,30 +61,20 @@ class BiasedAttention:
         stored = None if self._constants is None else (self._constants[0].dtype, self._constants[0].device)
         if stored != (like.dtype, like.device):
             with torch.no_grad():
-                u = self.empty().to(attn.to_k.weight)  # [l, c]
-                self._constants = tuple(
-                    layer(u)[None].unflatten(-1, (attn.heads, -1)).transpose(1, 2).to(like)
-                    for layer in (attn.to_k, attn.to_v)
-                )
+                u = self.empty().to(attn.to_k.weight)[None]  # [1, l, c]
+                self._constants = tuple(_heads(layer(u), attn.heads).to(like) for layer in (attn.to_k, attn.to_v))
         return self._constants
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        *_: object,
-        **__: object,
-    ) -> Tensor:
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *_, **__):
         one = encoder_hidden_states is not None and encoder_hidden_states.shape[1] == 1
         n = self.repeats() if one else 1
-        x = hidden_states[::n]  # [b, n, c]
-        q = attn.to_q(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [b, heads, n, d]
+        x = hidden_states[::n]
+        q = _heads(attn.to_q(x), attn.heads)  # [b, heads, n, d]
         if one:
-            k, v = (part.expand(len(q), -1, -1, -1) for part in self.constants(attn, q))
+            k, v = (part.expand(len(q), -1, -1, -1) for part in self.constants(attn, q))  # [b, heads, l, d]
         else:
             context = x if encoder_hidden_states is None else encoder_hidden_states
-            k, v = (layer(context).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for layer in (attn.to_k, attn.to_v))
+            k, v = (_heads(layer(context), attn.heads) for layer in (attn.to_k, attn.to_v))  # [b, heads, l, d]
         x = attend(q, k, v).transpose(1, 2).flatten(2)  # [b, n, c]
         if one:
             x = x.repeat_interleave(n, 0) + attn.to_v(encoder_hidden_states)
@@ -88,16 +83,9 @@ class BiasedAttention:
 
 def _bias(unet: UNet2DConditionModel, empty: Callable[[], Tensor], repeats: Callable[[], int]) -> None:
     """Make every attention a `BiasedAttention`; only the first cross-attention uses `repeats`."""
-    crosses = [
-        name for name, module in unet.named_modules() if isinstance(module, Attention) and module.is_cross_attention
-    ]
-    first = f"{crosses[0]}.processor"
-    unet.set_attn_processor(
-        {
-            name: BiasedAttention(empty, repeats) if name == first else BiasedAttention(empty)
-            for name in unet.attn_processors
-        }
-    )
+    first = next(name for name, m in unet.named_modules() if isinstance(m, Attention) and m.is_cross_attention)
+    processors = {name: BiasedAttention(empty) for name in unet.attn_processors}
+    unet.set_attn_processor(processors | {f"{first}.processor": BiasedAttention(empty, repeats)})
 
 
 def modules_before_context(unet: UNet2DConditionModel) -> list[nn.Module]:
@@ -200,18 +188,12 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, *geometry):
         ctx.save_for_backward(weight)
-        ctx.size, ctx.geometry = x.shape[2:], geometry
+        ctx.size, ctx.geometry = x.shape, geometry
         return F.conv2d(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx, gradient):
-        (weight,), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.geometry
-        reached = (
-            (out - 1) * s - 2 * p + d * (k - 1) + 1
-            for out, s, p, d, k in zip(gradient.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)
-        )
-        rest = [size - up_to for size, up_to in zip(ctx.size, reached, strict=True)]  # input beyond the last stride
-        return F.conv_transpose2d(gradient, weight, None, stride, padding, rest, groups, dilation), *(None,) * 6
+        return conv2d_input(ctx.size, *ctx.saved_tensors, gradient, *ctx.geometry), *(None,) * 6
 
 
 def _forget(unet: UNet2DConditionModel, *_: object) -> None:

@@ -82,13 +82,13 @@ class SplitLinear(nn.Module):
         return out
 
 
-def _replace(tower: nn.Module, kind: type | tuple[type, ...], build: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Replace every child of a kind by what `build` makes of it, in place."""
-    for module in list(tower.modules()):
+def replace_layers(model: nn.Module, kinds: tuple[type, ...], build: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Replace every layer of these kinds in `model` by `build(layer)`, in place."""
+    for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, kind):
+            if isinstance(child, kinds):
                 setattr(module, name, build(child))
-    return tower
+    return model
 
 
 def split_attention(tower: nn.Module) -> nn.Module:
@@ -98,12 +98,12 @@ def split_attention(tower: nn.Module) -> nn.Module:
         setattr(module, name, SplitLinear(getattr(module, name), name))
         if hasattr(module, "qkv_bias_separate"):  # EVA and BEiT would otherwise read `qkv.weight` and miss any LoRA
             module.qkv_bias_separate = True
-    return _replace(tower, nn.MultiheadAttention, SplitAttention)
+    return replace_layers(tower, (nn.MultiheadAttention,), SplitAttention)
 
 
 def fuse_attention(tower: nn.Module) -> nn.Module:
     """Undo `split_attention`, in place; a bias that timm adds separately stays separate, which changes no weight."""
-    return _replace(tower, (SplitAttention, SplitLinear), lambda module: module.pack())
+    return replace_layers(tower, (SplitAttention, SplitLinear), lambda module: module.pack())
 
 
 def block_name(name: str) -> str:

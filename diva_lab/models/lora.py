@@ -5,21 +5,20 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from diva_lab.models.layers import replace_layers
+
 
 def make_trainable(
     encoder: nn.Module, rank: int = 16, alpha: float = 16, dropout: float = 0.1, seed: int = 0, bias: bool = True
 ) -> None:
-    """Open the visual tower for training, in place; the text tower stays frozen.
-
-    LoRA adapts the linear layers that DCR adapts: q, k, v, out, both layers of each MLP, and the final projection. The
-    defaults are DCR's.
+    """Open the visual tower for training, in place; the text tower stays frozen. The defaults are DCR's.
 
     Args:
         encoder: an `Encoder`.
-        rank: of LoRA; 0 trains all weights of the visual tower instead.
-        alpha, dropout: of LoRA.
+        rank, alpha, dropout: of LoRA on q, k, v, out, both layers of each MLP and the final projection; rank 0 trains
+            all weights of the tower instead.
         seed: of LoRA's initial weights.
-        bias: also train the biases of the adapted layers (peft's `lora_only`).
+        bias: whether to train the biases of the adapted layers too (peft's `lora_only`).
     """
     if rank == 0:
         encoder.model.visual.requires_grad_(True)
@@ -42,12 +41,10 @@ def make_trainable(
 
 def merge_lora(encoder: nn.Module) -> nn.Module:
     """Add every LoRA product to the weight that it adapts and remove LoRA, in place; without LoRA nothing changes."""
-    for parent in list(encoder.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, BaseTunerLayer):
-                child.merge()
-                setattr(parent, name, child.get_base_layer())
-    return encoder
+    for layer in encoder.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+    return replace_layers(encoder, (BaseTunerLayer,), lambda layer: layer.get_base_layer())
 
 
 def visual_weights(encoder: nn.Module) -> dict[str, Tensor]:

@@ -42,15 +42,12 @@ def _pipeline_class(folder: str) -> str:
     return DiffusionPipeline.load_config(folder)["_class_name"]
 
 
-def _describe_missing(name: str, source: str, folder: str, error: Exception) -> str:
-    """An error message that names what is missing, what belongs there and the command that downloads it."""
+def _remedy(source: str) -> str:
+    """For error messages: how to get a denoiser's folder."""
+    if source == DENOISERS["tiny"]:
+        return "it ships with the repository"
     command = f"hf download {source}" if _is_hub_id(source) else "hf download OWNER/NAME --local-dir FOLDER"
-    shipped = source == DENOISERS["tiny"]
-    remedy = "it ships with the repository" if shipped else f"fetch all of it, with network: {command}"
-    return (
-        f"denoiser {name!r}: {error}. Expected {folder} to hold vae, unet (or transformer), text_encoder, tokenizer and "
-        f"scheduler: {remedy}"
-    )
+    return f"fetch all of it, with network: {command}"
 
 
 def load_denoiser(
@@ -87,5 +84,8 @@ def load_denoiser(
         if kind in FAMILIES:
             return FAMILIES[kind].load(folder, device, px, levers).to(device)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(_describe_missing(name, source, folder, error)) from error
+        raise FileNotFoundError(
+            f"denoiser {name!r}: {error}. Expected {folder} to hold vae, unet (or transformer), text_encoder, "
+            f"tokenizer and scheduler: {_remedy(source)}"
+        ) from error
     raise ValueError(f"denoiser {name!r} is of the kind {kind}; expected one of {', '.join(FAMILIES)}")

@@ -1,6 +1,5 @@
 """DCR (arXiv 2603.04803): a contrast between the denoiser's predictions for one noisy latent under many conditions."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -90,18 +89,7 @@ def dcr_parts(
     return torch.stack([pulls[:, 1], pulls[:, 0], summands[:, 2:].sum(1)], dim=1)
 
 
-def dcr_chance(b: int, truth_cosine: float, tau: float = 0.1) -> float:
-    """DCR's loss where all conditions give one prediction: ln(b + exp(-d / tau)) + d / (2 tau), d = 1 - truth_cosine.
-
-    Args:
-        b: images in the batch, all others being negatives.
-        truth_cosine: between the prediction and the truth.
-    """
-    d = 1 - truth_cosine
-    return math.log(b + math.exp(-d / tau)) + d / (2 * tau)
-
-
-def predict_under(
+def _predict(
     denoiser: Denoiser, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], contexts: Float[Tensor, "b k l c2"]
 ) -> Float[Tensor, "b k d"]:
     """The flattened predictions for each noisy latent under its k contexts."""
@@ -109,16 +97,16 @@ def predict_under(
     return predicted.flatten(1).unflatten(0, contexts.shape[:2])
 
 
-def _predict_all(denoiser: Denoiser, x_t: Tensor, t: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
-    """Predictions under positives [b, 2, l, c2] and negatives [b, k, l, c2]: [b, 2 + k, d].
+def _predict_all(denoiser: Denoiser, x_t: Tensor, t: Tensor, own: Tensor, negatives: Tensor) -> Tensor:
+    """Predictions under own conditions [b, 2, l, c2] and negatives [b, k, l, c2]: [b, 2 + k, d].
 
-    Where no gradient flows to the negatives, their predictions keep nothing for a backward pass.
+    Where no gradient flows to the negatives, nothing is kept for their backward pass.
     """
     if negatives.requires_grad:
-        return predict_under(denoiser, x_t, t, torch.cat([positives, negatives], dim=1))
+        return _predict(denoiser, x_t, t, torch.cat([own, negatives], dim=1))
     with torch.no_grad():
-        fixed = predict_under(denoiser, x_t, t, negatives)  # [b, k, d]
-    return torch.cat([predict_under(denoiser, x_t, t, positives), fixed], dim=1)
+        fixed = _predict(denoiser, x_t, t, negatives)  # [b, k, d]
+    return torch.cat([_predict(denoiser, x_t, t, own), fixed], dim=1)
 
 
 @needs_other_images
@@ -139,22 +127,22 @@ def dcr(step: Step, baseline: Callable[[Step, Tensor, Tensor], Tensor] | None = 
     settings, b = step.settings, len(step.images)
     x0 = step.latents()  # [b, c, h, w]
     x_t, t, noise = step.draw_noisy(x0)  # [b, c, h, w], [b], [b, c, h, w]
-    own = step.condition(step.encode(step.images))  # [b, l, c2]
+    anchor = step.condition(step.encode(step.images))  # [b, l, c2]
     view = step.condition(step.encode(step.augment(step.images)))  # [b, l, c2]
-    others = draw_others(b, settings.negatives or b - 1, step.generator).to(own.device)  # [b, k]
+    others = draw_others(b, settings.negatives or b - 1, step.generator).to(anchor.device)  # [b, k]
 
-    positives = torch.stack([own, view], dim=1)  # [b, 2, l, c2]
-    negatives = (own if settings.negative_gradient else own.detach())[others]  # [b, k, l, c2]
+    own = torch.stack([anchor, view], dim=1)  # [b, 2, l, c2]
+    negatives = (anchor if settings.negative_gradient else anchor.detach())[others]  # [b, k, l, c2]
     truth = step.denoiser.target(settings.target, x0, noise, t).flatten(1)  # [b, d]
     common = torch.zeros_like(truth) if baseline is None else baseline(step, x_t, t)  # [b, d]
-    truth = truth - common
 
-    def loss(rows: slice, positives: Tensor, negatives: Tensor, form: Callable = dcr_loss) -> Tensor:
-        predicted = _predict_all(step.denoiser, x_t[rows], t[rows], positives, negatives)  # [r, 2 + k, d]
+    def loss(rows: slice, own: Tensor, negatives: Tensor, form: Callable = dcr_loss) -> Tensor:
+        predicted = _predict_all(step.denoiser, x_t[rows], t[rows], own, negatives)  # [r, 2 + k, d]
         predicted = predicted - common[rows, None]
-        anchor_and_others = torch.cat([predicted[:, :1], predicted[:, 2:]], dim=1)  # [r, 1 + k, d]
-        return form(anchor_and_others, predicted[:, 1], truth[rows], settings.tau, settings.denominator)
+        anchor_and_negatives = torch.cat([predicted[:, :1], predicted[:, 2:]], dim=1)  # [r, 1 + k, d]
+        view, target = predicted[:, 1], (truth - common)[rows]  # [r, d]
+        return form(anchor_and_negatives, view, target, settings.tau, settings.denominator)
 
     if settings.parts:
-        return dict(zip(DCR_PARTS, loss(slice(None), positives, negatives, dcr_parts).unbind(1), strict=True))
-    return {"dcr": by_rows(loss, settings.rows, positives, negatives)}
+        return dict(zip(DCR_PARTS, loss(slice(None), own, negatives, dcr_parts).unbind(1), strict=True))
+    return {"dcr": by_rows(loss, settings.rows, own, negatives)}

@@ -1,4 +1,4 @@
-"""Row-wise backward: the gradient of a loss with independent rows, a few rows at a time, in a fraction of the memory."""
+"""Row-wise backward: a loss of independent rows and its gradient, a few rows at a time, in a fraction of the memory."""
 
 from collections.abc import Callable
 
@@ -36,14 +36,13 @@ class _ByRows(torch.autograd.Function):
 def by_rows(loss: Callable[..., Tensor], size: int, *inputs: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
     """`loss(rows, *(x[rows] for x in inputs))` for `size` rows at a time; values and gradients are those of one call.
 
-    The gradient of each part is computed at once, and its graph is freed. So only one part's graph is in memory, and
+    The gradient of each part is computed at once, and its graph is freed: only one part's graph is ever in memory, and
     there is no second forward pass.
 
     Args:
-        loss: (rows, *inputs of these rows) -> [rows]; `rows` is a slice. No row's loss may depend on another row's
-            inputs. Gradients flow to `inputs` only.
+        loss: (rows, *inputs of these rows) -> [rows], where `rows` is a slice and no row's loss depends on another
+            row's inputs. Gradients flow to the inputs only.
         size: rows at a time, 0 for all.
-        inputs: with or without a gradient.
     """
     b = len(inputs[0])
     size = size or b
