@@ -208,7 +208,7 @@ def plain_dcr(variant: Variant, images: Tensor) -> Tensor:
     settings, step, b = variant.settings, variant.start(images), len(images)
     pictures, random = step.images, step.generator
     x0 = step.latents()
-    x_t, t, noise = step.noised(x0)
+    x_t, t, noise = step.draw_noisy(x0)
     c = _plain_context(variant, pictures, random)
     views = torch.cat([augment(one[None].cpu(), random, settings.flips) for one in pictures]).to(pictures.device)
     c_augmented = _plain_context(variant, views, random)
@@ -222,7 +222,7 @@ def plain_dcr(variant: Variant, images: Tensor) -> Tensor:
 def plain_diva(variant: Variant, images: Tensor) -> Tensor:
     """DIVA's step as released: each draw by itself, picture, prompt and latent encoded again; draws averaged."""
     settings, step = variant.settings, variant.start(images)
-    x_t, t, noise = step.noised(step.latents().repeat(settings.draws, 1, 1, 1))
+    x_t, t, noise = step.draw_noisy(step.latents().repeat(settings.draws, 1, 1, 1))
     losses = []
     for parts in zip(x_t.chunk(settings.draws), t.chunk(settings.draws), noise.chunk(settings.draws), strict=True):
         step.latents()

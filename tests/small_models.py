@@ -1,6 +1,6 @@
-"""Small random models in the real on-disk formats, for tests: open_clip's, transformers' and Stable Diffusion's.
+"""Small random models for tests, in the real formats of open_clip, transformers and Stable Diffusion.
 
-And real ones without weights: shapes alone.
+And models of real size without weights, on the meta device.
 """
 
 import json
@@ -47,7 +47,7 @@ def vit_small_patch8_siglip_32(pretrained: bool = False, **changes) -> VisionTra
 
 
 EVA = {"patch_size": 8, "img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 2, "mlp_ratio": 2.5}
-EVA["head_init_scale"] = 10  # timm's own, .001, would leave the bias alone to speak
+EVA["head_init_scale"] = 10  # with timm's own, .001, the output would be the bias alone
 
 
 @register_model
@@ -65,7 +65,7 @@ def eva02_small_patch8_32(pretrained: bool = False, **changes) -> Eva:
 
 
 def unlike(model: torch.nn.Module) -> torch.nn.Module:
-    """Vectors drawn at random, in place: zeros and ones would hide a weight that went astray."""
+    """Draw all vectors at random, in place: zeros and ones would hide a weight in the wrong place."""
     for name, p in model.named_parameters():
         if p.ndim < 2 or "probe" in name:
             torch.nn.init.normal_(p, mean=p.mean().item(), std=0.1)
@@ -127,17 +127,21 @@ def timm_tower(name: str) -> dict:
     return {"embed_dim": 40, "custom_text": True, "vision_cfg": tower | {"image_size": 32}, "text_cfg": text}
 
 
-def write_open_clip(folder: Path, model_cfg: dict, seed: int = 0, **preprocess_cfg) -> Path:
-    """An open_clip folder of `model_cfg`, which may leave out what concerns the words; OpenAI's normalisation."""
+def write_clip_of(folder: Path, model_cfg: dict, seed: int = 0, **preprocess_cfg) -> Path:
+    """An open_clip folder of `model_cfg` and the vocabulary's settings, with OpenAI's normalisation by default."""
     folder.mkdir(parents=True)
     save_tokenizer(folder)
     words = clip_config(World(), len(CLIPTokenizer.from_pretrained(folder)))["model_cfg"]["text_cfg"]
     words = {key: words[key] for key in ("context_length", "vocab_size", "hf_tokenizer_name")}
     model_cfg = {"embed_dim": 48} | model_cfg | {"text_cfg": words | model_cfg["text_cfg"]}
     model_cfg["vision_cfg"] = {"image_size": 32, "patch_size": 8} | model_cfg["vision_cfg"]
-    shown = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, "interpolation": "bicubic"}
-    shown |= {"resize_mode": "shortest"} | preprocess_cfg
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": shown}))
+    preprocess = {
+        "mean": open_clip.OPENAI_DATASET_MEAN,
+        "std": open_clip.OPENAI_DATASET_STD,
+        "interpolation": "bicubic",
+    }
+    preprocess |= {"resize_mode": "shortest"} | preprocess_cfg
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess}))
     torch.manual_seed(seed)
     model = unlike(open_clip.create_model(f"local-dir:{folder}", load_weights=False))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")

@@ -7,7 +7,6 @@ from diva_lab.gradients import (
     COMBINE,
     EMBEDDINGS,
     combine,
-    conflict,
     curvature,
     measure,
     signal,
@@ -32,6 +31,11 @@ def terms(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "con": ((x @ stem.T) * (x @ block.T) * (x @ head.T)).sum(1),
         "rec": (x @ stem.T - x @ block.T).square().sum(1),
     }
+
+
+def conflict(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, float]:
+    """What `measure` finds of two gradients together."""
+    return {name: value for name, value in measure({"a": a, "b": b}).items() if not name.startswith("norm_")}
 
 
 def random_gradient(seed: int) -> dict[str, torch.Tensor]:

@@ -1,7 +1,13 @@
-"""From an encoder's features to the context that a denoiser's cross-attention reads.
+"""CONDITIONS: from an encoder's features to the context that a denoiser's cross-attention reads.
 
-A condition is one function and one line in `CONDITIONS`. Each adds projected visual tokens to the embedding of the
-empty prompt; they differ in which tokens, and so in how much of the picture the denoiser is told.
+Every condition adds projected visual tokens to the embedding of the empty prompt. They differ in which tokens they use,
+and so in how much of the image reaches the denoiser. To add one, write one function and one line in `CONDITIONS`. Its
+arguments:
+
+    features    an encoder's `Features`: embedding [b, d], patch tokens [b, n, d]
+    project     the projector, d -> c
+    empty       the embedding of the empty prompt, [l, c]
+    generator   of random draws; None (evaluation) for a fixed choice of tokens
 """
 
 from collections.abc import Callable
@@ -16,7 +22,7 @@ from diva_lab.models.encoders import Features
 
 
 class Projector(nn.Sequential):
-    """LayerNorm, Linear, GELU, Linear: encoder width -> cross-attention width (DCR, stage 1)."""
+    """LayerNorm, Linear, GELU, Linear: from an encoder's width to a cross-attention's width (DCR, stage 1)."""
 
     def __init__(self, dim: int, width: int):
         super().__init__(nn.LayerNorm(dim), nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width))
@@ -28,52 +34,55 @@ PROJECTIONS: dict[str, Callable[[int, int], nn.Module]] = {"mlp": Projector, "li
 def global_(
     features: Features, project: nn.Module, empty: Float[Tensor, "l c"], generator: torch.Generator | None
 ) -> Float[Tensor, "b 1 c"]:
-    """DCR: the projected global embedding, added to every token of the empty prompt: see `Denoiser.predict`."""
+    """DCR: the projected global embedding; `Denoiser.predict` adds this one token to each token of the empty prompt."""
     return project(features.embedding)[:, None]  # [b, 1, c]
 
 
-def _class_and(features: Features, patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n1 d"]:
-    return torch.cat([features.embedding[:, None], patches], dim=1)
+def _embedding_and(features: Features, patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n1 d"]:
+    return torch.cat([features.embedding[:, None], patches], dim=1)  # [b, 1 + n, d]
 
 
 def recap(
     features: Features, project: nn.Module, empty: Float[Tensor, "l c"], generator: torch.Generator | None
 ) -> Float[Tensor, "b l c"]:
-    """DIVA for OpenAI's CLIP: class token and l - 1 random patch tokens, added position by position.
+    """DIVA for OpenAI's CLIP: the global embedding and l - 1 patch tokens, added position by position.
 
-    The patches are drawn with replacement, one draw for the whole batch; without a generator (evaluation) they are
-    spread evenly instead. DIVA's released code draws unseeded, at evaluation too.
+    The patch tokens are drawn at random with replacement, one draw for the whole batch; without a generator they are
+    evenly spaced. DIVA's released code draws for each image, without a seed, and at evaluation too.
     """
     count, patches = len(empty) - 1, features.patches
     if generator is None:
-        index = torch.linspace(0, patches.shape[1] - 1, count).round().long()
+        index = torch.linspace(0, patches.shape[1] - 1, count).round().long()  # [l - 1]
     else:
-        index = torch.randint(patches.shape[1], (count,), generator=generator)
-    return empty + project(_class_and(features, patches[:, index.to(patches.device)]))  # [b, l, c]
+        index = torch.randint(patches.shape[1], (count,), generator=generator)  # [l - 1]
+    return empty + project(_embedding_and(features, patches[:, index.to(patches.device)]))  # [b, l, c]
 
 
-def _onto_mean(tokens: Float[Tensor, "b n d"], project: nn.Module, empty: Float[Tensor, "l c"]) -> Tensor:
-    """Any number of tokens, the mean token of the empty prompt added to each: [b, n, c]."""
-    return empty.mean(0) + project(tokens)
+def _add_mean(tokens: Float[Tensor, "b n d"], project: nn.Module, empty: Float[Tensor, "l c"]) -> Tensor:
+    """Project any number of tokens and add the empty prompt's mean token to each."""
+    return empty.mean(0) + project(tokens)  # [b, n, c]
 
 
 def recap_all(
     features: Features, project: nn.Module, empty: Float[Tensor, "l c"], generator: torch.Generator | None
 ) -> Float[Tensor, "b n c"]:
-    """DIVA for MetaCLIP, and DFN at 224: class token and every patch token."""
-    return _onto_mean(_class_and(features, features.patches), project, empty)
+    """DIVA for MetaCLIP, and for DFN at 224 px: the global embedding and every patch token."""
+    return _add_mean(_embedding_and(features, features.patches), project, empty)
 
 
 def recap_half(
     features: Features, project: nn.Module, empty: Float[Tensor, "l c"], generator: torch.Generator | None
 ) -> Float[Tensor, "b n c"]:
-    """DIVA for DFN at 378: class token and half of the patch tokens; every second one without a generator."""
+    """DIVA for DFN at 378 px: the global embedding and half of the patch tokens, none twice.
+
+    Without a generator it is every second token. DIVA's released code draws with replacement.
+    """
     patches = features.patches
     half = patches.shape[1] // 2
     index = (
         torch.arange(half) * 2 if generator is None else torch.randperm(patches.shape[1], generator=generator)[:half]
-    )
-    return _onto_mean(_class_and(features, patches[:, index.to(patches.device)]), project, empty)
+    )  # [n // 2]
+    return _add_mean(_embedding_and(features, patches[:, index.to(patches.device)]), project, empty)
 
 
 def recap_pooled(
@@ -83,9 +92,9 @@ def recap_pooled(
     generator: torch.Generator | None,
     window: int = 6,
 ) -> Float[Tensor, "b n c"]:
-    """DIVA for SigLIP: pooled token and patch tokens averaged along their sequence; window 6 at 224, 10 at 384."""
+    """DIVA for SigLIP: the global embedding and means of `window` consecutive patch tokens; 6 at 224 px, 10 at 384."""
     pooled = F.avg_pool1d(features.patches.transpose(1, 2), window).transpose(1, 2)  # [b, n // window, d]
-    return _onto_mean(_class_and(features, pooled), project, empty)
+    return _add_mean(_embedding_and(features, pooled), project, empty)
 
 
 CONDITIONS: dict[str, Callable] = {
@@ -103,8 +112,8 @@ class Conditioner(nn.Module):
 
     Args:
         name: a key of `CONDITIONS`.
-        dim: the encoder's width.
-        width: the denoiser's cross-attention width.
+        dim: the encoder's width d.
+        width: the denoiser's cross-attention width c.
         seed: of the projector's initial weights.
         projection: a key of `PROJECTIONS`.
 
@@ -124,4 +133,5 @@ class Conditioner(nn.Module):
     def forward(
         self, features: Features, empty: Float[Tensor, "l c"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "b _ c"]:
+        """The context of a batch; its number of tokens depends on the condition."""
         return self._function(features, self.projector, empty, generator)

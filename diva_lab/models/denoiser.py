@@ -1,4 +1,7 @@
-"""The interface of a frozen latent denoiser: latents, noise, prediction, prompts. Every prediction is of the noise."""
+"""The interface of a frozen latent denoiser: latents, noise, predictions and prompts.
+
+The families are in `diffusion` and `flow`. Whatever a network predicts, `predict` returns the noise.
+"""
 
 import hashlib
 from collections import ChainMap
@@ -15,18 +18,24 @@ TARGETS = ("noise", "velocity")
 
 
 class Denoiser(nn.Module):
-    """What all families have in common; a family says how its network is called and how it reads prompts.
+    """A frozen latent denoiser. A family defines `_run`, which calls its network, and how it reads prompts.
 
     Args:
         vae, network, scheduler: as diffusers loads them.
-        width: of a context's tokens.
-        px: side of the pictures that `latents` encodes.
+        width: c2, of a context's tokens.
+        px: side in pixels of the images that `latents` encodes.
 
     Attributes:
-        timesteps: how many; t runs from 0, nearly clean, to timesteps - 1, nearly noise.
-        signal, sigma: x_t = signal_t x0 + sigma_t eps, [timesteps] each.
-        native: what the network predicts, `noise` or `velocity`.
-        scratch: whether the network has no weights of its own until stage 1 trains it.
+        timesteps: their number; t runs from 0 (nearly clean) to timesteps - 1 (nearly noise).
+        signal, sigma: the coefficients of x_t = signal_t x0 + sigma_t eps, [timesteps] each.
+        flow: whether the network matches a flow: sigma = 1 - signal.
+        native: what the network itself predicts, `noise` or `velocity`.
+        scratch: whether the network has random weights until stage 1 trains it.
+        prompt: the text that `empty` encodes; set it before `empty` is first used.
+        keep_latents: the number of images whose latents are kept in memory.
+
+    Raises:
+        ValueError: for a scheduler that declares another `prediction_type` than epsilon or v_prediction.
     """
 
     scratch = False
@@ -47,13 +56,13 @@ class Denoiser(nn.Module):
             self.native = "noise" if kind == "epsilon" else "velocity"
         self.register_buffer("signal", signal, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)
-        self.prompt = ""  # what `empty` encodes
-        self.keep_latents = 0  # pictures whose latents are kept in memory
-        self._kept: dict[bytes, Tensor] = {}  # sha1 of a picture -> its `_posterior`
+        self.prompt = ""
+        self.keep_latents = 0
+        self._posteriors: dict[bytes, Tensor] = {}  # sha1 of an image -> mean and standard deviation of its latent
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Denoiser":
-        """A denoiser stays frozen, in evaluation mode."""
+        """Stay in evaluation mode, whatever `mode` is."""
         return super().train(False)
 
     @property
@@ -64,33 +73,39 @@ class Denoiser(nn.Module):
     def latents(
         self, images: Float[Tensor, "b 3 h w"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "b c hl wl"]:
-        """Scaled latents of pictures in [0, 1]: the posterior's mean (DIVA), or with a generator a sample (DCR)."""
+        """Latents of images, shifted and scaled as the network expects them, without gradient.
+
+        Args:
+            images: in [0, 1], of any size; they are resized to px x px.
+            generator: draws a sample of the posterior (DCR's code); without one it is the posterior's mean (DIVA).
+        """
         if images.shape[-2:] != (self.px, self.px):
-            images = transforms.resize(images, [self.px, self.px], antialias=True)
-        mean, std = self._posterior(images).unbind(1)
+            images = transforms.resize(images, [self.px, self.px], antialias=True)  # [b, 3, px, px]
+        mean, std = self._posterior(images).unbind(1)  # [b, c, hl, wl] each
         if generator is not None:
             mean = mean + std * torch.randn(mean.shape, generator=generator).to(mean)
         return (mean - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
 
+    def _encode_images(self, images: Tensor) -> Tensor:
+        posterior = self.vae.encode(images * 2 - 1).latent_dist
+        return torch.stack([posterior.mean, posterior.std], dim=1).float()  # [b, 2, c, hl, wl]
+
     def _posterior(self, images: Tensor) -> Tensor:
-        """Mean and standard deviation of latents, [b, 2, c, h, w], in float32; encoded once while there is room."""
-
-        def encode(pictures: Tensor) -> Tensor:
-            found = self.vae.encode(pictures * 2 - 1).latent_dist
-            return torch.stack([found.mean, found.std], dim=1).float()
-
+        """`_encode_images`, with the results for the first `keep_latents` different images kept in memory."""
         if not self.keep_latents:
-            return encode(images)
+            return self._encode_images(images)
         keys = [hashlib.sha1(image.numpy().tobytes()).digest() for image in images.cpu()]
-        new = {key: i for i, key in enumerate(keys) if key not in self._kept}
-        fresh = dict(zip(new, encode(images[list(new.values())]), strict=True)) if new else {}
-        known = ChainMap(fresh, self._kept)
-        found = torch.stack([known[key].to(images.device) for key in keys])
-        room = self.keep_latents - len(self._kept)
-        self._kept |= {key: value.cpu() for key, value in islice(fresh.items(), room)}
-        return found
+        new = {key: i for i, key in enumerate(keys) if key not in self._posteriors}
+        encoded = self._encode_images(images[list(new.values())]) if new else ()
+        fresh = dict(zip(new, encoded, strict=True))
+        both = ChainMap(fresh, self._posteriors)
+        room = self.keep_latents - len(self._posteriors)
+        posteriors = torch.stack([both[key].to(images.device) for key in keys])
+        self._posteriors |= {key: value.cpu() for key, value in islice(fresh.items(), room)}
+        return posteriors
 
-    def _level(self, t: Int[Tensor, " b"]) -> tuple[Tensor, Tensor]:
+    def _coefficients(self, t: Int[Tensor, " b"]) -> tuple[Tensor, Tensor]:
+        """signal_t and sigma_t, [b, 1, 1, 1] each."""
         t = t.to(self.device)
         return self.signal[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
 
@@ -99,61 +114,63 @@ class Denoiser(nn.Module):
     ) -> Float[Tensor, "b c h w"]:
         """x_t = signal_t x0 + sigma_t eps, for timesteps t in [0, timesteps).
 
-        Diffusion: signal^2 = abar_t = 1 - sigma^2. Flow: sigma = (t + 1) / timesteps = 1 - signal.
+        Diffusion: signal_t^2 = abar_t = 1 - sigma_t^2. Flow: sigma_t = (t + 1) / timesteps = 1 - signal_t.
         """
-        signal, sigma = self._level(t)
+        signal, sigma = self._coefficients(t)
         return signal * x0 + sigma * noise
 
     def target(
         self, kind: str, x0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
-        """What a prediction is compared with: `noise`, as DCR's paper has it, or `velocity`.
+        """The target of a prediction: eps for `noise` (DCR's paper), v for `velocity`.
 
-        v = signal_t eps - sigma_t x0, of a flow eps - x0. DCR's released code compares the *noise* predictions of an
-        epsilon model with it; offered for comparison.
+        Diffusion: v = signal_t eps - sigma_t x0. Flow: v = eps - x0. DCR's released code compares the *noise* that an
+        epsilon model predicts with the velocity; `velocity` is offered for that comparison.
 
         Raises:
             ValueError: for another kind.
         """
         if kind not in TARGETS:
             raise ValueError(f"unknown target {kind!r}; expected one of {', '.join(TARGETS)}")
-        signal, sigma = self._level(t)
         if kind == "noise":
             return noise
+        signal, sigma = self._coefficients(t)
         return noise - x0 if self.flow else signal * noise - sigma * x0
 
     def predict(
         self, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], context: Float[Tensor, "n l c2"], kind: str = "noise"
     ) -> Float[Tensor, "n c h w"]:
-        """The noise that the network sees in x_t under `context`, in float32; differentiable in both.
+        """The noise in x_t as the network predicts it under `context`, in float32; differentiable in both.
 
         Args:
             x_t, t: noisy latents and their timesteps.
-            context: of each prediction; n is b or a multiple of it: the first n / b contexts are those of the first
-                latent, and so on. A context of one token is a vector added to every token of the empty prompt.
-            kind: `noise`, or `native` for what the network itself predicts.
+            context: one per prediction, n being b or a multiple of it: the first n / b contexts belong to the first
+                latent, the next n / b to the second, and so on. A context of one token is added to every token of the
+                empty prompt.
+            kind: `noise`, or `native` for the network's own prediction.
         """
         n = len(context) // len(x_t)
-        x_t, t = (part.repeat_interleave(n, 0) for part in (x_t, t.to(x_t.device)))
+        x_t, t = (part.repeat_interleave(n, 0) for part in (x_t, t.to(x_t.device)))  # [n, c, h, w], [n]
         dtype = self.network.dtype
         cast = torch.is_autocast_enabled(x_t.device.type) and dtype.itemsize > 2
         with torch.autocast(x_t.device.type, enabled=cast):
-            out = self._run(x_t.to(dtype), t, self._tokens(context).to(dtype), n).float()
+            out = self._run(x_t.to(dtype), t, self._tokens(context).to(dtype), n).float()  # [n, c, h, w]
         if kind == "native" or self.native == "noise":
             return out
-        signal, sigma = self._level(t)
+        signal, sigma = self._coefficients(t)  # solve the definitions of v and x_t for eps
         return x_t + signal * out if self.flow else signal * out + sigma * x_t
 
     def _tokens(self, context: Tensor) -> Tensor:
+        """The tokens that the network reads: one token stands for the empty prompt with this token added to each."""
         return self.empty + context if context.shape[1] == 1 else context
 
     def _run(self, x_t: Tensor, t: Tensor, context: Tensor, repeats: int) -> Tensor:
-        """The network's own prediction; each `repeats` consecutive rows of x_t and t are the same."""
+        """The network's own prediction, in which `repeats` consecutive rows of x_t and t are equal."""
         raise NotImplementedError
 
     def encode_text(self, prompts: list[str]) -> Float[Tensor, "n l c"]:
-        """The context of each prompt, cut or padded to the tokenizer's length, in float32."""
-        raise ValueError(f"a {type(self).__name__} denoiser reads no prompts")
+        """The context of each prompt, truncated or padded to the tokenizer's length, in float32; not for `Light`."""
+        raise ValueError(f"a {type(self).__name__} denoiser has no text encoder, so it reads no prompts")
 
     @cached_property
     def empty(self) -> Float[Tensor, "l c"]:
@@ -163,7 +180,13 @@ class Denoiser(nn.Module):
     def sample(
         self, prompts: list[str], guidance: float = 3.0, steps: int = 30, seed: int = 0
     ) -> Float[Tensor, "n 3 px px"]:
-        """Pictures in [0, 1] drawn for `prompts` with classifier-free guidance, through diffusers' own pipeline."""
+        """Images in [0, 1] for `prompts`, by diffusers' own pipeline with classifier-free guidance; not for `Light`.
+
+        Args:
+            guidance: its scale, 1 for none.
+            steps: of the sampler.
+            seed: of the initial noise.
+        """
         pipeline = self._pipeline()
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(seed)
@@ -174,4 +197,4 @@ class Denoiser(nn.Module):
         return out.images.cpu()
 
     def _pipeline(self) -> DiffusionPipeline:
-        raise ValueError(f"a {type(self).__name__} denoiser reads no prompts")
+        raise ValueError(f"a {type(self).__name__} denoiser has no text encoder, so it reads no prompts")

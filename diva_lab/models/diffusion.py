@@ -1,4 +1,4 @@
-"""Stable Diffusion 1 and 2: a UNet that predicts noise or velocity, as its own scheduler says."""
+"""Stable Diffusion 1 and 2: a UNet that predicts noise or velocity, as its scheduler's configuration says."""
 
 from collections.abc import Iterable
 
@@ -24,8 +24,9 @@ class StableDiffusion(Denoiser):
 
     Args:
         vae, network, text_encoder, tokenizer, scheduler: the parts of its folder.
-        px: side of the pictures that `latents` encodes; the model's own size if None.
-        levers: names of `frozen.LEVERS` to use, for the device that the UNet is on; none of them changes a prediction.
+        px: side in pixels of the images that `latents` encodes; the model's own size if None.
+        levers: names in `frozen.LEVERS`, applied for the device that the UNet is on; they save time and memory and
+            leave predictions and gradients as they are.
     """
 
     def __init__(
@@ -34,20 +35,21 @@ class StableDiffusion(Denoiser):
         px = px or network.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
         super().__init__(vae, network, scheduler, network.config.cross_attention_dim, px)
         self.text_encoder, self.tokenizer = text_encoder.requires_grad_(False).eval(), tokenizer
-        self.repeats = 1  # consecutive rows of the present prediction that share a noisy latent
+        self.repeats = 1  # consecutive rows of the current prediction that share a noisy latent
         self.levers = frozenset(levers)
         for name, use in LEVERS.items():
             if name in self.levers:
                 use(network, lambda: self.empty, lambda: self.repeats)
 
     @classmethod
-    def load(cls, source: str, device: torch.device | str, px: int | None, levers: Iterable[str]) -> "StableDiffusion":
+    def load(cls, folder: str, device: torch.device | str, px: int | None, levers: Iterable[str]) -> "StableDiffusion":
+        """Read a folder in Stable Diffusion's layout; the UNet goes to `device` before the levers are applied."""
         vae, unet, text_encoder = (
-            kind.from_pretrained(source, subfolder=part, torch_dtype=torch.float32)
+            kind.from_pretrained(folder, subfolder=part, torch_dtype=torch.float32)
             for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"), (CLIPTextModel, "text_encoder"))
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
-        scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler")
+        tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
         return cls(vae, unet.to(device), text_encoder, tokenizer, scheduler, px, levers)
 
     def _tokens(self, context: Tensor) -> Tensor:
@@ -58,15 +60,15 @@ class StableDiffusion(Denoiser):
         try:
             return self.network(x_t, t, context).sample
         finally:
-            self.repeats = 1  # also where memory runs out: `sample` shares nothing
+            self.repeats = 1  # after an error too; in `sample` no rows share a latent
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> Float[Tensor, "n l c"]:
         length = self.tokenizer.model_max_length
         ids = self.tokenizer(
             prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
-        with torch.autocast(self.device.type, enabled=False):  # the same whenever `empty` is first asked for
+        ).input_ids  # [n, l]
+        with torch.autocast(self.device.type, enabled=False):  # else `empty` would depend on where it is first used
             return self.text_encoder(ids.to(self.device))[0].float()
 
     def _pipeline(self) -> DiffusionPipeline:

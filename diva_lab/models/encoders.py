@@ -1,7 +1,7 @@
-"""CLIP visual encoders behind one small interface: image -> global embedding and patch tokens, text -> embedding.
+"""ENCODERS: CLIP encoders behind one interface: image -> global embedding and patch tokens, text -> embedding.
 
-Every encoder is loaded by open_clip; another backbone is one more line in `ENCODERS`. Normalisation, size and resize
-mode are the model's own and are applied here, on the device, to images in [0, 1].
+Every encoder becomes an open_clip model; to add a backbone, add one line to `ENCODERS`. Normalisation, size and resize
+mode are the model's own. They are applied here, on the device, to images in [0, 1].
 """
 
 import copy
@@ -27,8 +27,7 @@ from diva_lab.models.layers import fuse_attention, split_attention
 from diva_lab.models.lora import merge_lora
 from diva_lab.paths import DATA
 
-# name -> (open_clip model, pretrained tag); a `local-dir:` model brings its own weights and tokenizer
-ENCODERS = {
+ENCODERS = {  # name -> (open_clip model, pretrained tag); a `local-dir:` folder holds weights and tokenizer
     "tiny": (f"local-dir:{DATA / 'tiny' / 'clip'}", None),
     "openai-l14": ("ViT-L-14-quickgelu", "openai"),
     "openai-l14-336": ("ViT-L-14-336-quickgelu", "openai"),
@@ -43,40 +42,44 @@ ENCODERS = {
 
 @dataclass(frozen=True)
 class Features:
-    """What an encoder says of a batch; neither part is normalised to unit length."""
+    """An encoder's output for a batch; neither part is normalised to unit length."""
 
     embedding: Float[Tensor, "b d"]  # the global embedding
-    patches: Float[Tensor, "b n d"]  # patch tokens after the final norm and the projection, in the same space
+    patches: Float[Tensor, "b n d"]  # the patch tokens after the final norm and the projection, in the same space
 
 
-def _is_vit(visual: nn.Module) -> bool:
-    """Whether an image tower's patch tokens go through the norm and the projection that its embedding goes through."""
+def _has_projected_patches(visual: nn.Module) -> bool:
+    """Whether the norm and the projection that make an image tower's embedding can be applied to its patch tokens."""
     if isinstance(visual, TimmModel):
         return hasattr(visual.trunk, "fc_norm")
     return isinstance(visual, VisionTransformer) and visual.attn_pool is None
 
 
 class Encoder(nn.Module):
-    """A CLIP with an open visual tower; frozen until `make_trainable`.
+    """A CLIP whose visual tower gives patch tokens and can be tuned; frozen until `make_trainable`.
 
     Args:
-        model: an open_clip model. Its visual attention is split and its `proj` matrix, where it has one, becomes an
-            `nn.Linear`, so that LoRA reaches every matrix; `open_clip_state` gives the original layout back.
+        model: an open_clip model. Its visual attention is split, and its `proj` matrix, if there is one, becomes an
+            `nn.Linear`, so that LoRA can adapt every matrix. `open_clip_state` has the original layout.
         tokenizer: list of n strings -> token ids [n, context length].
-        config: open_clip's configuration of the model, as its folders hold it; what `save` writes beside the weights.
+        config: open_clip's complete configuration of the model, which is saved beside the weights.
+
+    Attributes:
+        px: side in pixels of the images that the visual tower takes.
+        dim: width d of the embeddings.
 
     Raises:
-        ValueError: for an image tower that is no plain ViT.
+        ValueError: for an image tower that is not a plain ViT.
     """
 
     def __init__(self, model: nn.Module, tokenizer, config: dict | None = None):
         super().__init__()
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        if not _is_vit(model.visual):
+        if not _has_projected_patches(model.visual):
             kind = type(getattr(model.visual, "trunk", model.visual)).__name__
             raise ValueError(
-                f"image tower {kind}: its patch tokens have no way into the space of the embedding; expected a plain "
-                "ViT of open_clip or timm, not a convolutional one or CoCa's"
+                f"image tower {kind}: cannot project its patch tokens into the embedding's space; expected a plain ViT "
+                "of open_clip or timm, not a convolutional tower or CoCa's"
             )
         visual = split_attention(model.visual)
         self.proj: nn.Module = nn.Identity()
@@ -84,19 +87,19 @@ class Encoder(nn.Module):
             self.proj = nn.Linear(*visual.proj.shape, bias=False, device="meta")
             self.proj.weight = nn.Parameter(visual.proj.detach().T.contiguous())
             visual.proj = None
-        config = open_clip.get_model_preprocess_cfg(model)
-        size = config["size"]
+        preprocess = open_clip.get_model_preprocess_cfg(model)
+        size = preprocess["size"]
         self.px: int = size if isinstance(size, int) else size[0]
-        self.interpolation, self.squash = config["interpolation"], config.get("resize_mode") == "squash"
+        self.interpolation, self.squash = preprocess["interpolation"], preprocess.get("resize_mode") == "squash"
         for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(config[name]).view(1, 3, 1, 1), persistent=False)
+            self.register_buffer(name, torch.tensor(preprocess[name]).view(1, 3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
         with torch.no_grad():
             blank = torch.zeros(1, 3, self.px, self.px, device=self.mean.device)
             self.dim: int = self.features(blank).embedding.shape[1]
 
     def preprocess(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 px px"]:
-        """Pictures in [0, 1] of any size -> the model's size and normalisation."""
+        """Resize images in [0, 1] of any size, crop or squash them, and normalise them, as the model was trained."""
         if images.shape[-2:] != (self.px, self.px):
             mode = transforms.InterpolationMode(self.interpolation if self.interpolation != "random" else "bicubic")
             size = [self.px, self.px] if self.squash else [self.px]
@@ -105,37 +108,37 @@ class Encoder(nn.Module):
         return (images - self.mean) / self.std
 
     def features(self, images: Float[Tensor, "b 3 h w"]) -> Features:
-        """Global embedding and patch tokens of pictures in [0, 1]; differentiable."""
+        """Global embedding and patch tokens of images in [0, 1]; differentiable."""
         out = self.model.visual.forward_intermediates(
             self.preprocess(images), indices=1, normalize_intermediates=True, output_fmt="NLC", stop_early=False
         )
-        embedding, patches = out["image_features"], out["image_intermediates"][-1]
+        embedding, patches = out["image_features"], out["image_intermediates"][-1]  # [b, d], [b, n, d]
         if not isinstance(self.model.visual, TimmModel):
             return Features(self.proj(embedding), self.proj(patches))
-        trunk = self.model.visual.trunk  # what follows its pooling; EVA's projection is the trunk's own head
+        trunk = self.model.visual.trunk  # patches pass what follows its pooling; EVA projects by the trunk's own head
         return Features(embedding, self.model.visual.head(trunk.head(trunk.fc_norm(patches))))
 
     def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """Unit-length global embeddings of pictures in [0, 1], in float32; differentiable."""
+        """Unit-length global embeddings of images in [0, 1], in float32; differentiable."""
         return F.normalize(self.features(images).embedding.float(), dim=-1)
 
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> Float[Tensor, "n d"]:
-        """Unit-length embeddings of `texts`, in float32."""
+        """Unit-length embeddings of texts, in float32."""
         return F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.mean.device)).float(), dim=-1)
 
     def open_clip_state(self) -> dict[str, Tensor]:
-        """The weights under open_clip's own names, LoRA merged, ready for `open_clip.create_model`."""
-        whole = merge_lora(copy.deepcopy(self))
-        fuse_attention(whole.model.visual)
-        state = {name: value.detach().cpu() for name, value in whole.model.state_dict().items()}
-        if isinstance(whole.proj, nn.Linear):
-            state["visual.proj"] = whole.proj.weight.detach().T.contiguous().cpu()
+        """The weights under open_clip's names, with LoRA merged, as `open_clip.create_model` loads them."""
+        merged = merge_lora(copy.deepcopy(self))
+        fuse_attention(merged.model.visual)
+        state = {name: value.detach().cpu() for name, value in merged.model.state_dict().items()}
+        if isinstance(merged.proj, nn.Linear):
+            state["visual.proj"] = merged.proj.weight.detach().T.contiguous().cpu()
         return state
 
 
-def _source(name: str) -> tuple[str, str | None]:
-    """open_clip's model and tag of an encoder's name; the model is `local-dir:FOLDER` for a folder."""
+def _open_clip_name(name: str) -> tuple[str, str | None]:
+    """open_clip's model and tag for an encoder's name; the model is `local-dir:FOLDER` for a folder."""
     if name in ENCODERS:
         return ENCODERS[name]
     if Path(name, "open_clip_config.json").is_file():
@@ -149,10 +152,10 @@ def _source(name: str) -> tuple[str, str | None]:
     )
 
 
-def _folder(name: str) -> tuple[str, str | None]:
-    """The folder of a hub id, `owner/name` or `hf-hub:owner/name`, and the id; any other name as it is, and None.
+def _fetch_folder(name: str) -> tuple[str, str | None]:
+    """The local folder of a hub id (`owner/name` or `hf-hub:owner/name`) and the id; (name, None) for any other name.
 
-    Weights in .bin are fetched only where there are none in .safetensors.
+    Weights in .bin are downloaded only where there are none in .safetensors.
     """
     repository = name.removeprefix("hf-hub:")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or Path(name).exists():
@@ -168,8 +171,8 @@ def _folder(name: str) -> tuple[str, str | None]:
     return folder, repository
 
 
-def _remedy(model_name: str, tag: str | None) -> str:
-    """What to do where open_clip does not find a model or its tokenizer."""
+def remedy(model_name: str, tag: str | None) -> str:
+    """For error messages: what to do where open_clip finds no weights or no tokenizer for a model."""
     schema, _, folder = model_name.partition(":")
     if schema == "local-dir":
         return f"expected {folder} to hold open_clip_config.json, open_clip_model.safetensors and the tokenizer's files"
@@ -181,57 +184,36 @@ def _remedy(model_name: str, tag: str | None) -> str:
 
 
 def _create(
-    name: str, model_name: str, tag: str | None, weights: bool, repository: str | None = None
+    label: str, model_name: str, tag: str | None, weights: bool, repository: str | None = None
 ) -> tuple[nn.Module, object]:
-    """open_clip's model, with its weights if asked, and its tokenizer.
+    """open_clip's model, with random weights unless `weights`, and its tokenizer.
 
     Args:
-        name: what the user called it.
-        repository: of the hub, where the model's folder is a copy of one.
+        label: the encoder's name in error messages.
+        repository: the hub id, where the model's folder is a copy of a hub repository.
     """
     try:
-        logging.disable(logging.ERROR)  # open_clip logs every step of its search, and what we raise
-        known = {"pretrained": tag, "require_pretrained": True} if weights else {"load_weights": False}
-        model = open_clip.create_model(model_name, **known)
-        if tag and not weights:  # which open_clip reads along with the weights
+        logging.disable(logging.ERROR)  # open_clip logs every step of its search, and the errors that are raised here
+        options = {"pretrained": tag, "require_pretrained": True} if weights else {"load_weights": False}
+        model = open_clip.create_model(model_name, **options)
+        if tag and not weights:  # open_clip sets these only where it loads the weights
             preprocess = open_clip.get_pretrained_cfg(model_name, tag)
             preprocess = {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")}
             set_model_preprocess_cfg(model, open_clip.get_model_preprocess_cfg(model) | preprocess)
         return model, open_clip.get_tokenizer(model_name)
     except (RuntimeError, OSError) as error:
-        remedy = fetch_hint(repository) if repository else _remedy(model_name, tag)
-        raise FileNotFoundError(f"encoder {name!r}: no weights for open_clip model {model_name!r}; {remedy}") from error
+        hint = fetch_hint(repository) if repository else remedy(model_name, tag)
+        raise FileNotFoundError(f"encoder {label!r}: no weights for open_clip model {model_name!r}; {hint}") from error
     finally:
         logging.disable(logging.NOTSET)
 
 
-def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encoder:
-    """A frozen encoder by its name in `ENCODERS`, by open_clip's `model:tag`, from a folder, or by hub id.
-
-    A folder is open_clip's (open_clip_config.json), or transformers' of a CLIP or SigLIP (config.json), and so is what
-    the hub holds under an id, `owner/name` or `hf-hub:owner/name`. With `NAME@FILE` the weights come from a released
-    .pth of that architecture: see `formats.load_released`.
-
-    Raises:
-        ValueError: for an unknown name; lists the known ones. For a file of weights that does not fit. For an image
-            tower that is no plain ViT.
-        FileNotFoundError: where the weights are not on this machine and cannot be fetched.
-    """
-    asked, _, released = str(name).partition("@")
-    name, repository = _folder(asked)
-    if name not in ENCODERS and Path(name, "config.json").exists() and not Path(name, "open_clip_config.json").exists():
-        try:
-            model, tokenizer, config = read_transformers(name)
-        except OSError as error:
-            remedy = f"; {fetch_hint(repository)}" if repository else ""
-            raise FileNotFoundError(f"encoder {asked!r}: {error}{remedy}") from error
-        if released:
-            load_released(model, released)
-        return Encoder(model, tokenizer, config).to(device)
-    model_name, tag = _source(name)
-    model, tokenizer = _create(asked, model_name, tag, not released, repository)
-    if released and not load_released(model, released):  # without a text tower, which is then the original's
-        model, tokenizer = _create(asked, model_name, tag, True, repository)
+def _load_open_clip(label: str, name: str, repository: str | None, released: str) -> tuple[nn.Module, object, dict]:
+    """Model, tokenizer and complete configuration of an open_clip model, by open_clip's name or from a folder."""
+    model_name, tag = _open_clip_name(name)
+    model, tokenizer = _create(label, model_name, tag, not released, repository)
+    if released and not load_released(model, released):  # without a text tower: use the original model's
+        model, tokenizer = _create(label, model_name, tag, True, repository)
         load_released(model, released)
     schema, _, folder = model_name.partition(":")
     if schema == "local-dir":
@@ -239,11 +221,48 @@ def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encode
     else:
         config = {"model_cfg": open_clip.get_model_config(model_name)}
         config["preprocess_cfg"] = open_clip.get_model_preprocess_cfg(model)
-    return Encoder(use_activation(model, config), tokenizer, config).to(device)
+    return use_activation(model, config), tokenizer, config
+
+
+def _load_transformers(
+    label: str, folder: str, repository: str | None, released: str
+) -> tuple[nn.Module, object, dict]:
+    """The same from a transformers folder."""
+    try:
+        model, tokenizer, config = read_transformers(folder)
+    except OSError as error:
+        hint = f"; {fetch_hint(repository)}" if repository else ""
+        raise FileNotFoundError(f"encoder {label!r}: {error}{hint}") from error
+    if released:
+        load_released(model, released)
+    return model, tokenizer, config
+
+
+def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encoder:
+    """Load a frozen encoder.
+
+    Args:
+        name: a key of `ENCODERS`; open_clip's `model:tag`; a folder in open_clip's format (open_clip_config.json), or
+            of a transformers CLIP or SigLIP (config.json); or a hub id, `owner/name` or `hf-hub:owner/name`, of such
+            a folder. With `NAME@FILE` the weights come from a released .pth for that architecture: see
+            `formats.load_released`.
+
+    Raises:
+        ValueError: for an unknown name, listing the known ones; for a file of weights that does not fit; for an image
+            tower that is not a plain ViT.
+        FileNotFoundError: where the weights are not on this machine and cannot be downloaded.
+    """
+    label, _, released = str(name).partition("@")
+    source, repository = _fetch_folder(label)
+    files = {file for file in ("config.json", "open_clip_config.json") if Path(source, file).exists()}
+    transformers_only = source not in ENCODERS and files == {"config.json"}
+    load = _load_transformers if transformers_only else _load_open_clip
+    model, tokenizer, config = load(label, source, repository, released)
+    return Encoder(model, tokenizer, config).to(device)
 
 
 @torch.no_grad()
 def embed(encoder: Encoder, images: UInt8[Tensor, "n 3 h w"], batch: int = 256) -> Float[Tensor, "n d"]:
-    """Unit-length global embeddings of uint8 pictures, in float32 on the CPU; no gradient, no random draw."""
+    """Unit-length global embeddings of uint8 images, `batch` at a time, in float32 on the CPU; without gradient."""
     device = next(encoder.parameters()).device
     return torch.cat([encoder.encode_image(part.to(device).float() / 255).cpu() for part in images.split(batch)])

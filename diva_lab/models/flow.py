@@ -1,4 +1,4 @@
-"""Transformers that match a flow: Stable Diffusion 3, and GenHancer's light one, which stage 1 trains from scratch."""
+"""Transformers that match a flow: Stable Diffusion 3, and a light one like GenHancer's, which stage 1 trains."""
 
 from collections.abc import Iterable
 from functools import cached_property
@@ -21,8 +21,13 @@ from diva_lab.models.denoiser import Denoiser
 class StableDiffusion3(Denoiser):
     """Stable Diffusion 3: a transformer that matches a flow, and reads two CLIP text encoders.
 
-    The third, T5, is left out, as the model was trained to allow: it is larger than all the rest. There is no lever:
-    in joint attention the prompt's tokens are changed by the picture's, so nothing of them is constant.
+    The third text encoder, T5, is left out: it is larger than everything else, and the model is trained to work without
+    it. None of `frozen.LEVERS` applies: in joint attention the prompt's tokens change with the image's tokens, so that
+    none of their keys and values are constant.
+
+    Args:
+        pipeline: with all its parts, as diffusers loads it.
+        px: side in pixels of the images that `latents` encodes; the model's own size if None.
     """
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, px: int | None = None):
@@ -31,49 +36,50 @@ class StableDiffusion3(Denoiser):
         super().__init__(vae, network, pipeline.scheduler, network.config.joint_attention_dim, px)
         self.text_encoders = nn.ModuleList([pipeline.text_encoder, pipeline.text_encoder_2])
         self.text_encoders.requires_grad_(False).eval()
-        self._parts = pipeline
+        self._diffusers = pipeline
 
     @classmethod
-    def load(cls, source: str, device: torch.device | str, px: int | None, levers: Iterable[str]) -> "StableDiffusion3":
+    def load(cls, folder: str, device: torch.device | str, px: int | None, levers: Iterable[str]) -> "StableDiffusion3":
+        """Read a folder in Stable Diffusion 3's layout; `device` and `levers` are not used."""
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            source, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
+            folder, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
         )
         return cls(pipeline, px)
 
     def _run(self, x_t: Tensor, t: Tensor, context: Tensor, repeats: int) -> Tensor:
-        pooled = self._pooled.to(context.dtype).expand(len(context), -1)
+        pooled = self._pooled.to(context.dtype).expand(len(context), -1)  # [n, p]
         return self.network(x_t, context, pooled, 1000 * self.sigma[t]).sample
 
     @torch.no_grad()
-    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Tokens [n, l, c] and pooled embeddings [n, p]."""
+    def _encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Tokens [n, l, c] and pooled embeddings [n, p], in float32."""
         with torch.autocast(self.device.type, enabled=False):
-            tokens, _, pooled, _ = self._parts.encode_prompt(
+            tokens, _, pooled, _ = self._diffusers.encode_prompt(
                 prompts, None, None, device=self.device, do_classifier_free_guidance=False
             )
         return tokens.float(), pooled.float()
 
     def encode_text(self, prompts: list[str]) -> Float[Tensor, "n l c"]:
-        return self._encode(prompts)[0]
+        return self._encode_prompts(prompts)[0]
 
     @cached_property
     def _pooled(self) -> Float[Tensor, "1 p"]:
-        return self._encode([self.prompt])[1]
+        return self._encode_prompts([self.prompt])[1]
 
     def _pipeline(self) -> DiffusionPipeline:
-        return self._parts
+        return self._diffusers
 
 
 class Light(Denoiser):
-    """GenHancer's kind of denoiser: two joint and four single transformer blocks that match a flow, from scratch.
+    """A denoiser like GenHancer's: two joint and four single transformer blocks that match a flow, from random weights.
 
-    The blocks are Flux's; the context is one token, which also modulates every block. It reads no prompts: the empty
-    one is a token of zeros. The width is ours.
+    The blocks are Flux's. The context is one token, which also modulates every block. There is no text encoder: the
+    empty prompt is one token of zeros. The width is our choice; GenHancer's is 3072, with 24 heads of 128.
 
     Args:
-        vae: a frozen autoencoder; its latents are seen in patches of 2 x 2.
-        heads: of attention, of width 64 each; the context is as wide as all of them.
-        px: side of the pictures that `latents` encodes; the autoencoder's own size if None.
+        vae: a frozen autoencoder; one token of the transformer is a patch of 2 x 2 of its latents.
+        heads: number of attention heads, each 64 wide; the context's width is 64 heads.
+        px: side in pixels of the images that `latents` encodes; the autoencoder's own size if None.
     """
 
     scratch = True
@@ -94,9 +100,9 @@ class Light(Denoiser):
 
     def _run(self, x_t: Tensor, t: Tensor, context: Tensor, repeats: int) -> Tensor:
         height, width = x_t.shape[-2:]
-        x_t = F.pad(x_t, (0, width % 2, 0, height % 2))
+        x_t = F.pad(x_t, (0, width % 2, 0, height % 2))  # [n, c, 2 rows, 2 columns]
         rows, columns = (size // 2 for size in x_t.shape[-2:])
-        places = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).to(x_t)
+        places = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).to(x_t)  # [r c, 3]
         out = self.network(
             F.pixel_unshuffle(x_t, 2).flatten(2).transpose(1, 2), context, context.mean(1), self.sigma[t],
             img_ids=places, txt_ids=places.new_zeros(context.shape[1], 3),

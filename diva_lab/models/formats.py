@@ -1,8 +1,9 @@
-"""One CLIP, two homes: the same weights under open_clip's names and under transformers', text tower included.
+"""The same CLIP in two formats, open_clip's and transformers': weights, configuration, tokenizer, image processor.
 
-`NAMES` pairs the parts of both for CLIP and for SigLIP, whose image tower is a timm model in open_clip; the two
-directions are read from the same table. What open_clip packs (q, k and v in one matrix, a projection as a transposed
-parameter) is unpacked first, so that a name stands for the same matrix in both.
+`PART_NAMES` pairs the names of the parts of a CLIP, and of a SigLIP, whose image tower is a timm model in open_clip.
+Both directions use the same table. open_clip packs some matrices: q, k and v in one, projections transposed. They are
+unpacked first, so that a name stands for the same matrix in both formats. `load_released` reads a third format, the
+.pth files that others released.
 """
 
 import json
@@ -76,28 +77,27 @@ PART_NAMES: dict[str, dict[str, str]] = {  # transformers' model_type -> open_cl
         "logit_bias": "logit_bias",
     },
 }
-_PACKED = re.compile(r"(.*\battn\.)(?:in_proj_|qkv\.)(weight|bias)")  # q, k and v in one
-_POOL = re.compile(r"(.*attn_pool\.)(q|kv)\.(weight|bias)")  # q apart from k and v
+_PACKED = re.compile(r"(.*\battn\.)(?:in_proj_|qkv\.)(weight|bias)")  # q, k and v in one matrix
+_POOL = re.compile(r"(.*attn_pool\.)(q|kv)\.(weight|bias)")  # q alone, k and v in one matrix
 _TRANSPOSED = ("visual.proj", "text_projection")
 
 
 def _unpack(state: State) -> State:
-    """open_clip's weights with q, k and v apart, those of attention pooling together, and projections as matrices."""
+    """open_clip's weights with q, k and v apart, but in one for attention pooling, and projections as matrices."""
     out: State = {}
     for name, value in state.items():
         if packed := _PACKED.fullmatch(name):
             out |= {f"{packed[1]}{part}_proj.{packed[2]}": x for part, x in zip("qkv", value.chunk(3), strict=True)}
         elif pool := _POOL.fullmatch(name):
-            out[f"{pool[1]}in_proj_{pool[3]}"] = torch.cat(
-                [state[f"{pool[1]}{part}.{pool[3]}"] for part in ("q", "kv")]
-            )
+            parts = [state[f"{pool[1]}{part}.{pool[3]}"] for part in ("q", "kv")]
+            out[f"{pool[1]}in_proj_{pool[3]}"] = torch.cat(parts)
         else:
             out[name] = value.T if name in _TRANSPOSED else value
     return out
 
 
 def _pack(state: State, names: list[str]) -> State:
-    """The inverse of `_unpack`: open_clip's weights under open_clip's `names`."""
+    """The inverse of `_unpack`: weights under open_clip's `names`."""
     out: State = {}
     for name in names:
         if packed := _PACKED.fullmatch(name):
@@ -111,10 +111,10 @@ def _pack(state: State, names: list[str]) -> State:
 
 
 def _rename(name: str, table: dict[str, str]) -> str:
-    """`name` with the part that `table` knows replaced; block numbers stay.
+    """`name` with its first part replaced as `table` says; the number of its block stays.
 
     Raises:
-        KeyError: where the table knows no part of it.
+        KeyError: where the table has no such part.
     """
     number = re.search(r"\.(\d+)\.", name)
     general = re.sub(r"\.\d+\.", ".#.", name, count=1)
@@ -125,93 +125,102 @@ def _rename(name: str, table: dict[str, str]) -> str:
 
 
 def convert(state: State, kind: str, target: State) -> State:
-    """Weights of one home under the names and in the shapes of the other.
+    """Convert weights from one format to the other.
 
     Args:
         state: of an open_clip model or of a transformers model.
         kind: a key of `PART_NAMES`.
-        target: the state of the model to be filled, in the other home; only names and shapes are read.
+        target: the state of a model in the other format; only its names and shapes are used.
 
     Raises:
         ValueError: where a weight has no counterpart or another size; names it.
     """
     table = PART_NAMES[kind]
     try:
-        if "vision_model.embeddings.patch_embedding.weight" in state:
+        if "vision_model.embeddings.patch_embedding.weight" in state:  # transformers -> open_clip
             inverse = {theirs: ours for ours, theirs in table.items()}
-            named = {_rename(name, inverse): value for name, value in state.items()}
-            known, found = _unpack(target), _pack(named, list(target))
+            renamed = {_rename(name, inverse): value for name, value in state.items()}
+            expected, converted = _unpack(target), _pack(renamed, list(target))
         else:
-            named = found = {_rename(name, table): value for name, value in _unpack(state).items()}
-            known = target
-        if unexpected := named.keys() - known.keys():
+            renamed = converted = {_rename(name, table): value for name, value in _unpack(state).items()}
+            expected = target
+        if unexpected := renamed.keys() - expected.keys():
             raise KeyError(f"unexpected {min(unexpected)}")
-        return {name: found[name].reshape(like.shape).contiguous() for name, like in target.items()}
+        return {name: converted[name].reshape(like.shape).contiguous() for name, like in target.items()}
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"these weights are not those of a {kind} of these sizes: {error}") from error
 
 
-def load_released(model: nn.Module, path: str | Path) -> bool:
-    """Fill an open_clip model, in place, from a .pth that somebody released, as DIVA's: visual weights, text if there.
+def _read_released(path: str | Path, names: set[str]) -> tuple[State, str]:
+    """An encoder's weights in a released .pth, without the prefix of their names, and the prefix.
 
-    The names are OpenAI's or open_clip's (`visual.conv1...`, the same in both) or those of a timm tower
-    (`visual.trunk...`), behind any prefix: DIVA saves its whole trainer, so they carry `class_model.model.`, and what
-    has no such prefix is not the encoder's.
+    Args:
+        names: of the open_clip model's weights.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: not a file of weights for torch.load(weights_only=True): {error}") from error
+    state = state.get("state_dict", state)
+    anchor = next(name for name in ("visual.trunk.patch_embed.proj.weight", "visual.conv1.weight") if name in names)
+    prefix = next((name.removesuffix(anchor) for name in state if name.endswith(anchor)), None)
+    if prefix is None:
+        raise ValueError(f"{path}: no {anchor} behind any prefix; it holds {', '.join(list(state)[:3])} ...")
+    numbers = ("input_resolution", "context_length", "vocab_size")  # OpenAI's files hold them beside the weights
+    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return {name: value for name, value in state.items() if name not in numbers}, prefix
+
+
+def load_released(model: nn.Module, path: str | Path) -> bool:
+    """Load the weights of a released .pth, such as DIVA's, into an open_clip model, in place.
+
+    The file holds the visual weights, with or without the text tower. Their names are OpenAI's, which open_clip shares
+    (`visual.conv1...`), or those of a timm tower (`visual.trunk...`), behind any prefix: DIVA saves its whole trainer,
+    where they begin with `class_model.model.`. Names without the prefix do not belong to the encoder.
 
     Returns:
-        Whether the text tower was there too; if not, it is left as it is.
+        Whether the file holds the text tower; if not, the model keeps its own.
 
     Raises:
         ValueError: for a file that holds no such encoder, or one of other sizes; names the first difference.
         FileNotFoundError: where there is no such file.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: not a file of weights that torch.load(weights_only=True) takes: {error}") from error
-    state = state.get("state_dict", state)
-    own = model.state_dict()
-    anchor = next(name for name in ("visual.trunk.patch_embed.proj.weight", "visual.conv1.weight") if name in own)
-    prefix = next((name.removesuffix(anchor) for name in state if name.endswith(anchor)), None)
-    if prefix is None:
-        raise ValueError(f"{path}: no {anchor} behind any prefix; it holds {', '.join(list(state)[:3])} ...")
-    facts = ("input_resolution", "context_length", "vocab_size")  # OpenAI's files hold them beside the weights
-    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    state = {name: value for name, value in state.items() if name not in facts}
+    weights = model.state_dict()
+    state, prefix = _read_released(path, set(weights))
     text = any("token_embedding" in name for name in state)
-    wanted = {name for name in own if text or name.startswith("visual.")}
-    for kind, names in (("missing", wanted - state.keys()), ("unexpected", state.keys() - own.keys())):
+    expected = {name for name in weights if text or name.startswith("visual.")}
+    for kind, names in (("missing", expected - state.keys()), ("unexpected", state.keys() - weights.keys())):
         if names:
             raise ValueError(f"{path}: {len(names)} weights {kind}, as {prefix}{min(names)}; of another backbone?")
-    for name in sorted(wanted):
-        if state[name].shape != own[name].shape:
-            raise ValueError(f"{path}: {prefix}{name} is {[*state[name].shape]}, expected {[*own[name].shape]}")
+    for name in sorted(expected):
+        if state[name].shape != weights[name].shape:
+            raise ValueError(f"{path}: {prefix}{name} is {[*state[name].shape]}, expected {[*weights[name].shape]}")
     model.load_state_dict(state, strict=False)
     return text
 
 
 def _timm_name(vision: PretrainedConfig) -> str:
-    """The timm model that has the sizes of a SigLIP image tower.
+    """The name of the timm model that has the sizes of a SigLIP image tower.
 
     Raises:
-        ValueError: where timm has none; says what was sought.
+        ValueError: where timm has none; names the sizes.
     """
     size, patch = vision.image_size, vision.patch_size
     names = [name for name in timm.list_models(f"*patch{patch}_siglip_{size}") if "gap" not in name]
-    wanted = (vision.hidden_size, vision.num_hidden_layers, vision.num_attention_heads, vision.intermediate_size)
+    sizes = (vision.hidden_size, vision.num_hidden_layers, vision.num_attention_heads, vision.intermediate_size)
     for name in names:
         with torch.device("meta"):
             trunk = timm.create_model(name)
         mlp = trunk.blocks[0].mlp.fc1
-        if (trunk.embed_dim, len(trunk.blocks), trunk.blocks[0].attn.num_heads, mlp.out_features) == wanted:
+        if (trunk.embed_dim, len(trunk.blocks), trunk.blocks[0].attn.num_heads, mlp.out_features) == sizes:
             return name
     raise ValueError(
-        f"timm has no SigLIP of {size} px, patch {patch} and (width, layers, heads, MLP) {wanted}: {names}"
+        f"timm has no SigLIP of {size} px, patch {patch} and (width, layers, heads, MLP) {sizes}; it has {names}"
     )
 
 
 def open_clip_config(config: PretrainedConfig) -> dict:
-    """open_clip's `model_cfg` for a transformers CLIP or SigLIP.
+    """open_clip's `model_cfg` for the configuration of a transformers CLIP or SigLIP.
 
     Raises:
         ValueError: for another kind of model.
@@ -247,16 +256,16 @@ def open_clip_config(config: PretrainedConfig) -> dict:
 
 
 def build_model(config: dict) -> nn.Module:
-    """An open_clip model by its whole configuration, of random weights."""
+    """An open_clip model with random weights, from its complete configuration, as its folders hold it."""
     model_cfg = {name: value for name, value in config["model_cfg"].items() if name != "custom_text"}
     model = (CustomTextCLIP if config["model_cfg"].get("custom_text") else CLIP)(**model_cfg).eval()
     return use_activation(model, config)
 
 
 def use_activation(model: nn.Module, config: dict) -> nn.Module:
-    """Let a timm tower approximate GELU by tanh where `config` has `timm_gelu: tanh`, in place.
+    """Make a timm tower approximate GELU by tanh where `config` has `timm_gelu: tanh`, in place.
 
-    transformers' SigLIP does so, and open_clip has no word for it: only what is read by diva_lab heeds the entry.
+    transformers' SigLIP does so. open_clip has no such setting: this entry is our own, and open_clip ignores it.
     """
     if config.get("timm_gelu") == "tanh":
         for module in model.visual.trunk.modules():
@@ -265,22 +274,22 @@ def use_activation(model: nn.Module, config: dict) -> nn.Module:
     return model
 
 
-_BOTH = {
+_ANY = {
     "embed_dim", "init_logit_scale", "vision_cfg.image_size", "vision_cfg.patch_dropout", "text_cfg.context_length",
     "text_cfg.vocab_size", "text_cfg.width", "text_cfg.heads", "text_cfg.layers", "text_cfg.mlp_ratio",
     "text_cfg.hf_tokenizer_name", "text_cfg.tokenizer_kwargs",
 }  # fmt: skip
-_FREE = {  # kind -> keys of open_clip's `model_cfg` that may say anything: sizes, or what only training heeds
-    "clip": _BOTH | {
+_FREE = {  # kind -> keys of open_clip's `model_cfg` that may have any value: sizes, and settings of training alone
+    "clip": _ANY | {
         "quick_gelu", "vision_cfg.layers", "vision_cfg.width", "vision_cfg.head_width", "vision_cfg.patch_size",
         "vision_cfg.mlp_ratio",
     },
-    "siglip": _BOTH | {
+    "siglip": _ANY | {
         "init_logit_bias", "text_cfg.act_kwargs", "vision_cfg.timm_model_name", "vision_cfg.timm_model_pretrained",
         "vision_cfg.timm_drop", "vision_cfg.timm_drop_path",
     },
 }  # fmt: skip
-_HELD = {  # kind -> what the others have to say, where it is not open_clip's default
+_REQUIRED = {  # kind -> the values of other keys, where they differ from open_clip's defaults
     "clip": {},
     "siglip": {
         "custom_text": True, "vision_cfg.timm_pool": "map", "vision_cfg.timm_proj": "none",
@@ -290,8 +299,8 @@ _HELD = {  # kind -> what the others have to say, where it is not open_clip's de
 }  # fmt: skip
 
 
-def _flat(model_cfg: dict) -> dict:
-    """open_clip's `model_cfg` as one level, its towers' defaults filled in."""
+def _flatten(model_cfg: dict) -> dict:
+    """open_clip's `model_cfg` with keys such as `text_cfg.width`, and with the defaults of its towers."""
     towers = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
     flat = {key: value for key, value in model_cfg.items() if key not in towers}
     for name, tower in towers.items():
@@ -300,43 +309,43 @@ def _flat(model_cfg: dict) -> dict:
 
 
 def transformers_kind(config: dict) -> str:
-    """The key of `NAMES` whose transformers model computes what an open_clip model of this configuration computes.
+    """The key of `PART_NAMES` whose transformers model computes the same as an open_clip model of this configuration.
 
     Raises:
-        NotImplementedError: where there is none; names the first key that says why.
+        NotImplementedError: where there is none; names the first setting that transformers does not have.
     """
-    given = _flat(config["model_cfg"])
-    kind = "siglip" if "siglip" in (given["vision_cfg.timm_model_name"] or "") else "clip"
-    wanted = _flat({"vision_cfg": {}, "text_cfg": {}}) | _HELD[kind]
-    odd = [key for key in given.keys() | wanted.keys() if (given.get(key) or None) != (wanted.get(key) or None)]
-    odd = set(odd) - _FREE[kind]
-    odd |= {key for key in ("vision_cfg.image_size", "vision_cfg.layers") if not isinstance(given[key], int)}
-    if kind == "siglip" and given.get("init_logit_bias") is None:
-        odd.add("init_logit_bias")
-    if (given["text_cfg.tokenizer_kwargs"] or {}) not in ({}, {"clean": "canonicalize"}):
-        odd.add("text_cfg.tokenizer_kwargs")
-    if odd:
-        key = min(odd)
-        raise NotImplementedError(f"transformers' {kind} has no word for open_clip's {key} = {given.get(key)!r}")
+    settings = _flatten(config["model_cfg"])
+    kind = "siglip" if "siglip" in (settings["vision_cfg.timm_model_name"] or "") else "clip"
+    expected = _flatten({"vision_cfg": {}, "text_cfg": {}}) | _REQUIRED[kind]
+    keys = (settings.keys() | expected.keys()) - _FREE[kind]
+    unsupported = {key for key in keys if (settings.get(key) or None) != (expected.get(key) or None)}
+    unsupported |= {key for key in ("vision_cfg.image_size", "vision_cfg.layers") if not isinstance(settings[key], int)}
+    if kind == "siglip" and settings.get("init_logit_bias") is None:
+        unsupported.add("init_logit_bias")
+    if (settings["text_cfg.tokenizer_kwargs"] or {}) not in ({}, {"clean": "canonicalize"}):
+        unsupported.add("text_cfg.tokenizer_kwargs")
+    if unsupported:
+        key = min(unsupported)
+        raise NotImplementedError(f"transformers' {kind} does not support open_clip's {key} = {settings.get(key)!r}")
     return kind
 
 
 def transformers_config(model: nn.Module, config: dict, tokenizer: object) -> PretrainedConfig:
-    """transformers' configuration for an open_clip CLIP, or SigLIP with a timm tower, built as `config` says.
+    """transformers' configuration for an open_clip `model`, its complete configuration and its tokenizer.
 
     Raises:
-        NotImplementedError: for another architecture, which only open_clip can hold; see `transformers_kind`.
+        NotImplementedError: for an architecture that transformers does not have: see `transformers_kind`.
     """
     kind, model_cfg = transformers_kind(config), config["model_cfg"]
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     inner = getattr(tokenizer, "tokenizer", tokenizer)
-    ends = {"bos_token_id": getattr(inner, "bos_token_id", None) or getattr(inner, "sot_token_id", None)}
-    ends["eos_token_id"] = getattr(inner, "eos_token_id", None) or getattr(inner, "eot_token_id", None)
-    ends["pad_token_id"] = getattr(inner, "pad_token_id", None) or 0
+    special = {"bos_token_id": getattr(inner, "bos_token_id", None) or getattr(inner, "sot_token_id", None)}
+    special["eos_token_id"] = getattr(inner, "eos_token_id", None) or getattr(inner, "eot_token_id", None)
+    special["pad_token_id"] = getattr(inner, "pad_token_id", None) or 0
     text_config = {
         "vocab_size": text["vocab_size"], "hidden_size": text["width"], "num_hidden_layers": text["layers"],
         "num_attention_heads": text["heads"], "intermediate_size": int(text.get("mlp_ratio", 4.0) * text["width"]),
-        "max_position_embeddings": text["context_length"], **ends,
+        "max_position_embeddings": text["context_length"], **special,
     }  # fmt: skip
     if kind == "clip":
         width = vision["width"]
@@ -362,81 +371,85 @@ def transformers_config(model: nn.Module, config: dict, tokenizer: object) -> Pr
     return SiglipConfig(text_config=text_config, vision_config=vision_config)
 
 
-_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as image processors hold them
-_BESIDE = {  # what has to lie beside the weights; one file of each line
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, which image processors use
+_BESIDE = {  # what a transformers folder must hold beside the weights -> the files, any of which will do
     "image processor": ("preprocessor_config.json", "processor_config.json"),
     "tokenizer": ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model"),
 }
 
 
 def _preprocessing(folder: str | Path, px: int) -> dict:
-    """open_clip's `preprocess_cfg` for the image processor of a transformers folder whose model takes `px` pixels.
+    """open_clip's `preprocess_cfg` for the image processor of a transformers folder whose model takes px x px pixels.
 
     Raises:
-        ValueError: for a way to resize that has no counterpart here.
+        ValueError: for a way to resize that open_clip does not have, and for another size.
     """
-    shown = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    if shown.resample not in _RESAMPLE:
-        known = " or ".join(f"{number} ({name})" for number, name in _RESAMPLE.items())
-        raise ValueError(f"{folder}: image processor with resample = {shown.resample}; expected {known}")
-    edge = shown.size.get("shortest_edge") or shown.size.get("height")
+    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    if processor.resample not in _RESAMPLE:
+        numbers = " or ".join(f"{number} ({name})" for number, name in _RESAMPLE.items())
+        raise ValueError(f"{folder}: image processor with resample = {processor.resample}; expected {numbers}")
+    edge = processor.size.get("shortest_edge") or processor.size.get("height")
     if edge != px:
         raise ValueError(f"{folder}: image processor that resizes to {edge} px; expected the model's {px} px")
     return {
-        "size": px, "mean": tuple(shown.image_mean), "std": tuple(shown.image_std),
-        "interpolation": _RESAMPLE[shown.resample],
-        "resize_mode": "shortest" if shown.size.get("shortest_edge") else "squash",
+        "size": px, "mean": tuple(processor.image_mean), "std": tuple(processor.image_std),
+        "interpolation": _RESAMPLE[processor.resample],
+        "resize_mode": "shortest" if processor.size.get("shortest_edge") else "squash",
     }  # fmt: skip
 
 
 def read_transformers(folder: str | Path) -> tuple[nn.Module, HFTokenizer, dict]:
-    """A transformers CLIP or SigLIP folder as an open_clip model, its tokenizer, and open_clip's configuration.
+    """Read a transformers folder of a CLIP or SigLIP.
+
+    Returns:
+        An open_clip model, its tokenizer, and open_clip's complete configuration.
 
     Raises:
-        ValueError, OSError: for another kind of model, or a folder that is not whole. Trainers that save the model
-            alone, as DCR's, leave out the image processor and the tokenizer, which are those of the model they tuned.
+        ValueError: for another kind of model.
+        OSError: for an incomplete folder. Trainers that save the model alone, such as DCR's, leave out the image
+            processor and the tokenizer; both are those of the model that was tuned.
     """
-    theirs = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    kind = theirs.config.model_type
-    model_cfg = open_clip_config(theirs.config)
+    source = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    kind = source.config.model_type
+    model_cfg = open_clip_config(source.config)
     for part, files in _BESIDE.items():
         if not any(Path(folder, file).exists() for file in files):
             raise FileNotFoundError(
-                f"{folder} has no {part}: none of {', '.join(files)}; copy it from the model that it was tuned from"
+                f"{folder} has no {part}: none of {', '.join(files)}; copy it from the model that was tuned"
             )
     preprocess = _preprocessing(folder, model_cfg["vision_cfg"]["image_size"])
     config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
-    if kind == "siglip" and theirs.config.vision_config.hidden_act == "gelu_pytorch_tanh":
+    if kind == "siglip" and source.config.vision_config.hidden_act == "gelu_pytorch_tanh":
         config["timm_gelu"] = "tanh"
     model = build_model(config)
-    model.load_state_dict(convert(theirs.state_dict(), kind, model.state_dict()))
+    model.load_state_dict(convert(source.state_dict(), kind, model.state_dict()))
     set_model_preprocess_cfg(model, preprocess)
     text_cfg = model_cfg["text_cfg"]
     tokenizer = HFTokenizer(str(folder), text_cfg["context_length"], **text_cfg.get("tokenizer_kwargs", {}))
     return model, tokenizer, config
 
 
-def _inner(tokenizer: HFTokenizer | SimpleTokenizer) -> PreTrainedTokenizerBase:
-    """transformers' tokenizer that an open_clip tokenizer wraps, or has as its counterpart."""
-    if isinstance(tokenizer, SimpleTokenizer):  # OpenAI's, which open_clip carries in a format of its own
+def transformers_tokenizer(tokenizer: HFTokenizer | SimpleTokenizer) -> PreTrainedTokenizerBase:
+    """The transformers tokenizer that an open_clip tokenizer wraps, or that equals OpenAI's `SimpleTokenizer`."""
+    if isinstance(tokenizer, SimpleTokenizer):
         special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
         vocabulary = {special.get(word, word): number for word, number in tokenizer.encoder.items()}
         return CLIPTokenizer(vocabulary, list(tokenizer.bpe_ranks), model_max_length=tokenizer.context_length)
     return tokenizer.tokenizer
 
 
-def _canonical(tokenizer: HFTokenizer | SimpleTokenizer) -> PreTrainedTokenizerBase:
-    """transformers' tokenizer that does to texts itself what open_clip does before it calls one: `clean: canonicalize`.
+def _cleaning_tokenizer(tokenizer: HFTokenizer | SimpleTokenizer) -> PreTrainedTokenizerBase:
+    """A transformers tokenizer that cleans texts as open_clip does with `clean: canonicalize` before it tokenizes them.
 
-    Characters are composed, an underscore becomes a space, punctuation and curly quotes go, capitals become small,
-    white space shrinks. Left out is what else open_clip repairs before that (ftfy, HTML's entities): no tokenizer's
-    file has a word for it. The class is the general one: T5's, which SigLIP has, would build its normaliser anew.
+    Characters are composed (NFC), an underscore becomes a space, punctuation and curly quotes are removed, letters
+    become lower case, white space is collapsed. open_clip also repairs broken Unicode (ftfy) and HTML entities, which
+    no tokenizer file can express. The class is the general one: T5's, which SigLIP uses, would rebuild its normaliser.
     """
-    inner = _inner(tokenizer)
-    if not hasattr(inner, "backend_tokenizer"):  # SentencePiece as transformers' SigLIP has it, which cleans as well
+    inner = transformers_tokenizer(tokenizer)
+    if not hasattr(inner, "backend_tokenizer"):  # the SentencePiece class of transformers' SigLIP cleans texts itself
         return inner
     backend = Tokenizer.from_str(inner.backend_tokenizer.to_str())
-    marks = Regex(f"[{re.escape(string.punctuation)}\u02bc\u2018-\u201f]")  # ftfy makes quotes of these straight
+    marks = Regex(f"[{re.escape(string.punctuation)}\u02bc\u2018-\u201f]")  # ftfy makes straight quotes of the last
     steps = [normalizers.NFC(), normalizers.Replace("_", " "), normalizers.Replace(marks, ""), normalizers.Lowercase()]
     steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     backend.normalizer = normalizers.Sequence([*steps, *([backend.normalizer] if backend.normalizer else [])])
@@ -447,51 +460,53 @@ def _canonical(tokenizer: HFTokenizer | SimpleTokenizer) -> PreTrainedTokenizerB
 
 
 def write_open_clip(folder: Path, state: State, config: dict, tokenizer: object) -> Path:
-    """An open_clip folder, as `local-dir:` and `load_encoder` read it."""
+    """Write an open_clip folder, for open_clip's `local-dir:` and for `load_encoder`; return it.
+
+    Args:
+        state, config, tokenizer: open_clip's weights, complete configuration and tokenizer.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in state.items()}, folder / "open_clip_model.safetensors")
     text_cfg = {**config["model_cfg"]["text_cfg"], "hf_tokenizer_name": "tokenizer"}
     config = config | {"model_cfg": {**config["model_cfg"], "text_cfg": text_cfg}}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    _inner(tokenizer).save_pretrained(folder)
+    transformers_tokenizer(tokenizer).save_pretrained(folder)
     return folder
 
 
-def _processor(kind: str, config: dict) -> CLIPImageProcessor | SiglipImageProcessor:
-    """transformers' image processor that resizes and normalises as `config` says.
+def _image_processor(kind: str, config: dict) -> CLIPImageProcessor | SiglipImageProcessor:
+    """The transformers image processor that resizes and normalises as `config` says.
 
     Raises:
-        NotImplementedError: for a SigLIP whose pictures are cut, not squashed.
+        NotImplementedError: for a SigLIP that crops images instead of squashing them.
     """
-    px, shown = config["model_cfg"]["vision_cfg"]["image_size"], config["preprocess_cfg"]
-    facts = {"image_mean": list(shown["mean"]), "image_std": list(shown["std"])}
-    facts["resample"] = 2 if shown.get("interpolation") == "bilinear" else 3
-    squash = shown.get("resize_mode") == "squash"
+    px, preprocess = config["model_cfg"]["vision_cfg"]["image_size"], config["preprocess_cfg"]
+    options = {"image_mean": list(preprocess["mean"]), "image_std": list(preprocess["std"])}
+    options["resample"] = 2 if preprocess.get("interpolation") == "bilinear" else 3
+    squash = preprocess.get("resize_mode") == "squash"
     size = {"height": px, "width": px} if squash else {"shortest_edge": px}
     if kind == "clip":
-        return CLIPImageProcessor(size=size, crop_size=px, do_center_crop=not squash, **facts)
+        return CLIPImageProcessor(size=size, crop_size=px, do_center_crop=not squash, **options)
     if not squash:
-        raise NotImplementedError("transformers' siglip squashes pictures; it has no word for open_clip's resize_mode")
-    return SiglipImageProcessor(size=size, **facts)
+        mode = preprocess.get("resize_mode")
+        raise NotImplementedError(f"transformers' siglip squashes images; open_clip's resize_mode is {mode!r}")
+    return SiglipImageProcessor(size=size, **options)
 
 
 def write_transformers(folder: Path, state: State, config: dict, tokenizer: object) -> Path:
-    """A transformers folder: weights, configuration, image processor and tokenizer.
-
-    Args:
-        state: under open_clip's names.
+    """Write a transformers folder from the same arguments: weights, configuration, image processor and tokenizer.
 
     Raises:
-        NotImplementedError: for an architecture that transformers' CLIP and SigLIP do not hold. Nothing is written.
+        NotImplementedError: for an architecture that transformers' CLIP and SigLIP do not have. Nothing is written.
     """
     kind = transformers_kind(config)
-    processor = _processor(kind, config)
+    processor = _image_processor(kind, config)
     with torch.device("meta"):
-        found = transformers_config(build_model(config), config, tokenizer)
-        model = (CLIPModel if kind == "clip" else SiglipModel)(found)
+        architecture = transformers_config(build_model(config), config, tokenizer)
+        model = (CLIPModel if kind == "clip" else SiglipModel)(architecture)
     model.load_state_dict(convert(state, kind, model.state_dict()), assign=True)
-    cleaned = (config["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}).get("clean") == "canonicalize"
+    clean = (config["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}).get("clean") == "canonicalize"
     folder.mkdir(parents=True, exist_ok=True)
-    for part in (model, processor, _canonical(tokenizer) if cleaned else _inner(tokenizer)):
+    for part in (model, processor, (_cleaning_tokenizer if clean else transformers_tokenizer)(tokenizer)):
         part.save_pretrained(folder)
     return folder

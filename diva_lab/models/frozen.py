@@ -1,6 +1,8 @@
-"""What a frozen UNet need not compute, and need not keep: levers that leave predictions and gradients as they are.
+"""LEVERS: changes to a frozen UNet that save time and memory and leave predictions and gradients as they are.
 
-Each lever changes a diffusers UNet in place and can be left out alone; `LEVERS` at the end names them.
+A frozen UNet computes some values again and again that are constant or equal, and keeps some for a backward pass that
+has no use for them. Each lever changes a diffusers UNet in place and can be left out alone; `LEVERS`, at the end of the
+file, lists them.
 """
 
 from collections.abc import Callable
@@ -12,12 +14,18 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
-CACHED = 1 << 22  # scores that stay in a CPU's cache between the product that makes them and the one that uses them
+CACHED = 1 << 22  # attention scores at a time on a CPU, few enough to stay in its cache from one product to the next
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over [b, heads, n, d]; on a CPU by plain products, whose backward pass is faster."""
+    """softmax(q k^T / sqrt(d)) v, [b, heads, n, d]; on a CPU by plain products, whose backward pass is faster.
+
+    Args:
+        q: [b, heads, n, d].
+        k, v: [b, heads, l, d].
+    """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
     rows = max(1, CACHED // (q.shape[1] * q.shape[2] * k.shape[2]))
@@ -28,52 +36,45 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
-class BiasedAttention:
-    """A diffusers attention processor: self-attention as it is; cross-attention cheaper for a context of one token.
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [b, n, heads d] -> [b, heads, n, d]
 
-    One token v stands for the empty prompt u with v added to each of its tokens. Then every key moves by the same
-    W_k v, which the softmax does not see, and every value by W_v v: softmax(q K_u^T) V_u + W_v v, exactly (METHOD).
-    K_u and V_u are constants, projected once.
+
+class BiasedAttention:
+    """A diffusers attention processor whose cross-attention is cheaper for a context of one token.
+
+    A context of one token v stands for the empty prompt u with v added to each of its tokens. The keys W_k (u_i + v)
+    differ from W_k u_i by a vector that is the same for all i, so the softmax does not change; every value grows by
+    W_v v. The attention is therefore softmax(q K_u^T / sqrt(d)) V_u + W_v v, exactly (docs/method.md). K_u and V_u are
+    constants, computed once. Self-attention and longer contexts are computed as usual.
 
     Args:
         empty: () -> the context u of the empty prompt, [l, c].
-        repeats: () -> how many consecutive rows have the same queries; only the first cross-attention has such.
+        repeats: () -> the number of consecutive rows with equal queries; more than 1 only in the first cross-attention.
     """
 
     def __init__(self, empty: Callable[[], Tensor], repeats: Callable[[], int] = lambda: 1):
         self.empty, self.repeats, self._constants = empty, repeats, None
 
     def constants(self, attn: Attention, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the empty prompt, [1, heads, l, d] each, of the dtype and on the device of `like`."""
-        if self._constants is None or (self._constants[0].dtype, self._constants[0].device) != (
-            like.dtype,
-            like.device,
-        ):
+        """K_u and V_u, [1, heads, l, d] each, with the dtype and on the device of `like`."""
+        stored = None if self._constants is None else (self._constants[0].dtype, self._constants[0].device)
+        if stored != (like.dtype, like.device):
             with torch.no_grad():
-                u = self.empty().to(attn.to_k.weight)
-                self._constants = tuple(
-                    layer(u)[None].unflatten(-1, (attn.heads, -1)).transpose(1, 2).to(like)
-                    for layer in (attn.to_k, attn.to_v)
-                )
+                u = self.empty().to(attn.to_k.weight)[None]  # [1, l, c]
+                self._constants = tuple(_heads(layer(u), attn.heads).to(like) for layer in (attn.to_k, attn.to_v))
         return self._constants
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        *_: object,
-        **__: object,
-    ) -> Tensor:
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *_, **__):
         one = encoder_hidden_states is not None and encoder_hidden_states.shape[1] == 1
         n = self.repeats() if one else 1
         x = hidden_states[::n]
-        q = attn.to_q(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [b, heads, n, d]
+        q = _heads(attn.to_q(x), attn.heads)  # [b, heads, n, d]
         if one:
-            k, v = (part.expand(len(q), -1, -1, -1) for part in self.constants(attn, q))
+            k, v = (part.expand(len(q), -1, -1, -1) for part in self.constants(attn, q))  # [b, heads, l, d]
         else:
             context = x if encoder_hidden_states is None else encoder_hidden_states
-            k, v = (layer(context).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for layer in (attn.to_k, attn.to_v))
+            k, v = (_heads(layer(context), attn.heads) for layer in (attn.to_k, attn.to_v))  # [b, heads, l, d]
         x = attend(q, k, v).transpose(1, 2).flatten(2)  # [b, n, c]
         if one:
             x = x.repeat_interleave(n, 0) + attn.to_v(encoder_hidden_states)
@@ -81,21 +82,14 @@ class BiasedAttention:
 
 
 def _bias(unet: UNet2DConditionModel, empty: Callable[[], Tensor], repeats: Callable[[], int]) -> None:
-    """Every attention becomes a `BiasedAttention`; the first cross-attention asks `repeats`."""
-    crosses = [
-        name for name, module in unet.named_modules() if isinstance(module, Attention) and module.is_cross_attention
-    ]
-    first = f"{crosses[0]}.processor"
-    unet.set_attn_processor(
-        {
-            name: BiasedAttention(empty, repeats) if name == first else BiasedAttention(empty)
-            for name in unet.attn_processors
-        }
-    )
+    """Make every attention a `BiasedAttention`; only the first cross-attention uses `repeats`."""
+    first = next(name for name, m in unet.named_modules() if isinstance(m, Attention) and m.is_cross_attention)
+    processors = {name: BiasedAttention(empty) for name in unet.attn_processors}
+    unet.set_attn_processor(processors | {f"{first}.processor": BiasedAttention(empty, repeats)})
 
 
-def prefix(unet: UNet2DConditionModel) -> list[nn.Module]:
-    """The modules that run before the first cross-attention, and so never see the context."""
+def modules_before_context(unet: UNet2DConditionModel) -> list[nn.Module]:
+    """The modules that run before the first cross-attention, so that their output does not depend on the context."""
     block = unet.down_blocks[0]
     if not getattr(block, "has_cross_attention", False):
         return [unet.time_embedding, unet.conv_in, block]
@@ -106,34 +100,38 @@ def prefix(unet: UNet2DConditionModel) -> list[nn.Module]:
 
 
 def _share(unet: UNet2DConditionModel, empty: Callable[[], Tensor], repeats: Callable[[], int]) -> None:
-    """Where each `repeats()` consecutive rows are the same, let the prefix compute one of them and repeat it."""
+    """Where `repeats()` consecutive rows are equal, compute one of them before the first cross-attention; repeat it."""
 
-    def one_of_each(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def keep_one(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if (n := repeats()) == 1:
-            return None  # as it is
+            return None  # the arguments stay as they are
 
         def take(value: object) -> object:
             return value[::n] if isinstance(value, Tensor) else value
 
         return tuple(map(take, args)), {name: take(value) for name, value in kwargs.items()}
 
-    def back(module: nn.Module, args: tuple, out: object) -> object:
+    def repeat(module: nn.Module, args: tuple, out: object) -> object:
         if (n := repeats()) == 1:
             return out
         if isinstance(out, Tensor):
             return out.repeat_interleave(n, 0)
-        return tuple(back(module, args, part) for part in out)
+        return tuple(repeat(module, args, part) for part in out)
 
-    for module in prefix(unet):
-        module.register_forward_pre_hook(one_of_each, with_kwargs=True)
-        module.register_forward_hook(back)
+    for module in modules_before_context(unet):
+        module.register_forward_pre_hook(keep_one, with_kwargs=True)
+        module.register_forward_hook(repeat)
 
 
 def lean(function: Callable[..., Tensor], *inputs: Tensor, rows: int | None = None) -> Tensor:
-    """function(*inputs), of which the backward pass keeps the inputs alone and computes the rest again.
+    """function(*inputs), keeping only the inputs for the backward pass, which computes the function again.
 
-    For cheap functions of independent rows, `rows` of them at a time if given. torch.utils.checkpoint does this for any
-    function, with hooks that cost more than these functions. A compiler decides for itself what to keep.
+    For cheap functions. torch.utils.checkpoint does the same for any function, but its hooks cost more time than these
+    functions. Under a compiler the function is called as it is, because the compiler decides what to keep.
+
+    Args:
+        function: of inputs with independent rows.
+        rows: rows to compute at a time; all if None.
     """
     if torch.compiler.is_compiling():
         return function(*inputs)
@@ -153,18 +151,21 @@ class _Lean(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        wanted, parts = ctx.needs_input_grad[2:], []
+        needed, parts = ctx.needs_input_grad[2:], []
         for g, *part in zip(*(x.split(ctx.rows) for x in (gradient, *ctx.saved_tensors)), strict=True):
-            part = [x.detach().requires_grad_(need) for x, need in zip(part, wanted, strict=True)]
+            part = [x.detach().requires_grad_(need) for x, need in zip(part, needed, strict=True)]
             with torch.enable_grad(), torch.autocast(*ctx.cast):
                 out = ctx.function(*part)
-            found = iter(torch.autograd.grad(out, [x for x in part if x.requires_grad], g))
-            parts.append([next(found) if need else None for need in wanted])
+            gradients = iter(torch.autograd.grad(out, [x for x in part if x.requires_grad], g))
+            parts.append([next(gradients) if need else None for need in needed])
         return None, None, *(torch.cat(x) if x[0] is not None else None for x in zip(*parts, strict=True))
 
 
 def frozen_inputs(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """x, weight and bias as autocast would have them; None where autograd or a compiler is to see the module itself."""
+    """x, weight and bias of a frozen layer, in the dtype that autocast would use.
+
+    None where the layer runs as usual: its weight needs a gradient, x needs none, or a compiler is at work.
+    """
     if module.weight.requires_grad or not (torch.is_grad_enabled() and x.requires_grad):
         return None
     if torch.compiler.is_compiling():
@@ -175,7 +176,7 @@ def frozen_inputs(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor 
 
 
 class FrozenConv2d(nn.Conv2d):
-    """A convolution without weight gradients: autograd would keep its input all the same, this one does not."""
+    """A convolution that does not keep its input: autograd would, though a frozen weight needs no gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         if (inputs := frozen_inputs(self, x)) is None:
@@ -187,18 +188,12 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, *geometry):
         ctx.save_for_backward(weight)
-        ctx.size, ctx.geometry = x.shape[2:], geometry
+        ctx.size, ctx.geometry = x.shape, geometry
         return F.conv2d(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx, gradient):
-        (weight,), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.geometry
-        reached = (
-            (out - 1) * s - 2 * p + d * (k - 1) + 1
-            for out, s, p, d, k in zip(gradient.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)
-        )
-        rest = [size - up_to for size, up_to in zip(ctx.size, reached, strict=True)]  # beyond the last stride
-        return F.conv_transpose2d(gradient, weight, None, stride, padding, rest, groups, dilation), *(None,) * 6
+        return conv2d_input(ctx.size, *ctx.saved_tensors, gradient, *ctx.geometry), *(None,) * 6
 
 
 def _forget(unet: UNet2DConditionModel, *_: object) -> None:
@@ -209,7 +204,7 @@ def _forget(unet: UNet2DConditionModel, *_: object) -> None:
 
 
 class _NormAct(nn.GroupNorm):
-    """Group norm and SiLU in one, of which the backward pass keeps the input alone."""
+    """Group norm and SiLU together, keeping only the input for the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         return lean(self._both, x)
@@ -219,14 +214,14 @@ class _NormAct(nn.GroupNorm):
 
 
 class _TimeAct(nn.SiLU):
-    """What is left of a residual block's activation: the time embedding's; pictures have theirs in `_NormAct`."""
+    """A residual block's activation of the time embedding; the activation of its feature maps is in `_NormAct`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.ndim == 2 else x
 
 
 class _Gated(GEGLU):
-    """A feed-forward's gate, of which the backward pass keeps the input alone: an eighth of what it makes of it."""
+    """A feed-forward layer's gate, keeping only the input for the backward pass; the projection is 8 times as wide."""
 
     def forward(self, x: Tensor) -> Tensor:
         if (inputs := frozen_inputs(self.proj, x)) is None:
@@ -264,15 +259,15 @@ def _recompute(unet: UNet2DConditionModel, *_: object) -> None:
 
 
 def _layout(unet: UNet2DConditionModel, *_: object) -> None:
-    """Channels last, as convolutions are fastest; not on a CPU, where group norm loses more by it."""
+    """Store channels last on a GPU, where convolutions are then faster; on a CPU group norm would lose more time."""
     if unet.device.type != "cpu":
         unet.to(memory_format=torch.channels_last)
 
 
-LEVERS: dict[str, Callable] = {  # name -> function of the UNet, () -> empty prompt, () -> rows that share a latent
-    "bias": _bias,  # a vector added to the empty prompt enters each cross-attention as one bias
-    "share": _share,  # what precedes the first cross-attention is computed once per latent
-    "forget": _forget,  # convolutions keep no input: there is no weight gradient to compute from it
-    "recompute": _recompute,  # of norms, activations and gates what enters is kept, not what follows from it
+LEVERS: dict[str, Callable] = {  # name -> function of (UNet, () -> empty prompt, () -> rows that share a latent)
+    "bias": _bias,  # a context of one token is one additive bias in each cross-attention
+    "share": _share,  # the layers before the first cross-attention run once per latent
+    "forget": _forget,  # convolutions do not keep their input, which only a weight's gradient would need
+    "recompute": _recompute,  # norms, activations and gates keep their input and compute the rest again
     "layout": _layout,  # channels last, on a GPU
 }

@@ -1,18 +1,20 @@
-"""Layers of an image tower: attention with its projections apart, so that LoRA wraps each, and names of its parts."""
+"""Layers of an image tower: attention whose projections LoRA can adapt one by one, and names for its parts."""
 
 import re
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diva_lab.machine import SHORT
+SHORT = 128  # up to so many tokens plain softmax attention has a faster backward pass on a CPU than the fused kernel
 
 
 class SplitAttention(nn.Module):
-    """An `nn.MultiheadAttention` whose packed projection is four `nn.Linear`s, which LoRA can wrap; equal to 1e-6.
+    """An `nn.MultiheadAttention` with four `nn.Linear`s in place of its packed projections, so that LoRA can wrap them.
 
-    `packed` gives the original back. Takes and returns what open_clip's blocks exchange with the original.
+    Its output is that of the original to 1e-6; inputs and outputs are those that open_clip's blocks use. `pack` makes
+    the original again.
     """
 
     def __init__(self, packed: nn.MultiheadAttention):
@@ -41,8 +43,8 @@ class SplitAttention(nn.Module):
         x = self.out_proj(x.transpose(1, 2).flatten(2))  # [b, n, d]
         return (x if self.batch_first else x.transpose(0, 1)), None
 
-    def packed(self) -> nn.MultiheadAttention:
-        """The same attention with its projections packed again."""
+    def pack(self) -> nn.MultiheadAttention:
+        """The same weights as an `nn.MultiheadAttention`."""
         out = nn.MultiheadAttention(self.out_proj.in_features, self.heads, batch_first=self.batch_first)
         parts = (self.q_proj, self.k_proj, self.v_proj)
         out.in_proj_weight.data = torch.cat([part.weight.detach() for part in parts])
@@ -52,9 +54,9 @@ class SplitAttention(nn.Module):
 
 
 class SplitLinear(nn.Module):
-    """A timm tower's packed projection (`qkv`, or attention pooling's `kv`) as one `nn.Linear` for each letter.
+    """A timm tower's packed projection (`qkv`, or `kv` in attention pooling) as one `nn.Linear` per letter.
 
-    LoRA of rank r then adapts each of them, as in the towers that have them apart.
+    LoRA of rank r then adapts each of them, as it does in towers that have separate projections.
     """
 
     def __init__(self, packed: nn.Linear, letters: str):
@@ -70,8 +72,8 @@ class SplitLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([part(x) for part in self.children()], dim=-1)
 
-    def packed(self) -> nn.Linear:
-        """The same projection in one again."""
+    def pack(self) -> nn.Linear:
+        """The same weights as one `nn.Linear`."""
         parts = list(self.children())
         out = nn.Linear(parts[0].in_features, sum(part.out_features for part in parts), device="meta")
         out.weight = nn.Parameter(torch.cat([part.weight.detach() for part in parts]))
@@ -80,41 +82,41 @@ class SplitLinear(nn.Module):
         return out
 
 
-def _replace(tower: nn.Module, kind: type | tuple[type, ...], build) -> nn.Module:
-    for module in list(tower.modules()):
+def replace_layers(model: nn.Module, kinds: tuple[type, ...], build: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Replace every layer of these kinds in `model` by `build(layer)`, in place."""
+    for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, kind):
+            if isinstance(child, kinds):
                 setattr(module, name, build(child))
-    return tower
+    return model
 
 
 def split_attention(tower: nn.Module) -> nn.Module:
     """Give q, k and v of every attention of `tower` an `nn.Linear` each, in place, with the same weights."""
-    for module in list(tower.modules()):
-        for letters in ("qkv", "kv"):
-            if type(packed := getattr(module, letters, None)) is nn.Linear:
-                setattr(module, letters, SplitLinear(packed, letters))
-                if hasattr(module, "qkv_bias_separate"):  # EVA, BEiT: else they read `qkv.weight`, past any LoRA
-                    module.qkv_bias_separate = True
-    return _replace(tower, nn.MultiheadAttention, SplitAttention)
+    names = [(module, name) for module in tower.modules() for name in ("qkv", "kv")]
+    for module, name in [pair for pair in names if type(getattr(*pair, None)) is nn.Linear]:
+        setattr(module, name, SplitLinear(getattr(module, name), name))
+        if hasattr(module, "qkv_bias_separate"):  # EVA and BEiT would otherwise read `qkv.weight` and miss any LoRA
+            module.qkv_bias_separate = True
+    return replace_layers(tower, (nn.MultiheadAttention,), SplitAttention)
 
 
 def fuse_attention(tower: nn.Module) -> nn.Module:
-    """Undo `split_attention`, in place; a bias that timm adds apart stays apart, which changes no weight."""
-    return _replace(tower, (SplitAttention, SplitLinear), lambda module: module.packed())
+    """Undo `split_attention`, in place; a bias that timm adds separately stays separate, which changes no weight."""
+    return replace_layers(tower, (SplitAttention, SplitLinear), lambda module: module.pack())
 
 
 def block_name(name: str) -> str:
-    """The part that a parameter belongs to: stem, block0, block1, ..., head, or the conditioner's projector."""
+    """The part of the model that a parameter belongs to: stem, block0, block1, ..., head or projector."""
     if name.startswith("conditioner."):
         return "projector"
-    if found := re.search(r"blocks\.(\d+)\.", name):
-        return f"block{found.group(1)}"
+    if block := re.search(r"blocks\.(\d+)\.", name):
+        return f"block{block[1]}"
     head = r"ln_post|trunk\.(fc_)?norm\b|(?<!patch_embed\.)proj\b|head|attn_pool"
     return "head" if re.search(head, name) else "stem"
 
 
-LAYER_KINDS = {  # of layers: name -> pattern of their parameters' names, open_clip's and timm's; the first that fits
+LAYER_KINDS = {  # kind of layer -> pattern of parameter names in open_clip and timm; the first match counts
     "norm": r"\.ln_|norm",
     "embedding": r"conv1|class_embedding|pos|patch_embed|cls_token|latent",
     "q": r"\.q(_proj)?\.",
@@ -127,5 +129,5 @@ LAYER_KINDS = {  # of layers: name -> pattern of their parameters' names, open_c
 
 
 def layer_kind(name: str) -> str:
-    """The kind of layer that a parameter belongs to: a key of `LAYER_KINDS`, or `projection` for the last one."""
+    """The kind of layer that a parameter belongs to: a key of `LAYER_KINDS`, or `projection` for the final one."""
     return next((kind for kind, pattern in LAYER_KINDS.items() if re.search(pattern, name)), "projection")

@@ -1,18 +1,24 @@
-"""What is trained in an encoder: LoRA (peft) on every linear layer of the image tower, or all of its weights."""
+"""The weights that are trained in an encoder: LoRA (peft) on every linear layer of the visual tower, or all weights."""
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from diva_lab.models.layers import replace_layers
+
 
 def make_trainable(
     encoder: nn.Module, rank: int = 16, alpha: float = 16, dropout: float = 0.1, seed: int = 0, bias: bool = True
 ) -> None:
-    """Open the visual tower for training, in place: LoRA of `rank` on every linear layer, or all weights if 0.
+    """Open the visual tower for training, in place; the text tower stays frozen. The defaults are DCR's.
 
-    LoRA as DCR has it (r = 16, alpha = 16, dropout = .1): q, k, v, out, both MLP layers and the final projection; with
-    `bias` the biases of these layers too (peft's `lora_only`). The text tower stays frozen.
+    Args:
+        encoder: an `Encoder`.
+        rank, alpha, dropout: of LoRA on q, k, v, out, both layers of each MLP and the final projection; rank 0 trains
+            all weights of the tower instead.
+        seed: of LoRA's initial weights.
+        bias: whether to train the biases of the adapted layers too (peft's `lora_only`).
     """
     if rank == 0:
         encoder.model.visual.requires_grad_(True)
@@ -28,22 +34,20 @@ def make_trainable(
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # LoRA's A is drawn from the global generator
         inject_adapter_in_model(config, encoder)
-    encoder.eval()  # new layers come in training mode
+    encoder.eval()  # peft's new layers are in training mode
     for name, p in encoder.named_parameters():
         p.requires_grad_("lora_" in name or (bias and name.endswith("base_layer.bias")))
 
 
 def merge_lora(encoder: nn.Module) -> nn.Module:
-    """Fold every LoRA pair into the weight it adapts and remove it, in place; nothing happens without LoRA."""
-    for parent in list(encoder.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, BaseTunerLayer):
-                child.merge()
-                setattr(parent, name, child.get_base_layer())
-    return encoder
+    """Add every LoRA product to the weight that it adapts and remove LoRA, in place; without LoRA nothing changes."""
+    for layer in encoder.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+    return replace_layers(encoder, (BaseTunerLayer,), lambda layer: layer.get_base_layer())
 
 
 def visual_weights(encoder: nn.Module) -> dict[str, Tensor]:
-    """The visual tower's own parameters by name, LoRA left out; the tensors themselves, not copies."""
+    """The visual tower's parameters by name, without LoRA's; the tensors themselves, no copies."""
     named = dict(encoder.named_parameters())
     return {n: p for n, p in named.items() if n.startswith(("model.visual.", "proj.")) and "lora_" not in n}

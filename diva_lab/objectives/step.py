@@ -1,4 +1,4 @@
-"""All that an objective may use in one step of training."""
+"""The data, models and random draws that one training step hands to an objective."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,23 +13,23 @@ from diva_lab.objectives.timesteps import draw_timesteps
 
 
 def needs_other_images(objective: Callable) -> Callable:
-    """Mark an objective that contrasts the images of a batch with each other: it takes batches of at least 2."""
+    """Mark an objective that contrasts the images of a batch with each other: its batches hold at least 2 images."""
     objective.needs_other_images = True
     return objective
 
 
 @dataclass(frozen=True)
 class Step:
-    """All that an objective may use in one step.
+    """Everything that an objective may use in one step.
 
     Attributes:
         images: [b, 3, h, w] in [0, 1], on the device.
-        encode: pictures -> `Features`; carries the gradient.
-        condition: `Features` -> context [b, l, c]; carries the gradient.
-        augment: pictures -> an augmented view of each.
+        encode: images -> `Features`, with gradient.
+        condition: `Features` -> context [b, l, w] for the denoiser, with gradient.
+        augment: images -> one augmented view of each.
         denoiser: frozen.
-        generator: of timesteps and noise, on the CPU.
-        settings: a `training.Settings`, or anything with its fields.
+        generator: for timesteps and noise, on the CPU.
+        settings: a `training.settings.Settings`, or any object with its fields.
     """
 
     images: Float[Tensor, "b 3 h w"]
@@ -41,11 +41,11 @@ class Step:
     settings: object
 
     def latents(self) -> Float[Tensor, "b c h w"]:
-        """Clean latents: the posterior's mean (DIVA) or a sample (DCR), by `settings.latent`."""
+        """Latents x0 of the images: the posterior's mean (DIVA) or a sample (DCR's code), by `settings.latent`."""
         return self.denoiser.latents(self.images, self.generator if self.settings.latent == "sample" else None)
 
-    def noised(self, x0: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor, Tensor]:
-        """One draw of (x_t, t, eps) for each latent."""
+    def draw_noisy(self, x0: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw a timestep and noise for each latent: x_t [b, c, h, w], t [b] and eps [b, c, h, w]."""
         t = draw_timesteps(self.settings.timesteps, len(x0), self.denoiser.timesteps, self.generator).to(x0.device)
         noise = torch.randn(x0.shape, generator=self.generator).to(x0)
         return self.denoiser.add_noise(x0, noise, t), t, noise

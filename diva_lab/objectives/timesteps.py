@@ -1,4 +1,4 @@
-"""How the timesteps of a batch are drawn."""
+"""The distribution from which a batch's timesteps are drawn."""
 
 from collections.abc import Callable
 
@@ -6,18 +6,20 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-TIMESTEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # from a uniform and a normal draw to t / T in [0, 1)
+TIMESTEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (uniform draw, normal draw) -> t / T in [0, 1)
     "uniform": lambda u, z: u,
-    "logit-normal": lambda u, z: z.sigmoid(),  # as GenHancer, with s = 1 as released
+    "logit-normal": lambda u, z: z.sigmoid(),  # GenHancer's, with s = 1 as released
     "high-noise": lambda u, z: 0.5 + 0.5 * u,
 }
 
 
 def timestep_weights(kind: str) -> Tensor | None:
-    """Relative weights of equal parts of the timesteps, from `0,0,1,3`; None for a key of `TIMESTEPS`.
+    """The weights of a piecewise constant distribution such as `0,0,1,3`; None for a key of `TIMESTEPS`.
+
+    k weights stand for k equal parts of all timesteps; only their ratios matter.
 
     Raises:
-        ValueError: for what is neither, names the known ones.
+        ValueError: for anything else; names the possible values.
     """
     if kind in TIMESTEPS:
         return None
@@ -34,18 +36,21 @@ def timestep_weights(kind: str) -> Tensor | None:
 
 
 def draw_timesteps(kind: str, b: int, timesteps: int, generator: torch.Generator) -> Int[Tensor, " b"]:
-    """`b` timesteps in [0, timesteps), drawn by a key of `TIMESTEPS` or by `timestep_weights`.
+    """Draw b timesteps in [0, timesteps).
+
+    Args:
+        kind: a key of `TIMESTEPS`, or weights: see `timestep_weights`.
 
     Raises:
-        ValueError: for an unknown `kind`; lists the known ones.
+        ValueError: for an unknown `kind`.
     """
     weights = timestep_weights(kind)
     u, z = torch.rand(b, generator=generator), torch.randn(b, generator=generator)
     if weights is None:
         share = TIMESTEPS[kind](u, z)
-    else:
-        upper = weights.cumsum(0) / weights.sum()
-        part = torch.searchsorted(upper, u, right=True).clamp(max=len(weights) - 1)
+    else:  # the inverse of the distribution function at u
+        upper = weights.cumsum(0) / weights.sum()  # [k]
+        part = torch.searchsorted(upper, u, right=True).clamp(max=len(weights) - 1)  # [b]
         width = weights[part] / weights.sum()
         share = (part + 1 - (upper[part] - u) / width.clamp_min(1e-12)) / len(weights)
     return (share * timesteps).long().clamp(0, timesteps - 1)

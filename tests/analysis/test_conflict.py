@@ -49,7 +49,7 @@ def test_a_bins_timesteps_are_its_own(small_settings, tmp_path):
     def spy(at, parameters):
         for weights in ("1,0", "0,1"):
             step = at(0, timesteps=weights)
-            seen.append(step.noised(step.latents())[1])
+            seen.append(step.draw_noisy(step.latents())[1])
         return []
 
     tune(small_settings, tmp_path, probe=spy)

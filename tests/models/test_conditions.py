@@ -4,7 +4,7 @@ import torch
 from diva_lab.models.conditions import CONDITIONS, Conditioner, Projector
 from diva_lab.models.encoders import Features
 
-B, N, D, L, C = 3, 16, 8, 6, 5  # pictures, patches, width, tokens of the prompt, width of the cross-attention
+B, N, D, L, C = 3, 16, 8, 6, 5  # images, patches, width, tokens of the prompt, width of the cross-attention
 
 LENGTHS = {
     "global": 1, "recap": L, "recap-all": 1 + N, "recap-half": 1 + N // 2, "recap-pool6": 1 + N // 6,
@@ -35,13 +35,13 @@ def test_a_context_has_its_conditions_tokens_drawn_or_not(name, features, empty)
 
 
 @EACH
-def test_a_context_is_the_empty_prompt_where_the_projector_says_nothing(name, features, empty):
+def test_a_context_is_the_empty_prompt_where_the_projector_is_zero(name, features, empty):
     conditioner = Conditioner(name, D, C)
     torch.nn.init.zeros_(conditioner.projector[-1].weight)
     torch.nn.init.zeros_(conditioner.projector[-1].bias)
-    said = conditioner(features, empty, seeded(0))
+    context = conditioner(features, empty, seeded(0))
     wanted = {"global": torch.zeros(1, C), "recap": empty}.get(name, empty.mean(0).expand(LENGTHS[name], -1))
-    assert torch.equal(said, wanted.expand(B, -1, -1))
+    assert torch.equal(context, wanted.expand(B, -1, -1))
 
 
 @EACH
@@ -63,7 +63,7 @@ def test_equal_generators_give_equal_contexts(name, features, empty):
 
 
 @EACH
-def test_a_pictures_context_does_not_depend_on_the_others(name, features, empty):
+def test_an_images_context_does_not_depend_on_the_others(name, features, empty):
     conditioner = Conditioner(name, D, C)
     alone = Features(features.embedding[1:2], features.patches[1:2])
     torch.testing.assert_close(conditioner(features, empty, seeded(0))[1:2], conditioner(alone, empty, seeded(0)))
@@ -109,12 +109,12 @@ def test_recap_draws_with_replacement_from_all_patches(features, empty):
 
 
 def patches_of(name, features, empty, generator=None):
-    """What a condition whose projector is the identity says beside the empty prompt's mean and the class token."""
+    """A condition's context without its first token, with the identity as projector and an empty prompt of zeros."""
     conditioner = Conditioner(name, D, D)
     conditioner.projector = torch.nn.Identity()
-    said = conditioner(features, torch.zeros(L, D), generator)
-    assert torch.equal(said[:, 0], features.embedding)
-    return said[:, 1:]
+    context = conditioner(features, torch.zeros(L, D), generator)
+    assert torch.equal(context[:, 0], features.embedding)
+    return context[:, 1:]
 
 
 def test_recap_all_has_every_patch(features, empty):
@@ -131,9 +131,9 @@ def test_recap_half_draws_half_of_the_patches_and_none_twice(features, empty):
 
 @pytest.mark.parametrize("window", [6, 10])
 def test_recap_pool_averages_neighbours(features, empty, window):
-    said = patches_of(f"recap-pool{window}", features, empty)
+    context = patches_of(f"recap-pool{window}", features, empty)
     for i in range(N // window):
-        torch.testing.assert_close(said[:, i], features.patches[:, i * window : (i + 1) * window].mean(1))
+        torch.testing.assert_close(context[:, i], features.patches[:, i * window : (i + 1) * window].mean(1))
 
 
 @EACH

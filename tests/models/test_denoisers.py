@@ -130,10 +130,10 @@ def test_kept_latents_are_encoded_once_and_the_same(small_diffusion, monkeypatch
     denoiser.keep_latents = 3
     for part, latents in zip((one, two, two), wanted, strict=True):
         torch.testing.assert_close(denoiser.latents(part, torch.Generator().manual_seed(1)), latents)
-    assert encoded == [2, 2, 1]  # the third picture found room, the fourth did not
+    assert encoded == [2, 2, 1]  # there is room for the third image, none for the fourth
 
 
-def test_latents_of_pictures_of_any_size_have_the_models_own(denoiser, small_diffusion):
+def test_latents_of_images_of_any_size_have_the_models_own(denoiser, small_diffusion):
     assert denoiser.px == 32 and denoiser.latents(torch.rand(1, 3, 50, 50)).shape == (1, 4, 8, 8)
     assert load_denoiser(small_diffusion, px=16).latents(torch.rand(1, 3, 50, 50)).shape == (1, 4, 4, 4)
 
@@ -144,7 +144,7 @@ def test_the_empty_prompt_is_that_of_the_text_encoder(denoiser):
     assert not torch.allclose(denoiser.empty, denoiser.encode_text(["a photo of a disc"])[0])
 
 
-def test_the_empty_prompt_is_the_same_whenever_it_is_first_asked_for(small_diffusion):
+def test_the_empty_prompt_is_the_same_whenever_it_is_first_used(small_diffusion):
     outside, inside = load_denoiser(small_diffusion).empty, load_denoiser(small_diffusion)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(inside.empty, outside)
@@ -155,7 +155,7 @@ def test_prompts_longer_than_the_context_are_cut(denoiser):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_samples_are_pictures_and_depend_on_the_seed_alone(denoiser, guidance):
+def test_samples_are_images_and_depend_on_the_seed_alone(denoiser, guidance):
     prompts = ["a photo of a disc", "a photo of a star"]
     state = torch.get_rng_state()
     one, same, other = (denoiser.sample(prompts, guidance, steps=2, seed=seed) for seed in (1, 1, 2))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from one_step import open_lora, pictures, trainable
-from small_models import HUGE, on_meta, timm_tower, write_open_clip
+from small_models import HUGE, on_meta, timm_tower, write_clip_of
 from torch import nn
 
 from diva_lab.machine import SHORT
@@ -29,7 +29,7 @@ TEXTS = ["a photo of a disc", "a photo of a red star", ""]
 
 @pytest.fixture(scope="module")
 def small_siglip(small_clip, tmp_path_factory):
-    """Folder of a small random model in SigLIP's manner: a timm tower, attention pooling, mean and std .5, squash."""
+    """Folder of a small random model like SigLIP: a timm tower, attention pooling, mean and std .5, squash."""
     folder = tmp_path_factory.mktemp("models") / "siglip"
     shutil.copytree(small_clip, folder)
     (folder / "open_clip_model.safetensors").unlink()
@@ -54,9 +54,9 @@ def written(small_clip, small_siglip, tmp_path_factory):
     """Folders by their kind: OpenAI's layout, that of ViT-H, and timm towers of SigLIP, EVA-01 and EVA-02."""
     root = tmp_path_factory.mktemp("towers")
     found = {"clip": small_clip, "siglip": small_siglip}
-    found["huge"] = write_open_clip(root / "huge", HUGE, resize_mode="squash")
+    found["huge"] = write_clip_of(root / "huge", HUGE, resize_mode="squash")
     for name in ("eva", "eva02"):
-        found[name] = write_open_clip(root / name, timm_tower(f"{name}_small_patch8_32"))
+        found[name] = write_clip_of(root / name, timm_tower(f"{name}_small_patch8_32"))
     return found
 
 
@@ -168,7 +168,7 @@ def test_embeddings_are_float32_of_unit_length(folder, images):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (40, 100), (20, 17)])
-def test_pictures_of_any_size_are_brought_to_the_models_own(folder, size):
+def test_images_of_any_size_are_resized_to_the_models_own(folder, size):
     encoder = load_encoder(folder)
     out = encoder.preprocess(torch.rand(2, 3, *size))
     white = encoder.preprocess(torch.ones(1, 3, *size))
@@ -176,7 +176,7 @@ def test_pictures_of_any_size_are_brought_to_the_models_own(folder, size):
     torch.testing.assert_close(white, ((1 - encoder.mean) / encoder.std).expand_as(white), atol=1e-4, rtol=0)
 
 
-def test_a_wide_picture_is_cut_or_squashed_as_the_model_was_trained(written):
+def test_a_wide_image_is_cropped_or_squashed_as_the_model_was_trained(written):
     wide = torch.zeros(1, 3, 32, 96)
     wide[..., 32:64] = 1
     for kind, share in (("clip", 1), ("siglip", 1 / 3), ("huge", 1 / 3)):
@@ -215,7 +215,7 @@ def test_split_attention_equals_multihead_attention(batch_first, masked, n):
     expected = packed(x, x, x, need_weights=False, attn_mask=mask)[0]
     split = SplitAttention(packed)
     torch.testing.assert_close(split(x, x, x, attn_mask=mask)[0], expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(split.packed()(x, x, x, attn_mask=mask)[0], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(split.pack()(x, x, x, attn_mask=mask)[0], expected, atol=1e-6, rtol=0)
 
 
 def test_fusing_undoes_splitting(small_clip):

@@ -77,16 +77,16 @@ def test_both_stages_run_and_move_what_they_should(models, encoder, denoiser, tm
     stage2 = tune(replace(settings, projector=str(stage1.folder)), tmp_path)
     assert all(name.startswith("encoder.") for name in stage2.weights())
     assert stage2.metrics()["grad_norm"].gt(0).all() and stage2.metrics()["loss"].notna().all()
-    pictures = torch.rand(2, 3, 32, 32)
+    images = torch.rand(2, 3, 32, 32)
     before = tune(replace(settings, objective="none"), tmp_path)
-    assert not torch.equal(tuned_encoder(stage2).encode_image(pictures), tuned_encoder(before).encode_image(pictures))
+    assert not torch.equal(tuned_encoder(stage2).encode_image(images), tuned_encoder(before).encode_image(images))
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_a_tuned_encoder_of_every_family_is_evaluated(models, encoder, report, tmp_path):
     settings = Settings(encoder=models[encoder], denoiser=models["SD 1, epsilon"], projector="new", steps=1, batch=2)
     found = report(tuned_encoder(tune(settings, tmp_path)))
-    assert found["zeroshot"] < 0.35 and found["probe/mean"] > 0.2  # random weights: no word, but some picture
+    assert found["zeroshot"] < 0.35 and found["probe/mean"] > 0.2  # random weights know no class, but see something
 
 
 @pytest.mark.parametrize("name", DENOISERS)
@@ -172,9 +172,9 @@ def test_stable_diffusion_3_encodes_prompts_and_draws_as_its_pipeline_does(flows
 
 def test_latents_are_shifted_and_scaled_as_the_autoencoder_says(flows):
     denoiser = flows["SD 3, flow"]
-    pictures = torch.rand(1, 3, 32, 32)
-    mean = denoiser.vae.encode(pictures * 2 - 1).latent_dist.mean
-    torch.testing.assert_close(denoiser.latents(pictures), (mean - 0.1) * 0.5)
+    images = torch.rand(1, 3, 32, 32)
+    mean = denoiser.vae.encode(images * 2 - 1).latent_dist.mean
+    torch.testing.assert_close(denoiser.latents(images), (mean - 0.1) * 0.5)
 
 
 def test_the_light_denoiser_has_genhancers_two_joint_and_four_single_blocks(flows):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from one_step import pictures
 from open_clip.tokenizer import HFTokenizer
-from small_models import CLIPA, HUGE, on_meta, write_open_clip, write_transformers_clip
+from small_models import CLIPA, HUGE, on_meta, write_clip_of, write_transformers_clip
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -22,7 +22,13 @@ from transformers import (
 )  # fmt: skip
 
 from diva_lab.models.encoders import ENCODERS, load_encoder
-from diva_lab.models.formats import _inner, convert, load_released, read_transformers, transformers_kind
+from diva_lab.models.formats import (
+    convert,
+    load_released,
+    read_transformers,
+    transformers_kind,
+    transformers_tokenizer,
+)
 from diva_lab.training.export import save_encoder
 
 TEXTS = ["a photo of a disc", "a photo of a red star", ""]
@@ -40,7 +46,7 @@ def images():
 
 
 def by_transformers(folder, images) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit-length embeddings of pictures and texts as transformers itself computes them from a folder."""
+    """Unit-length embeddings of images and texts as transformers itself computes them from a folder."""
     model = AutoModel.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     processor = AutoImageProcessor.from_pretrained(folder)
@@ -64,7 +70,7 @@ def same(one, two, atol=1e-5) -> None:
 # --- transformers -> here -> both -------------------------------------------------------------------------------
 
 
-def test_a_transformers_folder_embeds_pictures_and_texts_as_transformers_does(folder, images):
+def test_a_transformers_folder_embeds_images_and_texts_as_transformers_does(folder, images):
     same(by_us(load_encoder(folder), images), by_transformers(folder, images))
 
 
@@ -97,7 +103,7 @@ def test_an_open_clip_model_goes_to_transformers_and_comes_back(small_clip, imag
 
 
 def test_the_layout_of_vit_h_goes_to_transformers_and_comes_back(images, tmp_path):
-    encoder = load_encoder(write_open_clip(tmp_path / "huge", HUGE, resize_mode="squash"))
+    encoder = load_encoder(write_clip_of(tmp_path / "huge", HUGE, resize_mode="squash"))
     written = save_encoder(encoder, tmp_path / "out")
     same(by_transformers(written["transformers"], images), by_us(encoder, images))
     again = load_encoder(written["transformers"])
@@ -105,13 +111,13 @@ def test_the_layout_of_vit_h_goes_to_transformers_and_comes_back(images, tmp_pat
     assert again.config["model_cfg"]["vision_cfg"]["head_width"] == 40 and again.squash
 
 
-# --- how pictures are resized -----------------------------------------------------------------------------------
+# --- how images are resized -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("mode", ["shortest", "squash"])
 def test_transformers_resizes_as_the_encoder_does(mode, interpolation, tmp_path):
-    folder = write_open_clip(tmp_path / "clip", HUGE, resize_mode=mode, interpolation=interpolation)
+    folder = write_clip_of(tmp_path / "clip", HUGE, resize_mode=mode, interpolation=interpolation)
     encoder = load_encoder(folder)
     written = save_encoder(encoder, tmp_path / "out")["transformers"]
     wide = F.interpolate(pictures(3).float() / 255, (40, 90))
@@ -123,7 +129,7 @@ def test_transformers_resizes_as_the_encoder_does(mode, interpolation, tmp_path)
     torch.testing.assert_close(found, ours[0], atol=1e-5, rtol=0)
     others = {"shortest": "squash", "squash": "shortest", "bilinear": "bicubic", "bicubic": "bilinear"}
     for name, value in (("resize_mode", mode), ("interpolation", interpolation)):
-        other = write_open_clip(tmp_path / name, HUGE, **{"resize_mode": mode, "interpolation": interpolation} | {
+        other = write_clip_of(tmp_path / name, HUGE, **{"resize_mode": mode, "interpolation": interpolation} | {
             name: others[value]
         })  # fmt: skip
         assert (load_encoder(other).preprocess(wide) - found).abs().max() > 0.1
@@ -200,11 +206,11 @@ def test_transformers_reads_a_siglips_texts_as_open_clip_does_capitals_and_punct
         assert torch.equal(load_encoder(path).tokenizer(MESSY), found.input_ids)
 
 
-# --- what transformers has no word for --------------------------------------------------------------------------
+# --- what transformers does not support -------------------------------------------------------------------------
 
 
 def test_a_model_that_only_open_clip_can_hold_is_saved_for_open_clip_alone(images, tmp_path):
-    encoder = load_encoder(write_open_clip(tmp_path / "clipa", CLIPA))
+    encoder = load_encoder(write_clip_of(tmp_path / "clipa", CLIPA))
     written = save_encoder(encoder, tmp_path / "out")
     assert list(written) == ["open_clip"] and [path.name for path in (tmp_path / "out").iterdir()] == ["open_clip"]
     same(by_us(load_encoder(written["open_clip"]), images), by_us(encoder, images), atol=1e-6)
@@ -467,7 +473,7 @@ def test_a_released_file_that_does_not_fit_is_refused_naming_the_first_differenc
 
 def test_a_tokenizer_of_openais_words_survives(tmp_path):
     theirs = open_clip.get_tokenizer("ViT-L-14-quickgelu")
-    _inner(theirs).save_pretrained(tmp_path)
+    transformers_tokenizer(theirs).save_pretrained(tmp_path)
     texts = ["a photo of a dog's 12 toys!", "Déjà vu,  twice"]
     found = AutoTokenizer.from_pretrained(tmp_path)(texts).input_ids
     for ids, wanted in zip(found, theirs(texts), strict=True):

