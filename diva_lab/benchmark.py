@@ -1,12 +1,12 @@
-"""How fast and how small a step is: against a plain implementation, with each lever left out alone.
+"""Time and memory of a training step: against a plain implementation, and with each lever left out in turn.
 
     diva-lab benchmark dcr-step --scale tiny --batch 8 --json out.json
     diva-lab benchmark diva-step | align-step | conflict-step | evaluate | input
 
-`reference` is the step as METHOD describes the released code: eager, one call for all evaluations, the empty prompt
-encoded for every picture, pictures augmented one by one, every activation held. `exact` is the training's own step.
-All variants run in one process, in turn, on the same inputs; medians are over the rounds. Weights are random but at
-the scale `tiny`: speed does not depend on them. `l14` is a CLIP of ViT-L/14's size alone, for `evaluate`.
+`reference` is the step of the papers' released code: eager, one call for all evaluations, the empty prompt encoded for
+every image, images augmented one by one, all activations kept. `exact` is this project's training step. All variants
+run in one process, in turn, on the same inputs; medians are over the rounds. Weights are random except at the scale
+`tiny`: speed does not depend on them. The scale `l14` is a CLIP of ViT-L/14's size without a denoiser, for `evaluate`.
 """
 
 import copy
@@ -57,13 +57,14 @@ from diva_lab.training.build import build_conditioner, make_step
 from diva_lab.training.settings import Settings
 
 COMPONENTS = ("vae", "network", "text_encoder", "tokenizer", "scheduler")
-PHOTO = (375, 500)  # rows and columns of the JPEGs from which `evaluate` reads
-PHOTO_FILES = 256  # so many different ones at most, read again and again
+PHOTO = (375, 500)  # rows and columns of the JPEGs that `evaluate` reads
+PHOTO_FILES = 256  # the most different JPEGs; more images read them again
+COMPILED = ("exact", "exact, row by row", "exact, two rows at a time", "sampled, K = 4")  # variants to compile too
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The sizes of a random CLIP and, unless `unet` is None, a random Stable Diffusion; prompts of `tokens` tokens."""
+    """Sizes of a random CLIP and, unless `unet` is None, a random Stable Diffusion with prompts of `tokens` tokens."""
 
     vision: dict
     dim: int
@@ -75,7 +76,7 @@ class Scale:
 
 VIT_L14 = {"image_size": 224, "layers": 24, "width": 1024, "patch_size": 14}
 SCALES = {
-    "tiny": None,  # as it ships
+    "tiny": None,  # the models that ship
     "small": Scale(
         {"image_size": 64, "layers": 6, "width": 256, "patch_size": 8, "head_width": 64}, 256,
         {"sample_size": 16, "block_out_channels": (96, 192, 256), "layers_per_block": 1,
@@ -101,21 +102,21 @@ def build_clip(name: str) -> CLIP:
     if (scale := SCALES[name]) is None:
         return open_clip.create_model(ENCODERS["tiny"][0]).eval()
     torch.manual_seed(0)
-    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}  # not used in a step
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}  # no step uses it
     clip = CLIP(scale.dim, scale.vision, text, quick_gelu=True)
     pixels = {"size": scale.vision["image_size"], "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.25,) * 3}
     open_clip.model.set_model_preprocess_cfg(clip, pixels | {"resize_mode": "shortest"})
     return clip.eval()
 
 
-def open_scale(name: str) -> Encoder:
-    """The CLIP of the named scale as an encoder of ours; without a tokenizer but at the scale `tiny`."""
+def open_encoder(name: str) -> Encoder:
+    """The CLIP of the named scale as an `Encoder`; only the scale `tiny` has a tokenizer."""
     return load_encoder("tiny") if SCALES[name] is None else Encoder(build_clip(name), None)
 
 
 def build_models(name: str, device: torch.device) -> tuple[Encoder, Denoiser]:
     """A CLIP and a denoiser without any lever, of the named scale."""
-    encoder = open_scale(name)
+    encoder = open_encoder(name)
     if (scale := SCALES[name]) is None:
         return encoder.to(device), load_denoiser("tiny", device, levers=())
     tokenizer = AutoTokenizer.from_pretrained(DENOISERS["tiny"], subfolder="tokenizer", model_max_length=scale.tokens)
@@ -135,7 +136,7 @@ def build_models(name: str, device: torch.device) -> tuple[Encoder, Denoiser]:
 
 @dataclass
 class Variant:
-    """One way to take a step: models, settings, and the function that gives the loss of a batch, or its terms."""
+    """One way to take a step: models, settings, and the function that returns the loss of a batch, or its terms."""
 
     encoder: Encoder
     conditioner: Conditioner
@@ -146,71 +147,69 @@ class Variant:
     autocast: bool = True
 
     def __post_init__(self):
-        self.parameters = [p for p in self.encoder.parameters() if p.requires_grad]
-        self.parameters += [p for p in self.conditioner.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=self.fused)
+        modules = nn.ModuleDict({"encoder": self.encoder, "conditioner": self.conditioner})
+        self.parameters = {name: p for name, p in modules.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=1e-5, fused=self.fused)
 
-    def start(self, images: Tensor) -> Step:
-        """What the training's objectives are given, with the same draws each time."""
+    def new_step(self, images: Tensor) -> Step:
+        """The `Step` that training passes to an objective, with the same draws each time."""
         random = generator("benchmark", 0)
         return make_step(images.float() / 255, self.encoder, self.conditioner, self.denoiser, random, self.settings)
 
     def backward(self, images: Tensor) -> Tensor:
-        """The loss of uint8 pictures [b, 3, h, w]; gradients are left on the parameters."""
+        """The loss of uint8 images [b, 3, h, w]; the gradients are left in the parameters."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.loss(self, images)
         if isinstance(loss, Tensor):
             loss.backward()
             return loss.detach()
-        parts = {"encoder": self.encoder, "conditioner": self.conditioner}
-        named = {n: p for n, p in nn.ModuleDict(parts).named_parameters() if p.requires_grad}
-        gradients = term_gradients(loss, named)
+        gradients = term_gradients(loss, self.parameters)
         measure(gradients)
         for name, gradient in combine(gradients, "sum").items():
-            named[name].grad = gradient
+            self.parameters[name].grad = gradient
         return sum(term.mean() for term in loss.values()).detach()
 
     def gradients(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, and the gradients of all that is trained as one vector, in float64."""
+        """The loss of a batch and its gradient in all trained parameters as one vector, in float64."""
         loss = self.backward(images)
-        return loss.double(), torch.cat([p.grad.flatten().double() for p in self.parameters])
+        return loss.double(), torch.cat([p.grad.flatten().double() for p in self.parameters.values()])
 
     def step(self, images: Tensor) -> None:
-        """A whole step, the optimiser's included; the weights stay put, so that all rounds do the same work."""
-        kept = [p.detach().clone() for p in self.parameters]
+        """A whole step with the optimizer's; the old weights are put back, so that all rounds do the same work."""
+        before = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.backward(images)
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
-        for p, old in zip(self.parameters, kept, strict=True):
-            p.data.copy_(old)
-
-
-def exact_loss(variant: Variant, images: Tensor) -> Tensor:
-    """The training's step."""
-    return sum(term.mean() for term in OBJECTIVES[variant.settings.objective](variant.start(images)).values())
+        for name, p in self.parameters.items():
+            p.data.copy_(before[name])
 
 
 def exact_terms(variant: Variant, images: Tensor) -> dict[str, Tensor]:
-    """The training's step with its terms apart: cosines and norms of their gradients are taken in the backward pass."""
-    return OBJECTIVES[variant.settings.objective](variant.start(images))
+    """This project's training step with separate terms, so that cosines and norms of their gradients are measured."""
+    return OBJECTIVES[variant.settings.objective](variant.new_step(images))
 
 
-def _plain_context(variant: Variant, pictures: Tensor, random: torch.Generator) -> Tensor:
-    """The condition of every picture, the empty prompt encoded for each: [b, l, c]."""
-    empty = torch.stack([variant.denoiser.encode_text([""])[0] for _ in pictures])
-    added = variant.conditioner(variant.encoder.features(pictures), torch.zeros_like(empty[0]), random)
+def exact_loss(variant: Variant, images: Tensor) -> Tensor:
+    """This project's training step with one loss."""
+    return sum(term.mean() for term in exact_terms(variant, images).values())
+
+
+def _plain_context(variant: Variant, images: Tensor, random: torch.Generator) -> Tensor:
+    """The condition of every image, the empty prompt encoded for each: [b, l, c]."""
+    empty = torch.stack([variant.denoiser.encode_text([""])[0] for _ in images])
+    added = variant.conditioner(variant.encoder.features(images), torch.zeros_like(empty[0]), random)
     return empty + added
 
 
 def plain_dcr(variant: Variant, images: Tensor) -> Tensor:
-    """DCR's step as released but for its known faults: all b^2 + b evaluations in one call, everything held."""
-    settings, step, b = variant.settings, variant.start(images), len(images)
-    pictures, random = step.images, step.generator
+    """DCR's step as released, without its known faults: all b^2 + b evaluations in one call, all activations kept."""
+    settings, step, b = variant.settings, variant.new_step(images), len(images)
+    images, random = step.images, step.generator
     x0 = step.latents()
     x_t, t, noise = step.draw_noisy(x0)
-    c = _plain_context(variant, pictures, random)
-    views = torch.cat([augment(one[None].cpu(), random, settings.flips) for one in pictures]).to(pictures.device)
+    c = _plain_context(variant, images, random)
+    views = torch.cat([augment(one[None].cpu(), random, settings.flips) for one in images]).to(images.device)
     c_augmented = _plain_context(variant, views, random)
     order = torch.cat([torch.arange(b)[:, None], draw_others(b, b - 1, random)], dim=1).to(c.device)
     contexts = torch.cat([c[order], c_augmented[:, None]], dim=1).flatten(0, 1)
@@ -220,8 +219,8 @@ def plain_dcr(variant: Variant, images: Tensor) -> Tensor:
 
 
 def plain_diva(variant: Variant, images: Tensor) -> Tensor:
-    """DIVA's step as released: each draw by itself, picture, prompt and latent encoded again; draws averaged."""
-    settings, step = variant.settings, variant.start(images)
+    """DIVA's step as released: image, prompt and latent are encoded again for each draw; draws averaged."""
+    settings, step = variant.settings, variant.new_step(images)
     x_t, t, noise = step.draw_noisy(step.latents().repeat(settings.draws, 1, 1, 1))
     losses = []
     for parts in zip(x_t.chunk(settings.draws), t.chunk(settings.draws), noise.chunk(settings.draws), strict=True):
@@ -232,7 +231,7 @@ def plain_diva(variant: Variant, images: Tensor) -> Tensor:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made under it that are alive at the same time; `peak` is the most so far."""
+    """Counts bytes of tensors that are created under it: `now` alive, and `peak`, the most alive at one time."""
 
     def __init__(self):
         super().__init__()
@@ -254,25 +253,25 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """The most memory that `work` holds beyond what was there before, in bytes; by CUDA's allocator on a GPU."""
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """The most memory that `call` needs beyond what was allocated before, in bytes; by CUDA's allocator on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        work()
+        call()
         return torch.cuda.max_memory_allocated() - before
     with LiveBytes() as live:
-        work()
+        call()
     return live.peak
 
 
-def time_call(work: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call of `work`, the device's queue emptied."""
+def time_call(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, from an empty queue of the device to an empty queue."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
-    work()
+    call()
     wait()
     return time.perf_counter() - start
 
@@ -284,164 +283,159 @@ def quartiles(times: Sequence[float]) -> dict[str, float]:
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large product of matrices: what a step is measured against."""
+    """FLOP/s of a large matrix product, the most that a step could reach."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     a @ b
     return 2 * n**3 / min(time_call(lambda: a @ b, device) for _ in range(5))
 
 
-def relative_differences(one: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """Relative differences |a - b| / |b| of a loss and of the gradients that belong to it."""
-    pairs = zip(("loss", "gradient"), one, truth, strict=True)
-    return {name: ((a - b).norm() / b.norm()).item() for name, a, b in pairs}
+def time_in_turns(calls: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each call in each round, after one untimed call of each."""
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(time_call(call, device))
+    return times
 
 
-def variants(
+def compare_calls(
+    calls: dict[str, Callable[[], object]], rounds: int, device: torch.device, compiled: Sequence[str] = ()
+) -> dict[str, dict[str, float]]:
+    """Seconds (`time_in_turns`), FLOPs and peak memory of each call, and their ratios to the first.
+
+    On a CPU the memory of `compiled` calls is not measured: under `LiveBytes` they would run uncompiled.
+    """
+    times = time_in_turns(calls, rounds, device)
+    rows: dict[str, dict[str, float]] = {}
+    for name, call in calls.items():
+        with FlopCounterMode(display=False) as counter:
+            call()
+        row = rows[name] = quartiles(times[name]) | {"flop": counter.get_total_flops()}
+        first = next(iter(rows.values()))
+        row["faster"] = first["median"] / row["median"]
+        if device.type == "cuda" or name not in compiled:
+            row["peak_bytes"] = peak_bytes(call, device)
+            row["memory"] = row["peak_bytes"] / first["peak_bytes"]
+    return rows
+
+
+def step_variants(
     what: str, scale: str, device: torch.device, dtype: torch.dtype, batch: int
 ) -> dict[str, Callable[[], Variant]]:
-    """By name, what makes the reference and our ways to take the step `what`.
+    """Name -> function that builds the reference, or one of our variants, of the step `what`.
 
-    Each works on its own copy of the same models, computing in `dtype`.
+    Each variant has its own copy of the same models, which compute in `dtype`.
     """
     encoder, denoiser = build_models(scale, device)
     objective = {"dcr-step": "dcr", "conflict-step": "naive"}.get(what, "diva")
-    settings = Settings(objective=objective, batch=batch, lora_dropout=0.0)
-    settings = replace(settings, projector="shipped" if scale == "tiny" else "new")
-    conditioner = build_conditioner(settings, encoder, denoiser).to(device)
-    if what == "align-step":
-        conditioner.requires_grad_(True)
-    else:
-        conditioner.requires_grad_(False)
+    projector = "shipped" if scale == "tiny" else "new"
+    settings = Settings(objective=objective, batch=batch, lora_dropout=0.0, projector=projector)
+    conditioner = build_conditioner(settings, encoder, denoiser).to(device).requires_grad_(what == "align-step")
+    if what != "align-step":
         make_trainable(encoder, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
         torch.manual_seed(0)
         for name, p in encoder.named_parameters():
             if "lora_B" in name:
-                nn.init.normal_(p, std=0.02)  # zero at first, when half of the gradients would be zero too
+                nn.init.normal_(p, std=0.02)  # LoRA's own zeros would make half of the gradients zero
     encoder.to(device)
 
-    def variant(loss: Callable, levers: Sequence[str] = tuple(LEVERS), fused: bool = True, **changes) -> Variant:
-        own = [copy.deepcopy(module) for module in (encoder, conditioner)]
-        own[0].model.visual.set_grad_checkpointing(changes.get("rows", 0) > 0)  # as the training does
+    def build(loss: Callable, levers: Sequence[str] = tuple(LEVERS), fused: bool = True, **changes) -> Variant:
+        trained = [copy.deepcopy(module) for module in (encoder, conditioner)]
+        trained[0].model.visual.set_grad_checkpointing(changes.get("rows", 0) > 0)  # as in training
         parts = {part: copy.deepcopy(getattr(denoiser, part)) for part in COMPONENTS}
         frozen = StableDiffusion(**parts, levers=levers).to(device)
         nn.Module.to(frozen.network, dtype)
         if changes.get("compile"):
             frozen.network.compile(dynamic=False)
-        return Variant(*own, frozen, replace(settings, **changes), loss, fused, dtype is torch.bfloat16)
+        return Variant(*trained, frozen, replace(settings, **changes), loss, fused, dtype is torch.bfloat16)
 
-    plain = partial(variant, plain_diva if what == "diva-step" else plain_dcr, (), fused=False)
+    reference = partial(build, plain_diva if what == "diva-step" else plain_dcr, (), fused=False)
+    exact = partial(build, exact_loss)
     if what == "align-step":  # the released code aligns by the whole DCR loss, ours by reconstruction as in the paper
-        return {"reference": plain, "exact": partial(variant, exact_loss, draws=1)}
-    if what == "conflict-step":  # the naive sum by one backward pass, and with both gradients apart and measured
-        return {"reference": partial(variant, exact_loss), "exact, measured": partial(variant, exact_terms)}
-    made = {"reference": plain, "exact": partial(variant, exact_loss)}
+        return {"reference": reference, "exact": partial(exact, draws=1)}
+    if what == "conflict-step":  # the naive sum in one backward pass, and with separate, measured gradients
+        return {"reference": exact, "exact, measured": partial(build, exact_terms)}
+    builders = {"reference": reference, "exact": exact}
     if what == "dcr-step":
-        made["exact, row by row"] = partial(variant, exact_loss, rows=1)
-        made["exact, two rows at a time"] = partial(variant, exact_loss, rows=2)
-        made["exact, three rows at a time"] = partial(variant, exact_loss, rows=3)
-        made["sampled, K = 4"] = partial(variant, exact_loss, negatives=4)
-        made["no gradient through negatives"] = partial(variant, exact_loss, negative_gradient=False)
-        for name in LEVERS:
-            made[f"exact without {name}"] = partial(variant, exact_loss, [n for n in LEVERS if n != name])
-        made["exact without fused"] = partial(variant, exact_loss, fused=False)
-    for name in ("exact", "exact, row by row", "exact, two rows at a time", "sampled, K = 4"):
-        if name in made:
-            made[f"{name}, compiled"] = partial(made[name], compile=True)
-    return made
+        builders |= {
+            "exact, row by row": partial(exact, rows=1),
+            "exact, two rows at a time": partial(exact, rows=2),
+            "exact, three rows at a time": partial(exact, rows=3),
+            "sampled, K = 4": partial(exact, negatives=4),
+            "no gradient through negatives": partial(exact, negative_gradient=False),
+            **{f"exact without {name}": partial(exact, [n for n in LEVERS if n != name]) for name in LEVERS},
+            "exact without fused": partial(exact, fused=False),
+        }
+    return builders | {f"{n}, compiled": partial(builders[n], compile=True) for n in COMPILED if n in builders}
 
 
-def time_in_turn(works: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each work in each of the rounds, which come after a first call of each."""
-    for work in works.values():
-        work()
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds):
-        for name, work in works.items():
-            times[name].append(time_call(work, device))
-    return times
-
-
-def compare_works(
-    works: dict[str, Callable[[], object]], rounds: int, device: torch.device, compiled: Sequence[str] = ()
-) -> dict[str, dict[str, float]]:
-    """Seconds (`time_in_turn`), FLOPs and peak memory of each work, and ratios to the first.
-
-    On a CPU memory is left out for those in `compiled`: under `LiveBytes` they would run uncompiled.
-    """
-    times = time_in_turn(works, rounds, device)
-    rows: dict[str, dict[str, float]] = {}
-    for name, work in works.items():
-        with FlopCounterMode(display=False) as counter:
-            work()
-        row = rows[name] = quartiles(times[name]) | {"flop": counter.get_total_flops()}
-        first = next(iter(rows.values()))
-        row["faster"] = first["median"] / row["median"]
-        if device.type == "cuda" or name not in compiled:
-            row["peak_bytes"] = peak_bytes(work, device)
-            row["memory"] = row["peak_bytes"] / first["peak_bytes"]
-    return rows
+def relative_differences(one: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Relative differences |a - b| / |b| of a loss and of its gradient."""
+    pairs = zip(("loss", "gradient"), one, truth, strict=True)
+    return {name: ((a - b).norm() / b.norm()).item() for name, a, b in pairs}
 
 
 def measure_step(
-    what: str, scale: str, batch: int, rounds: int, precision: str, compiled: bool, only: Sequence[str] = ()
+    what: str, scale: str, batch: int, rounds: int, precision: str, compiled: bool, names: Sequence[str] = ()
 ) -> dict:
-    """All figures of one step: seconds, ratios to the reference, peak bytes, FLOPs, differences.
+    """Seconds, memory, FLOPs and ratios to the reference of each variant of a step, and differences of its gradients.
 
-    Raises:
-        ValueError: where `only` names no variant; lists them.
+    `names` are the variants to measure beside the reference, all if empty. Raises ValueError for an unknown one.
     """
     device = default_device()
     half = precision == "bf16" or (precision == "auto" and fast_bf16(device))
     dtype = torch.bfloat16 if half else torch.float32
-    makers = variants(what, scale, device, dtype, batch)
-    if unknown := set(only) - set(makers):
-        raise ValueError(f"no variant {', '.join(unknown)}; expected some of: {'; '.join(makers)}")
-    wanted = {"reference", *only} if only else set(makers)
-    made = {
-        name: make() for name, make in makers.items() if name in wanted and (compiled or not name.endswith("compiled"))
-    }
-    px = made["reference"].encoder.px
+    builders = step_variants(what, scale, device, dtype, batch)
+    if unknown := set(names) - set(builders):
+        raise ValueError(f"no variant {', '.join(unknown)}; expected some of: {'; '.join(builders)}")
+    chosen = {"reference", *names} if names else set(builders)
+    chosen = [name for name in builders if name in chosen and (compiled or not name.endswith("compiled"))]
+    variants = {name: builders[name]() for name in chosen}
+    px = variants["reference"].encoder.px
     world = next(open_images("world", 32, batch, 0))
     images = F.interpolate(world.float(), (px, px)).round().byte().to(device)
-    works = {name: partial(variant.step, images) for name, variant in made.items()}
-    rows = compare_works(works, rounds, device, [name for name in made if name.endswith("compiled")])
-    top = matmul_ceiling(device, dtype)
+    calls = {name: partial(variant.step, images) for name, variant in variants.items()}
+    rows = compare_calls(calls, rounds, device, [name for name in chosen if name.endswith("compiled")])
+    ceiling = matmul_ceiling(device, dtype)
     for row in rows.values():
-        row["of_ceiling"] = row["flop"] / row["median"] / top
-    found = {"dtype": str(dtype).removeprefix("torch."), "ceiling_flops": top, "variants": rows}
-    if what != "align-step":  # whose reference minimises another loss
-        plain = variants(what, scale, device, torch.float32, batch)
-        same = [name for name in made if name == "reference" or name.startswith("exact")]
-        truth = plain["reference"]().gradients(images)
-        found["apart_float32"] = {
-            name: relative_differences(plain[name]().gradients(images), truth)
-            for name in same
-            if not name.endswith("compiled")
-        }
-        if half:
-            found["apart_bfloat16"] = {name: relative_differences(made[name].gradients(images), truth) for name in same}
-    return found
+        row["of_ceiling"] = row["flop"] / row["median"] / ceiling
+    record = {"dtype": str(dtype).removeprefix("torch."), "ceiling_flops": ceiling, "variants": rows}
+    if what == "align-step":  # its reference minimises another loss
+        return record
+    exact = [name for name in chosen if name == "reference" or name.startswith("exact")]
+    builders = step_variants(what, scale, device, torch.float32, batch)
+    truth = builders["reference"]().gradients(images)
+    record["apart_float32"] = {
+        name: relative_differences(builders[name]().gradients(images), truth)
+        for name in exact
+        if "compiled" not in name
+    }
+    if half:
+        record["apart_bfloat16"] = {n: relative_differences(variants[n].gradients(images), truth) for n in exact}
+    return record
 
 
 def measure_input(source: str, scale: str, batch: int, rounds: int) -> dict:
-    """The loader alone, in pictures a second, against what our steps eat."""
+    """Images a second that the loader alone delivers, and that our steps consume."""
     device = default_device()
     dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
     rows = {}
     for what in ("diva-step", "dcr-step"):
-        exact = variants(what, scale, device, dtype, batch)["exact"]()
-        batches = open_images(source, exact.encoder.px, batch, 0)
+        variant = step_variants(what, scale, device, dtype, batch)["exact"]()
+        batches = open_images(source, variant.encoder.px, batch, 0)
         images = next(batches).to(device)
-        exact.step(images)
-        step = statistics.median(time_call(lambda v=exact, x=images: v.step(x), device) for _ in range(rounds))
-        load = statistics.median(time_call(lambda b=batches: next(b), torch.device("cpu")) for _ in range(10 * rounds))
+        variant.step(images)
+        step = statistics.median(time_call(partial(variant.step, images), device) for _ in range(rounds))
+        load = statistics.median(time_call(partial(next, batches), torch.device("cpu")) for _ in range(10 * rounds))
         rows[what] = {"loader": batch / load, "step": batch / step, "ratio": step / load}
-    return {"source": source, "pictures_per_second": rows}
+    return {"source": source, "images_per_second": rows}
 
 
 def write_photos(folder: Path, n: int) -> list[Place]:
-    """So many JPEGs of `PHOTO` pixels, about as many bytes each as a photograph of that size has."""
+    """`n` JPEGs of `PHOTO` pixels, with about as many bytes as photographs of that size."""
     random, places = np.random.default_rng(0), []
     for i in range(n):
         coarse = Image.fromarray(random.integers(256, size=(12, 16, 3), dtype=np.uint8))
@@ -451,71 +445,77 @@ def write_photos(folder: Path, n: int) -> list[Place]:
     return places
 
 
-def measure_evaluate(scale: str, batch: int, rounds: int, workers: int | None = None, pictures: int = 0) -> dict:
-    """Pictures a second, in float32, against a bare loop over open_clip's `encode_image` on tensors made ready.
+def measure_evaluate(scale: str, batch: int, rounds: int, workers: int | None = None, images: int = 0) -> dict:
+    """Images a second in float32, against a bare loop over open_clip's `encode_image` on preprocessed tensors.
 
-    `exact` is `embed` on uint8 pictures in memory; `ratio` its throughput by the bare loop's, a median over the rounds.
-    `from files` is what `evaluate` does on a set of `PHOTO` JPEGs: they are decoded and resized too; `waited`
-    is the share of that time without data. At the scale `tiny` beside it one whole evaluation on the tiny world.
+    `exact` is `embed` on uint8 images in memory; `ratio` is its speed over the bare loop's, a median over the rounds.
+    `from files` is the work of `evaluate` on a set of `PHOTO` JPEGs, which also decodes and resizes them; `waited` is
+    the share of this time spent without data. The scale `tiny` adds one whole evaluation on the tiny world.
 
     Args:
         workers: processes that decode; see `FeatureStore`.
-        pictures: that are embedded in one go, of which at most four batches lie in memory; 0 is four batches, or one on
-            a CPU at ViT-L/14's size.
+        images: number that is embedded in one go, of which at most four batches are in memory; 0 for four batches, or
+            for one batch on a CPU at ViT-L/14's size.
     """
     device = default_device()
-    encoder, bare = open_scale(scale).to(device), build_clip(scale).to(device)
-    pictures = pictures or batch * (1 if device.type == "cpu" and scale in ("l14", "sd21") else 4)
-    images = (torch.rand(min(pictures, 4 * batch), 3, encoder.px, encoder.px) * 255).byte()
-    ready = encoder.preprocess(images.to(device).float() / 255)
+    encoder, bare = open_encoder(scale).to(device), build_clip(scale).to(device)
+    images = images or batch * (1 if device.type == "cpu" and scale in ("l14", "sd21") else 4)
+    pixels = (torch.rand(min(images, 4 * batch), 3, encoder.px, encoder.px) * 255).byte()
+    ready = encoder.preprocess(pixels.to(device).float() / 255)
     store = FeatureStore(encoder, None, batch=batch, workers=workers)
-    shares = []
+    waits = []
 
     @torch.no_grad()
     def loop(part: Tensor = ready) -> Tensor:
-        return torch.cat([bare.encode_image(own, normalize=True) for own in part.split(batch)])
+        return torch.cat([bare.encode_image(x, normalize=True) for x in part.split(batch)])
 
     with tempfile.TemporaryDirectory() as folder:
-        photos = write_photos(Path(folder), min(pictures, PHOTO_FILES))
+        photos = write_photos(Path(folder), min(images, PHOTO_FILES))
 
         def from_files() -> None:
-            waited, whole = store.waited, store.seconds
-            store([photos[i % len(photos)] for i in range(pictures)])
-            shares.append((store.waited - waited) / (store.seconds - whole))
+            waited, seconds = store.waited, store.seconds
+            store([photos[i % len(photos)] for i in range(images)])
+            waits.append((store.waited - waited) / (store.seconds - seconds))
 
-        works = {"reference": loop, "exact": lambda: embed(encoder, images, batch), "from files": from_files}
-        times = time_in_turn(works, rounds, device)
-    rows = {name: quartiles(taken) for name, taken in times.items()}
+        calls = {"reference": loop, "exact": lambda: embed(encoder, pixels, batch), "from files": from_files}
+        times = time_in_turns(calls, rounds, device)
+    rows = {name: quartiles(seconds) for name, seconds in times.items()}
     for name, row in rows.items():
-        row["pictures_per_second"] = (pictures if name == "from files" else len(images)) / row["median"]
-    rows["from files"]["waited"] = statistics.median(shares[1:])
-    found = {"variants": rows, "workers": store.workers, "pictures": pictures, "photo": PHOTO}
-    found["ratio"] = statistics.median(a / b for a, b in zip(times["reference"], times["exact"], strict=True))
-    found["largest_difference"] = (loop(ready[:2]).cpu() - embed(encoder, images[:2])).abs().max().item()
+        row["images_per_second"] = (images if name == "from files" else len(pixels)) / row["median"]
+    rows["from files"]["waited"] = statistics.median(waits[1:])
+    record = {"variants": rows, "workers": store.workers, "images": images, "photo": PHOTO}
+    record["ratio"] = statistics.median(a / b for a, b in zip(times["reference"], times["exact"], strict=True))
+    record["largest_difference"] = (loop(ready[:2]).cpu() - embed(encoder, pixels[:2])).abs().max().item()
     if scale == "tiny":
-        found["world_report_seconds"] = quartiles([time_call(lambda: world_report(encoder), device) for _ in range(3)])
-    return found
+        record["world_report_seconds"] = quartiles([time_call(lambda: world_report(encoder), device) for _ in range(3)])
+    return record
 
 
-def markdown_table(found: dict) -> str:
-    """The figures as a Markdown table."""
-    if "variants" not in found:
-        return json.dumps(found["pictures_per_second"], indent=1)
-    if found["what"] == "evaluate":
-        lines = ["| | pictures/s | s | waits for data |", "|---" * 4 + "|"]
-        for name, row in found["variants"].items():
-            waits = f"{100 * row['waited']:.1f} %" if "waited" in row else ""
-            times = f"{row['median']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-            lines.append(f"| {name} | {row['pictures_per_second']:.1f} | {times} | {waits} |")
-        return "\n".join([*lines, f"in memory {found['ratio']:.3f} of the bare loop, {found['workers']} workers"])
-    lines = ["| | s | faster | memory | MB | TFLOP | of ceiling | loss | gradients |", "|---" * 9 + "|"]
-    for name, row in found["variants"].items():
-        off = found.get("apart_float32", {}).get(name, {})
-        cells = [f"{row['median']:.3f} [{row['low']:.3f}, {row['high']:.3f}]", f"{row['faster']:.2f} ×"]
-        cells += [f"{row['memory']:.2f} ×", f"{row['peak_bytes'] / 1e6:.0f}"] if "memory" in row else ["", ""]
-        cells += [f"{row['flop'] / 1e12:.3f}", f"{100 * row['of_ceiling']:.0f} %" if "of_ceiling" in row else ""]
-        cells += [f"{off[key]:.0e}" if off else "" for key in ("loss", "gradient")]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+def markdown_table(record: dict) -> str:
+    """A record of `run_benchmark` as a Markdown table."""
+    if record["what"] == "input":
+        return json.dumps(record["images_per_second"], indent=1)
+    heads = ["", "s", "faster", "memory", "MB", "TFLOP", "of ceiling", "loss", "gradients"]
+    if record["what"] == "evaluate":
+        heads = ["", "s", "images/s", "waits for data"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, row in record["variants"].items():
+        cells = [name, f"{row['median']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"]
+        if record["what"] == "evaluate":
+            cells += [f"{row['images_per_second']:.1f}", f"{100 * row['waited']:.1f} %" if "waited" in row else ""]
+        else:
+            apart = record.get("apart_float32", {}).get(name, {})
+            memory = [f"{row['memory']:.2f} ×", f"{row['peak_bytes'] / 1e6:.0f}"] if "memory" in row else ["", ""]
+            cells += [
+                f"{row['faster']:.2f} ×",
+                *memory,
+                f"{row['flop'] / 1e12:.3f}",
+                f"{100 * row['of_ceiling']:.0f} %",
+            ]
+            cells += [f"{apart[key]:.0e}" if apart else "" for key in ("loss", "gradient")]
+        lines.append("| " + " | ".join(cells) + " |")
+    if record["what"] == "evaluate":
+        lines.append(f"in memory {record['ratio']:.3f} of the bare loop, {record['workers']} workers")
     return "\n".join(lines)
 
 
@@ -529,32 +529,32 @@ def run_benchmark(
     workers: int | None = None,
     files: int = 0,
     compiled: bool = False,
-    only: Sequence[str] = (),
+    names: Sequence[str] = (),
     threads: int | None = None,
     json_path: Path | None = None,
 ) -> dict:
-    """Measure a step, the loader (`input`) or the evaluation, print a table, and write all figures as json.
+    """Measure a step, the loader (`input`) or the evaluation; print a table, and write all figures as json.
 
     Raises:
-        ValueError: for an unknown scale, or one without a denoiser where a step needs one.
+        ValueError: for an unknown scale or variant, or for a scale without a denoiser if a step needs one.
     """
     scale = scale or ("l14" if what == "evaluate" else "tiny")
-    if scale not in SCALES or (scale == "l14" and what != "evaluate"):
-        known = ", ".join(name for name in SCALES if name != "l14" or what == "evaluate")
-        raise ValueError(f"--scale {scale}: expected one of {known} for {what}")
+    scales = [name for name in SCALES if name != "l14" or what == "evaluate"]
+    if scale not in scales:
+        raise ValueError(f"--scale {scale}: expected one of {', '.join(scales)} for {what}")
     torch.set_num_threads(threads or torch.get_num_threads())
-    # many variants in turn: oneDNN is not to forget one's kernels while another runs, as one training alone never does
+    # many variants run in turn: oneDNN keeps the kernels of all of them, as it keeps those of a single training
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
-    found = {"what": what, "scale": scale, "batch": batch, "threads": torch.get_num_threads()}
+    record = {"what": what, "scale": scale, "batch": batch, "threads": torch.get_num_threads()}
     if what == "input":
-        found |= measure_input(images, scale, batch, rounds)
+        record |= measure_input(images, scale, batch, rounds)
     elif what == "evaluate":
-        found |= measure_evaluate(scale, batch, rounds, workers, files)
+        record |= measure_evaluate(scale, batch, rounds, workers, files)
     else:
-        found |= measure_step(what, scale, batch, rounds, precision, compiled, only)
-    found |= environment()
-    print(markdown_table(found))
+        record |= measure_step(what, scale, batch, rounds, precision, compiled, names)
+    record |= environment()
+    print(markdown_table(record))
     if json_path:
         json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(found, indent=1) + "\n")
-    return found
+        json_path.write_text(json.dumps(record, indent=1) + "\n")
+    return record

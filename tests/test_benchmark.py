@@ -10,25 +10,25 @@ from diva_lab.cli import main
 @pytest.mark.parametrize("what", ["dcr-step", "diva-step"])
 def test_every_way_to_take_a_step_has_the_references_loss_and_gradients(what, tmp_path, capsys):
     main(["benchmark", what, "--batch", "2", "--rounds", "1", "--json", str(tmp_path / "out.json")])
-    found = json.loads((tmp_path / "out.json").read_text())
-    with capsys.disabled():  # the ratios belong into the log
+    record = json.loads((tmp_path / "out.json").read_text())
+    with capsys.disabled():  # the log shall hold the ratios
         print("\n" + capsys.readouterr().out)
-    assert found["apart_float32"] and {"git", "versions"} <= set(found)
-    for name, off in found["apart_float32"].items():
-        assert off["loss"] < 1e-4 and off["gradient"] < 1e-4, name
-    rounding = found.get("apart_bfloat16", {})  # of each, to the reference in float32
-    for name, off in rounding.items():
-        assert off["loss"] < 2e-2 and off["gradient"] < max(2e-2, 1.5 * rounding["reference"]["gradient"]), name
-    assert found["variants"]["exact"]["memory"] < 1
+    assert record["apart_float32"] and {"git", "versions"} <= set(record)
+    for name, apart in record["apart_float32"].items():
+        assert apart["loss"] < 1e-4 and apart["gradient"] < 1e-4, name
+    rounding = record.get("apart_bfloat16", {})  # of each variant, against the reference in float32
+    for name, apart in rounding.items():
+        assert apart["loss"] < 2e-2 and apart["gradient"] < max(2e-2, 1.5 * rounding["reference"]["gradient"]), name
+    assert record["variants"]["exact"]["memory"] < 1
 
 
 def test_measuring_the_conflict_leaves_the_step_as_it_is_at_a_bounded_price(tmp_path):
     main(["benchmark", "conflict-step", "--batch", "4", "--rounds", "3", "--json", str(tmp_path / "out.json")])
-    found = json.loads((tmp_path / "out.json").read_text())
-    off = found["apart_float32"]["exact, measured"]
-    assert off["loss"] < 1e-6 and off["gradient"] < 1e-4
-    row = found["variants"]["exact, measured"]
-    assert 1 / row["faster"] < 3 and row["memory"] < 1.3  # 2.2 is asked for on a quiet machine
+    record = json.loads((tmp_path / "out.json").read_text())
+    apart = record["apart_float32"]["exact, measured"]
+    assert apart["loss"] < 1e-6 and apart["gradient"] < 1e-4
+    row = record["variants"]["exact, measured"]
+    assert 1 / row["faster"] < 3 and row["memory"] < 1.3  # the aim on a quiet machine is 2.2
 
 
 def test_some_variants_are_chosen_by_name(tmp_path):
@@ -39,16 +39,16 @@ def test_some_variants_are_chosen_by_name(tmp_path):
         main(["benchmark", *arguments, "fast"])
 
 
-def test_evaluation_gives_the_embeddings_of_a_bare_loop_and_says_how_long_it_waits_for_files(tmp_path, capsys):
+def test_evaluation_gives_the_embeddings_of_a_bare_loop_and_measures_how_long_it_waits_for_files(tmp_path, capsys):
     arguments = ["evaluate", "--scale", "small", "--batch", "4", "--rounds", "2", "--workers", "0"]
     main(["benchmark", *arguments, "--files", "20", "--json", str(tmp_path / "out.json")])
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert found["largest_difference"] < 1e-5 and found["workers"] == 0
-    assert list(found["variants"]) == ["reference", "exact", "from files"]
-    rows = found["variants"]
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["largest_difference"] < 1e-5 and record["workers"] == 0
+    assert list(record["variants"]) == ["reference", "exact", "from files"]
+    rows = record["variants"]
     for name, n in (("reference", 16), ("exact", 16), ("from files", 20)):  # in memory four batches, of files all
-        assert rows[name]["pictures_per_second"] == pytest.approx(n / rows[name]["median"])
-    assert found["ratio"] == pytest.approx(rows["reference"]["median"] / rows["exact"]["median"], rel=0.5)
+        assert rows[name]["images_per_second"] == pytest.approx(n / rows[name]["median"])
+    assert record["ratio"] == pytest.approx(rows["reference"]["median"] / rows["exact"]["median"], rel=0.5)
     assert 0 < rows["from files"]["waited"] < 1  # without workers all of the decoding is waited for
     assert f"{100 * rows['from files']['waited']:.1f} %" in capsys.readouterr().out
 
@@ -60,8 +60,8 @@ def test_a_scale_without_a_denoiser_takes_no_step(capsys):
 
 @pytest.mark.cuda
 def test_eight_workers_keep_a_gpu_waiting_for_at_most_a_twentieth_of_the_time_at_the_size_of_vit_l14():
-    found = measure_evaluate("l14", batch=64, rounds=1, workers=8, pictures=8192)
-    assert found["variants"]["from files"]["waited"] <= 0.05
+    record = measure_evaluate("l14", batch=64, rounds=1, workers=8, images=8192)
+    assert record["variants"]["from files"]["waited"] <= 0.05
 
 
 def test_live_bytes_counts_what_is_alive_at_once():

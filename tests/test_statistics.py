@@ -79,7 +79,7 @@ def test_bootstrap_mean_refuses_an_empty_group():
 # --- a difference over seeds ------------------------------------------------------------------------------------
 
 
-def test_paired_t_by_hand():  # three seeds: two degrees of freedom, whose quantile is known in closed form
+def test_paired_t_by_hand():  # three seeds: two degrees of freedom, whose quantile has a closed form
     p = 0.975
     quantile = (2 * p - 1) * (2 / (4 * p * (1 - p))) ** 0.5
     half = quantile * 0.1 / 3**0.5
@@ -177,16 +177,16 @@ def series(rate: float, n: int, seed: int, stay: float = 0.0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.863])
-def test_the_rate_of_a_known_conflict_is_recovered(rate):
-    found, low, high = conflict_rate(series(rate, 2000, seed=1))
+def test_conflict_rate_recovers_the_rate_of_a_series(rate):
+    measured, low, high = conflict_rate(series(rate, 2000, seed=1))
     assert low < rate < high and high - low < 0.08
-    assert found == pytest.approx(rate, abs=0.03)
+    assert measured == pytest.approx(rate, abs=0.03)
 
 
 def test_blocks_of_one_step_give_about_wilsons_interval():
     cosines = series(0.3, 500, seed=2)
-    found, low, high = conflict_rate(cosines, block=1)
-    assert (low, high) == pytest.approx(wilson(round(found * 500), 500), abs=0.01)
+    measured, low, high = conflict_rate(cosines, block=1)
+    assert (low, high) == pytest.approx(wilson(round(measured * 500), 500), abs=0.01)
 
 
 def test_steps_that_depend_on_each_other_have_a_wider_interval():

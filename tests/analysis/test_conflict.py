@@ -24,19 +24,19 @@ def table(run, step: int):
 
 
 def test_a_probe_measures_every_objective_and_pair_in_every_bin(probed):
-    found = table(probed, 2)
+    values = table(probed, 2)
     for part in ("all", "0", "1"):
         for name in ("contrastive", "diva", "dcr"):
-            assert {"loss", "norm", "snr", "noise_scale"} <= set(found[part][name].index)
+            assert {"loss", "norm", "snr", "noise_scale"} <= set(values[part][name].index)
         for pair in ("contrastive~diva", "contrastive~dcr", "diva~dcr"):
-            values = found[part][pair]
-            assert values["cos/low"] <= values["cos"] <= values["cos/high"]
-            assert -1 <= values["other"] <= 1 and 0 <= values["magnitude"] <= 1
-            assert {"cos/block0", "cos/kind/q", "cos/kind/fc2"} <= set(values.index)
-    assert np.isfinite([found["all"][name]["curvature"] for name in ("contrastive", "diva", "dcr")]).all()
+            record = values[part][pair]
+            assert record["cos/low"] <= record["cos"] <= record["cos/high"]
+            assert -1 <= record["other"] <= 1 and 0 <= record["magnitude"] <= 1
+            assert {"cos/block0", "cos/kind/q", "cos/kind/fc2"} <= set(record.index)
+    assert np.isfinite([values["all"][name]["curvature"] for name in ("contrastive", "diva", "dcr")]).all()
 
 
-def test_a_probe_leaves_no_trace_and_says_the_same_again(probed):
+def test_a_probe_changes_nothing_and_repeats_its_values(probed):
     first, last = table(probed, 0), table(probed, 2)  # at a learning rate of zero nothing has moved
     assert first.drop("curvature", level=2).equals(last.drop("curvature", level=2))
     bends = [part.xs("curvature", level=2) for part in (first, last)]
@@ -44,20 +44,20 @@ def test_a_probe_leaves_no_trace_and_says_the_same_again(probed):
 
 
 def test_a_bins_timesteps_are_its_own(small_settings, tmp_path):
-    seen = []
+    drawn = []
 
     def spy(at, parameters):
         for weights in ("1,0", "0,1"):
             step = at(0, timesteps=weights)
-            seen.append(step.draw_noisy(step.latents())[1])
+            drawn.append(step.draw_noisy(step.latents())[1])
         return []
 
     tune(small_settings, tmp_path, probe=spy)
     total = 1000
-    assert all((low < total // 2).all() and (high >= total // 2).all() for low, high in (seen[:2], seen[2:]))
+    assert all((low < total // 2).all() and (high >= total // 2).all() for low, high in (drawn[:2], drawn[2:]))
 
 
-def test_a_probes_pictures_are_not_those_of_the_training(small_settings, tmp_path):
+def test_a_probes_images_are_not_those_of_the_training(small_settings, tmp_path):
     batches = []
     tune(small_settings, tmp_path, probe=lambda at, parameters: batches.append(at(0).images) or [])
     source = open_images(small_settings.images, batches[0].shape[-1], small_settings.batch, small_settings.seed)

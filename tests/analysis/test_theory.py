@@ -31,8 +31,8 @@ TAU = 0.1
 
 
 @pytest.fixture(autouse=True)
-def anew():
-    """Every test draws the same, whichever ran before it."""
+def same_draws():
+    """Every test draws the same numbers, whatever ran before it."""
     RANDOM.manual_seed(0)
 
 
@@ -64,7 +64,7 @@ def test_the_constants_of_a_stretched_square_are_its_stretches():
     assert lipschitz(square, stretched, 0.5) == pytest.approx([math.sqrt(14.5)] * 2)
 
 
-def test_pictures_with_the_same_features_are_refused():
+def test_images_with_the_same_features_are_refused():
     with pytest.raises(ValueError, match="same features; expected all of them distinct"):
         lipschitz(torch.zeros(3, 2), normal(3, 2))
 
@@ -83,17 +83,17 @@ def test_both_bounds_hold_for_any_map_whose_constants_come_from_all_of_its_pairs
     assert inter >= least
 
 
-def test_a_similarity_makes_both_bounds_equalities_on_pictures_it_was_not_fitted_to():
+def test_a_similarity_makes_both_bounds_equalities_on_images_it_was_not_fitted_to():
     features, labels = normal(24, 6), torch.arange(24) % 3
-    found = theorem_1(features, 3 * features, labels, halvings=3)
-    assert (found["m"], found["M"]) == pytest.approx((3, 3))
+    values = theorem_1(features, 3 * features, labels, halvings=3)
+    assert (values["m"], values["M"]) == pytest.approx((3, 3))
     for side in ("inner", "inter"):
-        assert [found[f"{side}_slack{end}"] for end in ("", "/low", "/high")] == pytest.approx([1, 1, 1])
-    assert found["inter_says"] == 1
-    assert found["needed"] == pytest.approx(0, abs=1e-9)
+        assert [values[f"{side}_slack{end}"] for end in ("", "/low", "/high")] == pytest.approx([1, 1, 1])
+    assert values["inter_says"] == 1
+    assert values["needed"] == pytest.approx(0, abs=1e-9)
 
 
-def test_the_second_bound_says_something_just_where_the_ratio_is_above_what_is_needed():
+def test_the_second_bound_is_above_zero_only_where_the_ratio_is_above_the_needed_one():
     m, M, inner_eps = 2.0, 3.0, 7.0
     needed = (M / m) ** 2 - 1
     assert scatter_bounds(inner_eps, 1.01 * needed * inner_eps, m, M)[1] > 0
@@ -116,8 +116,8 @@ def test_turned_negatives_have_the_cosine_unit_length_and_the_side_they_were_on(
     turned = at_cosine(anchor, others, 0.3)
     assert torch.allclose(F.cosine_similarity(anchor[:, None], turned, dim=2), torch.tensor(0.3).double())
     assert torch.allclose(turned.norm(dim=2), torch.ones(3, 5).double())
-    own = F.cosine_similarity(anchor[:, None], others, dim=2)
-    again = at_cosine(anchor[0], others[0, :1], own[0, 0].item())
+    cosines = F.cosine_similarity(anchor[:, None], others, dim=2)
+    again = at_cosine(anchor[0], others[0, :1], cosines[0, 0].item())
     assert torch.allclose(again, F.normalize(others[0, :1], dim=-1))
 
 
@@ -159,20 +159,20 @@ def test_where_negatives_make_up_the_denominator_the_loss_is_the_squared_distanc
     assert offsets[0] == pytest.approx(offsets[1], abs=1e-4)
 
 
-def test_separating_the_negatives_takes_the_slope_away_and_from_the_shared_form_the_line_too():
+def test_separated_negatives_remove_the_slope_and_from_the_shared_form_the_line_too():
     common = normal(3, 1, 200)  # predictions for one latent are much alike
     rows, view = common + 0.1 * normal(3, 8, 200), common[:, 0] + 0.1 * normal(3, 200)
-    found = {
+    records = {
         (row["denominator"], row["cosine"]): row
         for row in theorem_2(rows, view, common[:, 0] + 0.3 * normal(3, 200), cosines=(1.0, -1.0))
         if row["view"] == "moves" and row["negatives"] == "turned" and row["distance"] == "unit"
     }
     for denominator in ("shared", "own"):
-        assert found[denominator, 1]["r2"] > 0.99
-        assert found[denominator, 1]["slope"] == pytest.approx(1 / (4 * TAU), rel=0.2)
-        assert found[denominator, -1]["slope"] < found[denominator, 1]["slope"] / 5
-    assert found["own", -1]["slope"] < 1e-6
-    assert found["shared", -1]["r2"] < 0.95
+        assert records[denominator, 1]["r2"] > 0.99
+        assert records[denominator, 1]["slope"] == pytest.approx(1 / (4 * TAU), rel=0.2)
+        assert records[denominator, -1]["slope"] < records[denominator, 1]["slope"] / 5
+    assert records["own", -1]["slope"] < 1e-6
+    assert records["shared", -1]["r2"] < 0.95
 
 
 # --- on models --------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_a_vector_added_to_every_token_is_one_bias_a_layer_to_1e_12(folder):
     assert (outs[0] - outs[1]).abs().max() < 1e-12
 
 
-def test_what_two_global_conditions_say_differs_by_one_vector_and_what_two_recaps_say_does_not(folder):
+def test_first_messages_of_two_global_conditions_differ_by_one_vector_and_those_of_two_recaps_do_not(folder):
     denoiser = load_denoiser(folder, levers=())
     denoiser.network.double()
     v, each = normal(2, 1, 24), normal(2, len(denoiser.empty), 24)

@@ -85,7 +85,7 @@ def test_a_missing_image_is_named_and_nothing_is_written(tmp_path, table):
 
 @pytest.fixture
 def real_packages(tmp_path):
-    """A folder with both packages, their files kept in the cache; of each what the builder reads."""
+    """A folder with both packages, reduced to the files that the builder reads; downloads are kept in the cache."""
     (tmp_path / "packages").mkdir()
     for vendor in VENDORS:
         name = f"emoji-datasource-{vendor}"
@@ -112,10 +112,10 @@ def real_packages(tmp_path):
 def test_the_builder_remakes_what_ships_from_the_packages(tmp_path, real_packages):
     out = write_emoji_pairs(real_packages, tmp_path / "out")
     shipped = {path.relative_to(EMOJI): path for path in EMOJI.rglob("*") if path.is_file()}
-    made = {path.relative_to(out): path for path in out.rglob("*") if path.is_file()}
-    shipped.pop(Path("pairs.csv"))  # what it is made of
-    assert made.keys() == shipped.keys()
-    for name, path in made.items():
+    written = {path.relative_to(out): path for path in out.rglob("*") if path.is_file()}
+    shipped.pop(Path("pairs.csv"))  # the input
+    assert written.keys() == shipped.keys()
+    for name, path in written.items():
         assert path.read_bytes() == shipped[name].read_bytes(), name
 
 

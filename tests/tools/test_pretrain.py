@@ -5,8 +5,8 @@ from tools import pretrain
 
 
 @pytest.fixture
-def made(monkeypatch):
-    """What `pretrain.main` asks to be made, in order, in place of hours of training."""
+def calls(monkeypatch):
+    """The calls of `pretrain.main`, in order; nothing is trained."""
     calls = []
     for name in ("clip", "vae", "diffusion"):
         monkeypatch.setattr(
@@ -17,18 +17,18 @@ def made(monkeypatch):
     return calls
 
 
-def test_models_of_another_world_are_made_in_their_folder_and_leave_the_shipped_pairs(made, tmp_path):
+def test_models_of_another_world_are_made_in_their_folder_and_leave_the_shipped_pairs(calls, tmp_path):
     pretrain.main(["models", "--world", "2", "--sight", "0.01", "--out", str(tmp_path)])
-    assert [call[0] for call in made] == ["clip", "vae", "diffusion"]
-    assert made[0] == ("clip", tmp_path / "clip", World(2), 0, {"p": 0.01})
-    assert all(call[1:] == (tmp_path / "diffusion", World(2), 0, {}) for call in made[1:])
+    assert [call[0] for call in calls] == ["clip", "vae", "diffusion"]
+    assert calls[0] == ("clip", tmp_path / "clip", World(2), 0, {"p": 0.01})
+    assert all(call[1:] == (tmp_path / "diffusion", World(2), 0, {}) for call in calls[1:])
 
 
-def test_one_part_is_made_alone(made, tmp_path):
+def test_one_part_is_made_alone(calls, tmp_path):
     pretrain.main(["clip", "--out", str(tmp_path)])
-    assert made == [("clip", tmp_path / "clip", World(0), 0, {"p": pretrain.SIGHT})]
+    assert calls == [("clip", tmp_path / "clip", World(0), 0, {"p": pretrain.SIGHT})]
 
 
-def test_all_makes_the_shipped_pairs_too(made, tmp_path):
+def test_all_makes_the_shipped_pairs_too(calls, tmp_path):
     pretrain.main(["all", "--out", str(tmp_path)])
-    assert [call[0] for call in made] == ["clip", "vae", "diffusion", "pairs"]
+    assert [call[0] for call in calls] == ["clip", "vae", "diffusion", "pairs"]

@@ -16,21 +16,21 @@ RESULTS = pd.DataFrame(
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "expected", "said"),
+    ("low", "high", "expected", "words"),
     [(0.1, 0.2, 1, "as expected"), (0.1, 0.2, -1, "against expectation"), (-0.2, -0.1, 1, "against expectation"),
      (-0.2, -0.1, -1, "as expected"), (-0.1, 0.2, 1, "undecided"), (np.nan, np.nan, 1, "one seed")],
 )  # fmt: skip
-def test_a_verdict_needs_an_interval_on_one_side_of_zero(low, high, expected, said):
-    assert said in verdict(low, high, expected)
+def test_a_verdict_needs_an_interval_on_one_side_of_zero(low, high, expected, words):
+    assert words in verdict(low, high, expected)
 
 
-def test_numbers_are_said_in_percent_and_points_with_their_interval():
+def test_numbers_are_written_in_percent_and_points_with_their_interval():
     assert percent(0.5417, 0.451, 0.63) == "54.2 % (95 % interval 45.1 to 63.0)"
     assert points(0.031, 0.01, 0.052, digits=0) == "+3 points (95 % interval +1 to +5)"
     assert points(-0.031, np.nan, np.nan) == "-3.1 points (one seed, no interval)"
 
 
-def test_what_has_not_been_run_is_said_and_not_filled_in():
+def test_rows_that_have_not_been_run_are_named_and_not_filled_in():
     rows = compare_rows(RESULTS, ["dcr"], ["nmi"])
     assert state_difference(rows, "dcr", "nmi", 1) == "-10.0 points (95 % interval -10.0 to -10.0), against expectation"
     assert state_difference(rows, "dcr", "nmi") == "-10.0 points (95 % interval -10.0 to -10.0)"
