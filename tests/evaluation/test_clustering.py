@@ -76,7 +76,7 @@ def test_agreement_by_hand():
     assert found["ari"] == pytest.approx((1 - 2 * 3 / 6) / ((2 + 3) / 2 - 2 * 3 / 6))  # 1 of 6 pairs agree: chance
 
 
-def test_intervals_hold_the_score_and_narrow_with_more_pictures():
+def test_intervals_hold_the_score_and_narrow_with_more_images():
     rng, widths = np.random.default_rng(0), []
     for n in (60, 960):
         labels = rng.integers(3, size=n)

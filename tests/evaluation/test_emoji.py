@@ -98,7 +98,7 @@ def small(tmp_path):
     return write
 
 
-def test_the_match_scores_the_cosines_of_the_pictures(small, encoder):
+def test_the_match_scores_the_cosines_of_the_images(small, encoder):
     out = small({"noto": ("red", "blue"), "twemoji": ("darkred", "darkblue")})
     scores = match_pairs(encoder, out / "noto", out / "twemoji")
     assert encoder.asked == []  # no word is read
@@ -137,7 +137,7 @@ def test_the_report_is_flat_and_averages_the_sets(encoder):
         )
 
 
-def test_each_sets_pictures_are_asked_for_once_and_all_scores_are_made_of_them(small, encoder):
+def test_each_sets_images_are_asked_for_once_and_all_scores_are_made_of_them(small, encoder):
     out = small({"noto": ("red", "blue"), "twemoji": ("darkred", "darkblue")})
     asked = []
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from picture_files import png, write_folders, write_tar
+from image_writers import png, write_folders, write_tar
 from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
@@ -143,7 +143,7 @@ def test_a_run_is_evaluated_by_its_folder_and_features_are_shared(root, tmp_path
     assert len(list((tmp_path / "cache").iterdir())) == 2  # one a set and encoder, for two benchmarks
 
 
-def test_so_many_pictures_are_drawn_by_the_seed(root):
+def test_so_many_images_are_drawn_by_the_seed(root):
     found = read_set(root / "animals")
     one, same, other = (found.draw(9, seed) for seed in (0, 0, 1))
     assert one.places == same.places != other.places and len(one) == len(set(one.places)) == 9
@@ -211,7 +211,7 @@ def test_recall_by_hand():
     owner = torch.tensor([0, 0, 1, 2])
     found = recall_at(images, texts, owner, (1, 2))
     assert found["image to text R@1"] == 1  # each has one of its own nearest
-    assert found["text to image R@1"] == 0.5  # the second and third text lie nearest to the last picture
+    assert found["text to image R@1"] == 0.5  # the second and third text lie nearest to the last image
     assert found["text to image R@2"] == 0.75
 
 
@@ -339,7 +339,7 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
 class Colours(Encoder):
-    """A picture's embedding is its mean colour, a text's what colours it names; a patch is the second colour."""
+    """An image's embedding is its mean colour, a text's what colours it names; a patch is the second colour."""
 
     def __init__(self):
         nn.Module.__init__(self)
@@ -366,7 +366,7 @@ def solid(colour):
 
 
 def write_colours(folder, counts):
-    """class -> how many pictures of each colour."""
+    """class -> how many images of each colour."""
     for kind, own in counts.items():
         (folder / kind).mkdir(parents=True)
         for colour, n in own.items():
@@ -413,7 +413,7 @@ def test_the_values_of_retrieval_are_those_worked_out_by_hand(colours):
     assert table.n["image to text R@1"] == 3 and table.n["text to image R@1"] == 6
     assert table.chance["text to image R@1"] == pytest.approx(1 / 3) and table.chance["text to image R@5"] == 1
     assert table.chance["image to text R@1"] == pytest.approx(2 / 6)
-    assert table.chance["image to text R@5"] == 1  # of 6 texts one is left out, and each picture has two
+    assert table.chance["image to text R@5"] == 1  # of 6 texts one is left out, and each image has two
     assert set(table.note[["text to image R@5", "image to text R@5"]]) == {"not above chance"}
 
 
@@ -625,7 +625,7 @@ def faults_in_the_folder(data):
     next((images / "State and Condition").iterdir()).write_bytes(b"")
     (images / "Orientation and Direction" / "1.jpg").unlink()
     return "mmvp-vlm", ["not UTF-8", "the header 'Type,ID,Statement'", "no folder 'Texts'", "rename 'texts'",
-                        "not a picture", "1.jpg", "no id, type and statement in the row 'x,Texts"]  # fmt: skip
+                        "not an image", "1.jpg", "no id, type and statement in the row 'x,Texts"]  # fmt: skip
 
 
 def a_table_without_a_column(data):

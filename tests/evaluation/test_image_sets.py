@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from picture_files import pixels, png, write_folders, write_tar
+from image_writers import pixels, png, write_folders, write_tar
 from PIL import Image
 
 from diva_lab.evaluation import features
@@ -36,7 +36,7 @@ def test_a_folder_for_each_class_is_a_set_without_a_line_of_code(tmp_path, split
     assert found.places[0].read() == (tmp_path / "pets_of_mine" / split / "big_cat" / "0.png").read_bytes()
 
 
-def test_class_names_and_templates_beside_the_pictures_win(tmp_path):
+def test_class_names_and_templates_beside_the_images_win(tmp_path):
     root = write_folders(tmp_path / "n", ("n01", "n02"))
     (root / "classnames.txt").write_text("tench\ngoldfish\n")
     (root / "zeroshot_classification_templates.txt").write_text("art of a {c}\n")
@@ -72,7 +72,7 @@ def test_imagenets_own_layout_has_val_for_test_and_its_names_by_wordnet_id(tmp_p
     found, train = read_set(tmp_path / "ImageNet-1K"), read_set(tmp_path / "ImageNet-1K", "train")
     assert found.name == "imagenet1k" and found.classes == ("tench", "stingray", "toilet paper")
     assert {place.path.split("/")[-3] for place in found.places} == {"val"} and len(train) == 6
-    (tmp_path / "ImageNet-1K" / "test").mkdir()  # pictures without classes, as ImageNet's own test split
+    (tmp_path / "ImageNet-1K" / "test").mkdir()  # images without classes, as ImageNet's own test split
     pixels(0).save(tmp_path / "ImageNet-1K" / "test" / "0.png")
     assert read_set(tmp_path / "ImageNet-1K").places == found.places
 
@@ -89,13 +89,13 @@ def test_wordnet_ids_without_a_name_are_refused(tmp_path):
         (["train/a", "notes/b"], "'train' is a split's name and no class"),
         (["a", "validation", "Test"], r"(?s)'Test' is a split's name.*'validation' is a split's name"),
         (["test/train/a", "test/val/b"], r"(?s)'train' is a split's name.*'val' is a split's name"),
-        (["MLLM_VLM Images/Texts", "other"], "'MLLM_VLM Images' holds MMVP-VLM's pictures"),
-        (["mmvp_vlm_images"], "'mmvp_vlm_images' holds MMVP-VLM's pictures"),
+        (["MLLM_VLM Images/Texts", "other"], "'MLLM_VLM Images' holds MMVP-VLM's images"),
+        (["mmvp_vlm_images"], "'mmvp_vlm_images' holds MMVP-VLM's images"),
         (["cat"], "'cat' is the only class folder; expected two or more"),
         (["test/cat"], "'cat' is the only class folder"),
     ],
 )
-def test_splits_mmvps_pictures_and_a_single_folder_are_no_classes(tmp_path, made, message):
+def test_splits_mmvps_images_and_a_single_folder_are_no_classes(tmp_path, made, message):
     for i, folder in enumerate(made):
         (tmp_path / "set" / folder).mkdir(parents=True)
         pixels(i).save(tmp_path / "set" / folder / "0.png")
@@ -197,12 +197,12 @@ def test_the_lists_hold_27_and_six_sets_and_no_name_means_two():
 
 
 @pytest.mark.parametrize("name", ["wds_voc2007_multilabel", "wds_voc2007", "VOC2007"])
-def test_several_classes_a_picture_are_refused_with_what_is_scored_instead(tmp_path, name):
+def test_several_classes_an_image_are_refused_with_what_is_scored_instead(tmp_path, name):
     if name == "VOC2007":
         (tmp_path / name / "VOCdevkit" / "VOC2007" / "JPEGImages").mkdir(parents=True)
     else:
         write_tar(tmp_path / name / "test" / "0.tar", {"a.png": png(0), "a.npy": b"x"})
-    with pytest.raises(ValueError, match=r"several classes a picture.*the single-label version is scored"):
+    with pytest.raises(ValueError, match=r"several classes for one image.*the single-label version is scored"):
         read_set(tmp_path / name)
 
 
@@ -222,8 +222,8 @@ def test_all_that_is_wrong_with_tars_is_told_at_once(tmp_path):
     with pytest.raises(ValueError) as error:
         read_set(root)
     said = str(error.value)
-    for words in ("a.cls: b'one'; expected the number of a class", "b: expected a picture and .cls", "c.cls: b'-1'",
-                  "d: expected a picture", "e.txt: not UTF-8", "2.tar: not a tar", "3.tar: not a tar"):  # fmt: skip
+    for words in ("a.cls: b'one'; expected the number of a class", "b: expected an image and .cls", "c.cls: b'-1'",
+                  "d: expected an image", "e.txt: not UTF-8", "2.tar: not a tar", "3.tar: not a tar"):  # fmt: skip
         assert words in said, words
     assert said.count("\n- ") == 7
 
@@ -256,9 +256,9 @@ def test_a_folder_of_classes_or_splits_is_a_set_and_a_folder_of_sets_is_none(tmp
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"a.png": b"x"}, "expected a picture and .cls or .txt"),
+        ({"a.png": b"x"}, "expected an image and .cls or .txt"),
         ({"a.png": b"x", "a.cls": b"3"}, "classes up to number 3, but 2 class names"),
-        ({"a.png": b"x", "a.cls": b"1", "b.png": b"y", "b.txt": b"c"}, "some pictures have a class"),
+        ({"a.png": b"x", "a.cls": b"1", "b.png": b"y", "b.txt": b"c"}, "some images have a class"),
     ],
 )
 def test_tars_whose_parts_do_not_agree_are_refused(tmp_path, members, message):
@@ -291,13 +291,13 @@ def places(root, sizes=((32, 32), (48, 40), (32, 64))):
     return [Place(str(root / f"{i}.png")) for i in range(len(sizes))]
 
 
-def test_features_of_files_are_those_of_pictures_in_memory(tmp_path, encoder):
+def test_features_of_files_are_those_of_images_in_memory(tmp_path, encoder):
     found = places(tmp_path, [(32, 32)] * 5)
     images = torch.stack([torch.from_numpy(np.array(pixels(i))).permute(2, 0, 1) for i in range(5)])
     torch.testing.assert_close(FeatureStore(encoder, None, batch=2)(found), embed(encoder, images), atol=1e-6, rtol=0)
 
 
-def test_pictures_are_prepared_as_open_clips_own_transform_does(tmp_path, encoder):
+def test_images_are_prepared_as_open_clips_own_transform_does(tmp_path, encoder):
     import open_clip
 
     own = open_clip.image_transform(
@@ -311,7 +311,7 @@ def test_pictures_are_prepared_as_open_clips_own_transform_does(tmp_path, encode
     torch.testing.assert_close(FeatureStore(encoder, None)(found), expected, atol=1e-5, rtol=0)
 
 
-def test_pictures_go_through_the_model_in_batches_of_their_own_size(tmp_path, encoder, monkeypatch):
+def test_images_go_through_the_model_in_batches_of_their_own_size(tmp_path, encoder, monkeypatch):
     found, sizes, whole = places(tmp_path, [(32, 32)] * 7), [], encoder.features
     expected = FeatureStore(encoder, None)(found)
     monkeypatch.setattr(features, "LOADED", 2)
@@ -361,20 +361,20 @@ def test_features_are_found_again_by_content_alone(tmp_path, encoder):
 
 def test_divas_feature_is_class_and_mean_of_patches(tmp_path, encoder):
     found = places(tmp_path, [(32, 32)])
-    picture = torch.from_numpy(np.array(pixels(0))).permute(2, 0, 1)[None].float() / 255
+    image = torch.from_numpy(np.array(pixels(0))).permute(2, 0, 1)[None].float() / 255
     with torch.no_grad():
-        tokens = encoder.features(picture)
+        tokens = encoder.features(image)
         expected = torch.nn.functional.normalize(tokens.embedding + tokens.patches.mean(1), dim=-1)
     torch.testing.assert_close(FeatureStore(encoder, None)(found, "class+patches"), expected, atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match=", ".join(FEATURES).replace("+", r"\+")):
         FeatureStore(encoder, None)(found, "patches")
 
 
-def test_all_unreadable_pictures_are_named_at_once_and_nothing_is_kept(tmp_path, encoder):
+def test_all_unreadable_images_are_named_at_once_and_nothing_is_kept(tmp_path, encoder):
     found = places(tmp_path)
     for i in (0, 2):
-        (tmp_path / f"{i}.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"(?s)2 of 3 pictures.*0\.png.*2\.png"):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"(?s)2 of 3 images.*0\.png.*2\.png"):
         FeatureStore(encoder, tmp_path / "cache")(found)
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
 

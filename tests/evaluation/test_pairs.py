@@ -130,16 +130,16 @@ def test_names_off_by_case_are_told_all_at_once(tmp_path):
         read_pairs(folder)
 
 
-def test_pictures_that_cannot_be_read_are_told_with_what_is_missing(tmp_path, encoder):
+def test_images_that_cannot_be_read_are_told_with_what_is_missing(tmp_path, encoder):
     folder = write(tmp_path, ROWS)
     images = folder / IMAGE_FOLDERS[0]
     for name in ("Texts/1.png", "Camera/3.png"):
-        (images / name).write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"(?s)2 pictures:.*Texts/1\.png: not a picture.*Camera/3\.png: not a picture"):
+        (images / name).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"(?s)2 images:.*Texts/1\.png: not an image.*Camera/3\.png: not an image"):
         score_pairs(encoder, folder)
     (images / "Texts" / "2.png").unlink()
     with pytest.raises(
-        ValueError, match=r"(?s)no image .*Texts/2\.jpg.*Texts/1\.png: not.*Camera/3\.png: not a picture"
+        ValueError, match=r"(?s)no image .*Texts/2\.jpg.*Texts/1\.png: not.*Camera/3\.png: not an image"
     ):
         read_pairs(folder)
 
@@ -169,7 +169,7 @@ def test_a_statement_may_hold_quoted_commas_and_line_breaks_and_the_file_a_mark_
 def test_an_image_that_cannot_be_read_is_named(tmp_path, encoder):
     path = write(tmp_path, ROWS) / IMAGE_FOLDERS[0] / "Texts" / "2.png"
     path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"Texts/2\.png: not a picture"):
+    with pytest.raises(ValueError, match=r"Texts/2\.png: not an image"):
         score_pairs(encoder, tmp_path)
 
 
@@ -244,7 +244,7 @@ def test_scores_are_the_cosines_of_the_prefixed_statements(tmp_path, encoder):
             assert scores[f"t{t + 1}i{i + 1}"][pair] == pytest.approx(cosine, abs=1e-6)
 
 
-def test_an_encoder_that_knows_each_statements_picture_scores_all(tmp_path, make_encoder):
+def test_an_encoder_that_knows_each_statements_image_scores_all(tmp_path, make_encoder):
     folder, encoder = write(tmp_path, ROWS), make_encoder()
     for i, kind, statement in ROWS:
         pixels = np.array(Image.open(folder / IMAGE_FOLDERS[0] / kind / f"{i}.png"))
@@ -318,12 +318,12 @@ def test_the_strict_count_is_that_of_the_scripts_whatever_the_order_of_the_rows(
     assert said[1] == f"by position {len(moved)} pairs are of another category than the CSV says: {moved}"
 
 
-def test_ties_and_pictures_of_the_first_rows_folder_are_told(tmp_path, make_encoder):
+def test_ties_and_images_of_the_first_rows_folder_are_told(tmp_path, make_encoder):
     encoder = make_encoder()
     folder = write(tmp_path, [(1, "Texts", "a"), (2, "Letters", "b")])
     images = folder / IMAGE_FOLDERS[0]
-    (images / "Texts" / "2.png").write_bytes((images / "Texts" / "1.png").read_bytes())  # the same picture: a tie
+    (images / "Texts" / "2.png").write_bytes((images / "Texts" / "1.png").read_bytes())  # the same image: a tie
     own, strict = score_pairs(encoder, folder), score_pairs(encoder, folder, strict=True)
     said = "\n".join(strict_differences(folder, own, strict))
     assert "1 pairs with a tie, which counts for image 2: [1]" in said
-    assert "1 pictures taken from the folder of the first row's type: [2]" in said
+    assert "1 images taken from the folder of the first row's type: [2]" in said

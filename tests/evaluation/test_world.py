@@ -8,7 +8,7 @@ from diva_lab.evaluation.pairs import read_pairs, score_pairs, summarise
 from diva_lab.evaluation.world import PROBE_TRAIN, WORLD_SPLITS, world_pairs, world_report
 from diva_lab.world import DETAILS, PATTERNS, World, draw_scenes
 
-SMALL = World(px=8)  # its pictures are drawn in a tenth of the time
+SMALL = World(px=8)  # its images are drawn in a tenth of the time
 
 
 @pytest.fixture(scope="module")
