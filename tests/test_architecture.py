@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*(ROOT / "diva_lab").rglob("*.py"), *(ROOT / "tools").glob("*.py")])
 LINES, LEVELS = 60, 3
-NESTED = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.FunctionDef)
+NESTED = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.Match, ast.FunctionDef, ast.AsyncFunctionDef)
+DOORS = {"diva_lab", "diva_lab.__main__"}  # they stand before all rooms, and no room imports them
 
 
 def module_of(path: Path) -> str:
@@ -17,57 +18,78 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def in_package(path: Path) -> bool:
+    return path.relative_to(ROOT).parts[0] == "diva_lab"
+
+
 def map_order() -> list[str]:
-    """The modules of `diva_lab` in the order of the README's map: a line a file, or a folder and its files by ` · `."""
+    """The modules of `diva_lab` in the order of the README's map.
+
+    A line of the map is `  name.py   text`, or `  room/   name · name: text` with the files of a room; a line that is
+    indented further goes on with the line before. A room's `__init__` counts after its files.
+    """
     text = (ROOT / "README.md").read_text()
-    block = text.split("\ndiva_lab/", 1)[1].split("\ntools/", 1)[0]
+    block = text.split("\ndiva_lab/\n", 1)[1].split("\ntools/", 1)[0]
     order = []
-    for line in block.splitlines()[1:]:
-        if found := re.match(r"  (\w+)\.py\b", line):
-            order.append(f"diva_lab.{found[1]}")
-        elif found := re.match(r"  (\w+)/\s+(.*)", line):
-            room = f"diva_lab.{found[1]}"
-            order += [*(f"{room}.{name}" for name in re.findall(r"[\w]+", found[2].partition(":")[0])), room]
+    for line in re.sub(r"\n {3,}", " ", block).splitlines():
+        entry = re.fullmatch(r"  (?:(?P<file>\w+)\.py|(?P<room>\w+)/)\s+(?P<text>\S.*)", line)
+        assert entry, f"README's map: expected '  name.py  text' or '  room/  name · name: text', got {line!r}"
+        if entry["file"]:
+            order.append(f"diva_lab.{entry['file']}")
+            continue
+        names, colon, _ = entry["text"].partition(":")
+        assert colon, f"README's map: expected the files of {entry['room']}/ before a colon, got {line!r}"
+        order += [f"diva_lab.{entry['room']}.{name.strip()}" for name in names.split("·")]
+        order.append(f"diva_lab.{entry['room']}")
     return order
 
 
 def imports_of(path: Path) -> set[str]:
-    """The modules of ours that a file imports, inside functions too; a package where a name is its own."""
-    known, found = {module_of(file) for file in FILES}, set()
+    """The modules of this repository that a file imports, inside functions too.
+
+    `from room import name` is the module `room.name` where there is one, else the package `room`.
+    """
+    modules, imported = {module_of(file) for file in FILES}, set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
-            inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            names = list(inner & known) or [node.module]
-        found |= set(names) & known
-    return found
+            assert not node.level, f"{path.name}: expected absolute imports, line {node.lineno} is relative"
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in modules else node.module for name in inner]
+        imported |= set(names) & modules
+    return imported
 
 
-def test_every_file_stands_in_the_map():
-    listed = set(map_order())
-    doors = {"diva_lab", "diva_lab.__main__"}
-    rooms = {module_of(file) for file in FILES if file.name == "__init__.py"}
-    assert {
-        module_of(file) for file in FILES if "tools" not in file.relative_to(ROOT).parts
-    } - doors - rooms == listed - rooms
+def test_every_file_stands_in_the_map_once_and_the_map_names_no_other():
+    order = map_order()
+    assert len(order) == len(set(order))
+    files = {module_of(file) for file in FILES if in_package(file)}
+    assert files - DOORS == set(order)
 
 
 def test_a_file_imports_only_what_stands_above_it():
-    order = map_order()
-    place = {name: k for k, name in enumerate(order)}
+    place = {name: k for k, name in enumerate(map_order())}
     wrong = []
     for file in FILES:
-        own = module_of(file)
-        if own in place and own != "diva_lab.cli":  # the door may import any room
-            wrong += [f"{own} <- {name}" for name in imports_of(file) if place.get(name, -1) >= place[own]]
+        name = module_of(file)
+        if name in place and name != "diva_lab.cli":  # the command may import any room
+            late = [other for other in imports_of(file) if other in DOORS or place.get(other, -1) >= place[name]]
+            wrong += [f"{name} <- {other}" for other in late]
     assert wrong == []
 
 
-def test_the_package_does_not_know_its_tools():
-    users = [
-        module_of(f) for f in FILES if "tools" not in f.parts and any(n.startswith("tools") for n in imports_of(f))
-    ]
-    assert users == []
+def test_the_package_does_not_import_its_tools():
+    users = {module_of(file): imports_of(file) for file in FILES if in_package(file)}
+    assert [name for name, imported in users.items() if any(other.startswith("tools") for other in imported)] == []
+
+
+def test_a_private_name_is_not_imported():
+    private = {}
+    for file in FILES:
+        nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        ours = [node for node in nodes if (node.module or "").partition(".")[0] in ("diva_lab", "tools")]
+        private[module_of(file)] = [a.name for node in ours for a in node.names if re.match(r"_[a-z]", a.name)]
+    assert {name: names for name, names in private.items() if names} == {}
 
 
 def functions(path: Path):
@@ -92,6 +114,9 @@ def test_functions_are_short_and_flat(path):
     assert long + deep == []
 
 
-def test_no_two_files_have_one_name_in_sight_of_each_other():
-    names = [file.name for file in FILES if file.parent.name in ("diva_lab", "tools") and file.name != "__init__.py"]
-    assert len(names) == len(set(names))
+def test_no_two_files_or_rooms_have_one_name_in_sight_of_each_other():
+    names = [file.stem for file in FILES if file.parent.name in ("diva_lab", "tools") and file.stem != "__init__"]
+    names += [
+        file.parent.name for file in FILES if file.name == "__init__.py" and file.parent.parent.name == "diva_lab"
+    ]
+    assert sorted(names) == sorted(set(names))

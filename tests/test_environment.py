@@ -47,13 +47,12 @@ def test_no_requirement_is_named_twice():
 
 
 def test_every_package_that_the_code_imports_is_required():
-
     required = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
     owners = packages_distributions()
-    for file in (ROOT / "diva_lab").rglob("*.py"):
+    for file in [*(ROOT / "diva_lab").rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"diva_lab"}:
+            for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"diva_lab", "tools"}:
                 owned = {canonicalize_name(owner) for owner in owners.get(name, ())}
                 assert owned & required, f"{file.name} imports {name}, which pyproject.toml does not require"
