@@ -8,7 +8,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export IMAGES SEEDS STEPS SMALL
 
 NBVAL := -p no:python --nbval-lax --nbval-current-env --nbval-cell-timeout=300
-# a finished run is never repeated: a folder of its own makes the notebooks train anew
+# Finished runs are not repeated: with an empty folder of runs the notebooks train again.
 FRESH = export DIVA_LAB_RUNS=$$(mktemp -d) && trap 'rm -rf "$$DIVA_LAB_RUNS" notebooks/live.ipynb' EXIT
 NBSTRIPOUT := --keep-output --keep-count --keep-id --extra-keys \
     "metadata.papermill cell.metadata.papermill metadata.widgets metadata.language_info.version"
@@ -16,15 +16,15 @@ NBSTRIPOUT := --keep-output --keep-count --keep-id --extra-keys \
 .DEFAULT_GOAL := help
 .PHONY: help run test lab figures pretrain study clean
 
-help: ## show this list
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-run: $(INSTALLED) ## run the notebooks into runs/ID: report.html, summary.csv [IMAGES=folder_or_tars SEEDS=3 STEPS=n]
+run: $(INSTALLED) ## run all notebooks; writes runs/ID/report.html and summary.csv [IMAGES=folder_or_tars SEEDS=3 STEPS=n]
 	@$(BIN)/diva-lab run \
 	    $${IMAGES:+--images "$$IMAGES"} $${SEEDS:+--seeds "$$SEEDS"} $${STEPS:+--steps "$$STEPS"}
 
 test: export HF_HUB_OFFLINE := 1
-test: $(INSTALLED) ## lint, unit and property tests, then every notebook; lists what was skipped
+test: $(INSTALLED) ## lint, run all tests, then all notebooks; lists skipped tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --jaxtyping-packages=diva_lab,beartype.beartype
@@ -33,7 +33,7 @@ test: $(INSTALLED) ## lint, unit and property tests, then every notebook; lists 
 lab: $(INSTALLED) ## open the notebooks in JupyterLab [ARGS=...]
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks $(ARGS)
 
-figures: $(INSTALLED) ## run the notebooks in place: their committed outputs and figures/ are made anew
+figures: $(INSTALLED) ## run the notebooks in place; rewrites their outputs and figures/
 	@$(FRESH); set -e; for notebook in notebooks/[0-9][0-9]_*.ipynb; do \
 	    sed 's/save_figures = False/save_figures = True/' $$notebook >notebooks/live.ipynb; \
 	    $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/live.ipynb; \
@@ -41,16 +41,18 @@ figures: $(INSTALLED) ## run the notebooks in place: their committed outputs and
 	    sed 's/save_figures = True/save_figures = False/' notebooks/live.ipynb >$$notebook; \
 	done
 
-pretrain: $(INSTALLED) ## remake data/tiny from a seed: hours on two cores, goes on where it was stopped
+pretrain: $(INSTALLED) ## train data/tiny again from a seed: hours on two cores, continues where it was stopped
 	$(BIN)/python -m tools.pretrain all --threads $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
-study: $(INSTALLED) ## remake data/results, in a second world too: hours, goes on where it was stopped [SMALL=1: a thin slice in minutes]
+study: $(INSTALLED) ## run the study in two worlds, write data/results: hours, continues where it was stopped [SMALL=1: minutes]
 	$(BIN)/python -m tools.study $${SMALL:+--small}
+	$(BIN)/python -m tools.tables $${SMALL:+--small}
 	@test -n "$$SMALL" || { set -ex; test -e runs/world-1/diffusion/record.json || \
 	    $(BIN)/python -m tools.pretrain models --world 1 --out runs/world-1; \
-	    $(BIN)/python -m tools.study --models runs/world-1; }
+	    $(BIN)/python -m tools.study --models runs/world-1; \
+	    $(BIN)/python -m tools.tables --models runs/world-1; }
 
-clean: ## remove .venv and caches; runs/ stays
+clean: ## remove .venv and caches, but not runs/
 	rm -rf $(VENV) *.egg-info build dist .pytest_cache .ruff_cache
 	find diva_lab tools tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
@@ -59,6 +61,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    "or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version) is too" \
 	    "old; Python 3.11 or newer is needed, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@{ test -f $@ && $(BIN)/python -m pip --version >/dev/null 2>&1; } || $(PYTHON) -m venv --clear $(VENV)  # a stopped install is begun anew
+	@{ test -f $@ && $(BIN)/python -m pip --version >/dev/null 2>&1; } || $(PYTHON) -m venv --clear $(VENV)  # a stopped install starts again
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@

@@ -34,21 +34,19 @@ def test_a_report_is_made_once_for_each_encoder():
     assert report(encoder) == {"x": 2.0}
 
 
-def test_a_study_is_run_once(small_study, monkeypatch):
-    run_rows(small_study)
-    folders = sorted(path.name for path in small_study.root.iterdir())
+def test_a_study_is_run_once(finished_study, monkeypatch):
+    folders = sorted(path.name for path in finished_study.root.iterdir())
     monkeypatch.setattr(module, "world_report", lambda *_, **__: pytest.fail("evaluated again"))
-    run_rows(small_study)
-    assert sorted(path.name for path in small_study.root.iterdir()) == folders
+    run_rows(finished_study)
+    assert sorted(path.name for path in finished_study.root.iterdir()) == folders
 
 
-def test_the_learning_rate_is_the_best_of_all_trials_and_unknown_before(small_study):
-    (changes,) = (changes for _, name, changes in small_study.each_row() if name == "naive")
-    assert small_study.choose_rate(changes) is None
-    run_rows(replace(small_study, rows=("naive",), seeds=0))
-    assert small_study.choose_rate(changes) == small_study.rates[0]  # later reports are worse
+def test_the_learning_rate_is_the_best_of_all_trials_and_unknown_before(small_study, finished_study):
+    rows = {name: changes for _, name, changes in small_study.each_row()}
+    assert small_study.choose_rate(rows["naive"]) is None
+    assert finished_study.choose_rate(rows["naive"]) == finished_study.rates[0]  # later reports are worse
     reported = {seed for tier in SEEDS for seed in SEEDS[tier]}
-    assert not reported & {settings.seed for settings in small_study.rate_trials(changes)}
+    assert not reported & {settings.seed for settings in finished_study.rate_trials(rows["naive"])}
 
 
 def test_an_unknown_row_is_refused_with_the_known_ones(capsys):

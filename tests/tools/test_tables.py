@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -8,7 +9,7 @@ from diva_lab.analysis.theory import COSINES, theory_report
 from diva_lab.figures.style import MEASURES
 from diva_lab.training.runs import Run
 from tools import study, tables
-from tools.study import Study, run_rows
+from tools.study import Study
 from tools.tables import collect, results_table, theory_tables, write_results_table
 
 
@@ -16,43 +17,40 @@ def table(of: Study, name: str) -> pd.DataFrame:
     return pd.read_csv(of.results / f"{name}.csv")
 
 
-def test_every_finished_run_is_in_the_tables(small_study):
-    run_rows(small_study)
-    collect(small_study)
-    objectives, ablations = table(small_study, "objectives"), table(small_study, "ablations")
+def test_every_finished_run_is_in_the_tables(finished_study):
+    collect(finished_study)
+    objectives, ablations = table(finished_study, "objectives"), table(finished_study, "ablations")
     assert set(objectives["objective"]) == {"none", "naive", "dcr", "perturb-norm", "perturb-drift"}
     assert objectives.groupby("objective")["seed"].apply(list).map(tuple).unique().tolist() == [(0, 1)]
     assert ablations["objective"].tolist() == ["naive, upgrad"] * 2 + ["dcr, aligned"] * 2
-    (aligned,) = small_study.root.glob("align-*")
+    (aligned,) = finished_study.root.glob("align-*")
     run_of = {row.objective: row.run for row in ablations.itertuples()}
-    assert Run(small_study.root / run_of["dcr, aligned"]).settings["projector"] == str(aligned)
+    assert Run(finished_study.root / run_of["dcr, aligned"]).settings["projector"] == str(aligned)
     for name in ("objectives", "ablations", "rates"):
-        assert table(small_study, name)[["run", "git", "torch", "seed"]].notna().all(axis=None)
-    rates = table(small_study, "rates")
+        assert table(finished_study, name)[["run", "git", "torch", "seed"]].notna().all(axis=None)
+    rates = table(finished_study, "rates")
     assert rates.groupby("objective")["chosen"].sum().eq(1).all() and set(rates["seed"]) == {100}
-    assert objectives.query("objective == 'dcr'")["lr"].isin(small_study.rates).all()
-    assert table(small_study, "missing").empty
-    claims = table(small_study, "claims")
+    assert objectives.query("objective == 'dcr'")["lr"].isin(finished_study.rates).all()
+    assert table(finished_study, "missing").empty
+    claims = table(finished_study, "claims")
     assert set(claims["measure"]) == set(MEASURES) and "none" not in set(claims["objective"])
-    assert table(small_study, "conflict")[["seed", "step"]].values.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-    assert {"naive", "dcr"} == set(table(small_study, "probes")["objective"])
+    assert table(finished_study, "conflict")[["seed", "step"]].values.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert {"naive", "dcr"} == set(table(finished_study, "probes")["objective"])
 
 
-def test_what_has_not_been_run_is_named_as_missing_and_not_filled_in(small_study):
-    run_rows(replace(small_study, rows=("naive",)))
-    collect(small_study)
-    missing = table(small_study, "missing")
+def test_what_has_not_been_run_is_named_as_missing_and_its_old_table_removed(finished_study, tmp_path):
+    part = replace(finished_study, root=tmp_path / "part")
+    shutil.copytree(finished_study.root, part.root)
+    for folder in part.root.iterdir():
+        if "naive" not in folder.name or Run(folder).settings["combine"] != "sum":
+            (folder / "done").unlink()
+    part.results.mkdir()
+    (part.results / "ablations.csv").write_text("objective\nold\n")
+    collect(part)
+    missing = table(part, "missing")
     assert set(missing["row"]) == {"dcr", "naive, upgrad", "dcr, aligned"} and set(missing["seed"]) == {0, 1}
-    assert set(table(small_study, "objectives")["objective"]) == {"none", "naive"}
-    assert not (small_study.results / "ablations.csv").exists()
-
-
-def test_a_table_of_rows_that_are_gone_is_removed(small_study):
-    small_study.results.mkdir(parents=True)
-    (small_study.results / "ablations.csv").write_text("objective\nold\n")
-    run_rows(replace(small_study, rows=("naive",)))
-    collect(small_study)
-    assert not (small_study.results / "ablations.csv").exists()
+    assert set(table(part, "objectives")["objective"]) == {"none", "naive"}
+    assert not (part.results / "ablations.csv").exists()
 
 
 def test_without_runs_no_table_is_touched(small_study, monkeypatch, capsys):
