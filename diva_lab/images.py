@@ -72,22 +72,20 @@ def _world_batches(world: World, n: int, seed: int, first: int, rank: int) -> It
 
 def _decoded(samples: Iterator[Sample], px: int, n: int, source: str) -> Iterator[Batch]:
     """Batches of `n`, decoded by threads, the next one while the last is used."""
+    images, broken, unread = [], [], []  # the batch so far, and the broken ones since the last readable image
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = _decode_ahead(samples, px, 2 * n, pool)
-        unread: list[tuple[str, str]] = []  # since the last readable image
-        while True:
-            images, broken = [], []
-            while len(images) < n:
-                name, image, reason = next(results)
-                if image is not None:
-                    images.append(image)
-                    unread = []
-                    continue
+        for name, image, reason in _decode_ahead(samples, px, 2 * n, pool):
+            if image is None:
                 broken.append((name, reason))
                 unread.append((name, reason))
-                if len(unread) == PATIENCE:
-                    raise _too_many(unread, source)
-            yield _tensor(images), broken
+            else:
+                images.append(image)
+                unread = []
+            if len(unread) == PATIENCE:
+                raise _too_many(unread, source)
+            if len(images) == n:
+                yield _tensor(images), broken
+                images, broken = [], []
 
 
 def _decode_ahead(

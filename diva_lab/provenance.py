@@ -28,11 +28,12 @@ def source_hash(function: Callable | None) -> str | None:
     """
     if not inspect.isfunction(function):
         return None
-    room, sources, queue = function.__module__.rpartition(".")[0] or function.__module__, {}, [function]
+    module = function.__module__ or "__main__"
+    room, sources, queue = module.rpartition(".")[0] or module, {}, [function]
     while queue:
         here = queue.pop()
         name = getattr(here, "__qualname__", "")
-        if not inspect.isfunction(here) or name in sources or not here.__module__.startswith(room):
+        if not inspect.isfunction(here) or name in sources or not (here.__module__ or "__main__").startswith(room):
             continue
         try:
             sources[name] = inspect.getsource(here)

@@ -35,7 +35,7 @@ DETAILS = {
     "viewpoint": ("high", "low"),
 }
 ATTRIBUTES = {"class": CLASSES, **DETAILS}  # all that a scene can be asked for
-# MMVP's own names of the nine patterns, in the order of DETAILS (METHOD: MMVP-VLM)
+# MMVP's own names of the nine patterns, in the order of DETAILS
 PATTERNS = dict(
     zip(
         DETAILS,

@@ -46,7 +46,7 @@ class Convention(NamedTuple):
     order: str = ""  # of CLIP_benchmark's class names: the published folders' `names`, or `numbers` in their place
 
 
-# the 27 classification sets, as EVA-CLIP lists them (METHOD section 5), by CLIP_benchmark's names
+# the 27 classification sets, as EVA-CLIP lists them, by CLIP_benchmark's names
 CLASSIFICATION_SETS = {
     "imagenet1k": Convention(1000, ("imagenet", "ilsvrc2012"), order="numbers"),
     "imagenet-a": Convention(200, templates="imagenet1k"),

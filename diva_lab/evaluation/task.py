@@ -40,8 +40,8 @@ def benchmark(**reads: object) -> Callable:
 
 
 def reads_of(function: Callable) -> Reads:
-    """What a benchmark declared; a plain function, as one of a notebook, brings its own images."""
-    return getattr(function, "reads", Reads("nothing"))
+    """What a benchmark declared; a plain function, such as one of a notebook, reads classes or a set by its name."""
+    return getattr(function, "reads", Reads(heeds=("max_images",)))
 
 
 @dataclass(frozen=True)
