@@ -3,7 +3,6 @@ import pandas as pd
 import pytest
 
 from diva_lab.statistics import compare_rows, paired_differences, paired_t
-from diva_lab.workbook.findings import percent, points, state_difference, state_missing, verdict
 
 RESULTS = pd.DataFrame(
     {
@@ -38,34 +37,9 @@ def test_the_baseline_must_be_there():
         paired_differences(RESULTS, ["nmi"], baseline="zero")
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected", "said"),
-    [(0.1, 0.2, 1, "as expected"), (0.1, 0.2, -1, "against expectation"), (-0.2, -0.1, 1, "against expectation"),
-     (-0.2, -0.1, -1, "as expected"), (-0.1, 0.2, 1, "undecided"), (np.nan, np.nan, 1, "one seed")],
-)  # fmt: skip
-def test_a_verdict_needs_an_interval_on_one_side_of_zero(low, high, expected, said):
-    assert said in verdict(low, high, expected)
-
-
-def test_numbers_are_said_in_percent_and_points_with_their_interval():
-    assert percent(0.5417, 0.451, 0.63) == "54.2 % (95 % interval 45.1 to 63.0)"
-    assert points(0.031, 0.01, 0.052, digits=0) == "+3 points (95 % interval +1 to +5)"
-    assert points(-0.031, np.nan, np.nan) == "-3.1 points (one seed, no interval)"
-
-
 def test_compared_leaves_out_rows_that_have_not_been_run_or_share_no_seed():
     more = pd.concat([RESULTS, pd.DataFrame([{"objective": "far", "seed": 9, "pairs/mean": 0.1, "nmi": 0.1}])])
     rows = compare_rows(more, ["far", "dcr, velocity", "dcr", "none"], ["nmi"])
     assert rows["objective"].tolist() == ["dcr"]
     assert rows.equals(paired_differences(RESULTS[RESULTS["objective"] != "diva"], ["nmi"]))
     assert compare_rows(more, ["dcr"], ["nmi"], baseline="not run").empty
-
-
-def test_what_has_not_been_run_is_said_and_not_filled_in():
-    rows = compare_rows(RESULTS, ["dcr"], ["nmi"])
-    assert state_difference(rows, "dcr", "nmi", 1) == "-10.0 points (95 % interval -10.0 to -10.0), against expectation"
-    assert state_difference(rows, "dcr", "nmi") == "-10.0 points (95 % interval -10.0 to -10.0)"
-    assert state_difference(rows, "diva", "nmi", 1) == "not run"
-    missing = pd.DataFrame({"row": ["dcr", "dcr", "naive"], "seed": [3, 4, 0]})
-    assert state_missing(missing, ["dcr", "diva"]) == " Not run: dcr (seeds 3, 4)."
-    assert state_missing(missing, ["diva"]) == ""
