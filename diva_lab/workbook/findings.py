@@ -97,10 +97,10 @@ def state_pair_scores(report: Mapping[str, float], ceiling: pd.DataFrame) -> str
     score, low, high = (report[f"pairs/mean{end}"] for end in ("", "/low", "/high"))
     place = "below chance" if high < CHANCE else "above chance" if low > CHANCE else "not different from chance"
     return (
-        f"The encoder names the class of **{report['zeroshot']:.1%}** of the images. It gets "
-        f"**{percent(score, low, high)}** of the pairs right, {place} ({CHANCE:.0%}); the supervised ceiling is "
-        f"{ceiling['after'].mean():.1%}. A linear probe reads {report['probe/mean']:.1%} of the details from the same "
-        "embedding."
+        f"The encoder names the class of **{100 * report['zeroshot']:.1f} %** of the images. It gets "
+        f"**{percent(score, low, high)}** of the pairs right, {place} ({100 * CHANCE:.0f} %); the supervised "
+        f"ceiling is {100 * ceiling['after'].mean():.1f} %. A linear probe reads {100 * report['probe/mean']:.1f} % of "
+        "the details from the same embedding."
     )
 
 
@@ -177,12 +177,12 @@ def state_conflict(metrics: pd.DataFrame, published: float) -> str:
     rate, low, high = conflict_rate(each.apply(np.array).tolist())
     late = metrics["step"] >= metrics["step"].median()
     negative = (metrics["cos"] < 0).groupby([metrics["seed"], late]).mean().unstack()
-    growth = paired_t((negative[True] - negative[False]).to_numpy())
+    mean, growth = paired_t(each.mean().to_numpy()), paired_t((negative[True] - negative[False]).to_numpy())
     return (
         f"The gradients point apart in **{percent(rate, low, high, 0)}** of {len(metrics)} steps; the paper's "
-        f"{published:.1%} is {'inside' if low <= published <= high else '**outside**'} this interval. Their mean "
-        f"cosine is **{number(*paired_t(each.mean().to_numpy()))}** over {len(each)} seeds. From the first half of training to "
-        f"the second the rate changes by **{points(*growth, 0)}**; the paper reports a rise: {verdict(*growth[1:])}."
+        f"{100 * published:.1f} % is {'inside' if low <= published <= high else '**outside**'} this interval. Their "
+        f"mean cosine is **{number(*mean)}** over {len(each)} seeds. From the first half of training to the second the "
+        f"rate changes by **{points(*growth, 0)}**; the paper reports a rise: {verdict(*growth[1:])}."
     )
 
 
@@ -226,9 +226,9 @@ def state_bounds(rows: pd.DataFrame) -> str:
     inner, inter, above_zero = rows[["inner_holds", "inter_holds", "inter_says"]].mean()
     needed, ratio = (f"{rows[name].min():.1f} to {rows[name].max():.1f}" for name in ("needed", "ratio"))
     return (
-        f"{rows['features'].iloc[0]}, {rows['constants'].iloc[0]}: the first bound holds in {inner:.0%} of the "
-        f"halvings, the second in {inter:.0%}, but it is above zero in **{above_zero:.0%}**. For that the ratio of "
-        f"scatters must exceed {needed}; it is {ratio}."
+        f"{rows['features'].iloc[0]}, {rows['constants'].iloc[0]}: the first bound holds in {100 * inner:.0f} % of the "
+        f"halvings, the second in {100 * inter:.0f} %, but it is above zero in **{100 * above_zero:.0f} %**. For that "
+        f"the ratio of scatters must exceed {needed}; it is {ratio}."
     )
 
 
@@ -252,6 +252,6 @@ def state_theorem_2(rows: pd.DataFrame, limit: float = 2.5) -> str:
     result = "against expectation" if nearest > 0 and left < 0.5 else "as expected"
     return (
         f"At every t the published form is affine in the reconstruction error for negatives at cosines from "
-        f"{nearest:g} to 1. For negatives at a right angle at most {left:.0%} of the slope 1 / 4τ is left. The theorem "
-        f"expects it to be affine for well separated negatives: **{result}**."
+        f"{nearest:g} to 1. For negatives at a right angle at most {100 * left:.0f} % of the slope 1 / 4τ is left. The "
+        f"theorem expects it to be affine for well separated negatives: **{result}**."
     )

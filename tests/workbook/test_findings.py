@@ -16,7 +16,8 @@ RESULTS = pd.DataFrame(
 )
 CHANGES = pd.DataFrame(
     [("dcr", "pairs/text", 0.02, 0.01, 0.03), ("dcr", "pairs/state", -0.02, -0.03, -0.01),
-     ("dcr", "nmi", 0.0, -0.1, 0.1), ("diva", "pairs/text", -0.02, -0.03, -0.01), ("perturb-norm", "pairs/text", 0.0, -0.1, 0.1)],
+     ("dcr", "nmi", 0.0, -0.1, 0.1), ("diva", "pairs/text", -0.02, -0.03, -0.01),
+     ("perturb-norm", "pairs/text", 0.0, -0.1, 0.1)],
     columns=["objective", "measure", "difference", "low", "high"],
 )  # fmt: skip
 
@@ -79,7 +80,7 @@ def test_a_slope_is_judged_by_its_interval():
 def test_pair_scores_are_compared_with_chance(low, high, place):
     report = {"pairs/mean": 0.2, "pairs/mean/low": low, "pairs/mean/high": high, "zeroshot": 0.9, "probe/mean": 0.5}
     text = findings.state_pair_scores(report, pd.DataFrame({"after": [0.9, 1.0]}))
-    assert f"{place} chance (25%)" in text and "ceiling is 95.0%" in text
+    assert f"{place} chance (25 %)" in text and "ceiling is 95.0 %" in text
     assert f"20.0 % (95 % interval {100 * low:.1f} to {100 * high:.1f})" in text
 
 
@@ -141,7 +142,7 @@ def test_conflict_is_stated_with_the_intervals_of_rate_mean_and_growth():
     metrics["cos"] = rng.normal(size=120)
     text = findings.state_conflict(metrics, published=0.99)
     each = [rows["cos"].to_numpy() for _, rows in metrics.groupby("seed")]
-    assert percent(*conflict_rate(each), 0) in text and "99.0% is **outside**" in text
+    assert percent(*conflict_rate(each), 0) in text and "99.0 % is **outside**" in text
     assert findings.number(*paired_t([cosines.mean() for cosines in each])) in text
     halves = [(part[20:] < 0).mean() - (part[:20] < 0).mean() for part in each]
     assert f"{points(*paired_t(halves), 0)}**; the paper reports a rise" in text
@@ -181,7 +182,7 @@ def test_two_terms_agree_or_not_with_an_interval():
 def test_bounds_are_stated_with_what_the_second_needs():
     row = {"features": "condition", "constants": "extremes", "inner_holds": 1.0, "inter_holds": 1.0, "inter_says": 0.3}
     text = findings.state_bounds(pd.DataFrame([row | {"needed": 5, "ratio": 1}, row | {"needed": 9, "ratio": 2}]))
-    assert "above zero in **30%**" in text and "must exceed 5.0 to 9.0; it is 1.0 to 2.0" in text
+    assert "above zero in **30 %**" in text and "must exceed 5.0 to 9.0; it is 1.0 to 2.0" in text
 
 
 def affine_rows(straight_from: float, slope_at_zero: float) -> pd.DataFrame:
@@ -202,5 +203,5 @@ def test_the_range_where_the_loss_is_affine_is_stated_by_timestep():
 
 def test_theorem_2_is_against_expectation_where_only_near_negatives_give_a_line():
     text = findings.state_theorem_2(affine_rows(0.8, 0.25))
-    assert "from 0.8 to 1" in text and "at most 10% of the slope" in text and "**against expectation**" in text
+    assert "from 0.8 to 1" in text and "at most 10 % of the slope" in text and "**against expectation**" in text
     assert "**as expected**" in findings.state_theorem_2(affine_rows(0, 2.5))
