@@ -31,7 +31,8 @@ test: $(INSTALLED) ## lint, run all tests, then all notebooks; lists skipped tes
 	$(FRESH) && $(BIN)/python -m pytest $(NBVAL) notebooks
 
 lab: $(INSTALLED) ## open the notebooks in JupyterLab [ARGS=...]
-	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks \
+	    --ContentsManager.pre_save_hook=diva_lab.workbook.display.drop_python_version $(ARGS)
 
 figures: $(INSTALLED) ## run the notebooks in place; rewrites their outputs and figures/
 	@$(FRESH); set -e; for notebook in notebooks/[0-9][0-9]_*.ipynb; do \

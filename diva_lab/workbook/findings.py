@@ -1,33 +1,22 @@
-"""Sentences from records: a difference with its interval, a verdict, what was not run."""
+"""Sentences from records: a record in, Markdown out, with the interval and what it means for the expectation.
 
-from collections.abc import Sequence
+A sentence says where a result goes against expectation and where its interval contains zero (undecided).
+"""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
+from diva_lab.evaluation.pairs import compare_pairs
+from diva_lab.figures.style import CHANCE, label_of
+from diva_lab.statistics import conflict_rate, paired_t
 
-def state_difference(differences: pd.DataFrame, objective: str, measure: str, expected: int = 0) -> str:
-    """A difference in words, with the `verdict` on an expected sign (0: none); "not run" where it is not there."""
-    found = differences[(differences["objective"] == objective) & (differences["measure"] == measure)]
-    if found.empty:
-        return "not run"
-    row = found.iloc[0]
-    said = points(row["difference"], row["low"], row["high"])
-    return said + (f", {verdict(row['low'], row['high'], expected)}" if expected else "")
-
-
-def state_missing(missing: pd.DataFrame, rows: Sequence[str]) -> str:
-    """Those of `rows` that have not been run with all their seeds, named for a sentence; "" where none is missing.
-
-    `missing`: columns `row` and `seed`, as in data/results/missing.csv.
-    """
-    found = missing[missing["row"].isin(list(rows))].groupby("row", sort=False)["seed"]
-    parts = [f"{name} (seeds {', '.join(map(str, seeds))})" for name, seeds in found]
-    return f" Not run: {'; '.join(parts)}." if parts else ""
+# --- numbers with their interval --------------------------------------------------------------------------------
 
 
 def percent(value: float, low: float, high: float, digits: int = 1) -> str:
-    """A fraction with its interval, in words: "54.2 % (95 % interval 45.1 to 63.0)"."""
+    """A fraction with its interval: "54.2 % (95 % interval 45.1 to 63.0)"."""
     return f"{100 * value:.{digits}f} % (95 % interval {100 * low:.{digits}f} to {100 * high:.{digits}f})"
 
 
@@ -38,10 +27,231 @@ def points(value: float, low: float, high: float, digits: int = 1) -> str:
     return f"{100 * value:+.{digits}f} points (95 % interval {100 * low:+.{digits}f} to {100 * high:+.{digits}f})"
 
 
+def number(value: float, low: float, high: float, digits: int = 4) -> str:
+    """A number with its interval: "+0.0011 (95 % interval -0.0067 to +0.0088)"."""
+    return f"{value:+.{digits}f} (95 % interval {low:+.{digits}f} to {high:+.{digits}f})"
+
+
 def verdict(low: float, high: float, expected: int = 1) -> str:
-    """What the interval (low, high) of a difference says of an expected rise (`expected` = 1) or fall (-1)."""
+    """Compare the interval (low, high) of a difference with an expected rise (`expected` = 1) or fall (-1)."""
     if not (np.isfinite(low) and np.isfinite(high)):
         return "undecided: one seed has no interval"
     if low <= 0 <= high:
-        return "undecided: the interval holds zero"
+        return "undecided: the interval contains zero"
     return "as expected" if (low > 0) == (expected > 0) else "against expectation"
+
+
+# --- rows of the study ------------------------------------------------------------------------------------------
+
+
+def state_difference(differences: pd.DataFrame, objective: str, measure: str, expected: int = 0) -> str:
+    """A difference with its interval and, if a sign is `expected` (1 or -1), the verdict; "not run" if it is missing.
+
+    `differences`: as `statistics.paired_differences` returns them.
+    """
+    rows = differences[(differences["objective"] == objective) & (differences["measure"] == measure)]
+    if rows.empty:
+        return "not run"
+    row = rows.iloc[0]
+    text = points(row["difference"], row["low"], row["high"])
+    return text + (f", {verdict(row['low'], row['high'], expected)}" if expected else "")
+
+
+def state_row(differences: pd.DataFrame, objective: str, expected: Mapping[str, int]) -> str:
+    """What one objective changed in each measure of `expected`: measure -> sign of the expected change, 0 for none."""
+    changes = {name: state_difference(differences, objective, name, sign) for name, sign in expected.items()}
+    return f"{label_of(objective)}: {'; '.join(f'{label_of(name)} **{text}**' for name, text in changes.items())}."
+
+
+def count_signs(differences: pd.DataFrame, name: str = "objective") -> str:
+    """How many intervals lie above zero, below zero, and contain it; the column `name` names them."""
+    parts, undecided = [], len(differences)
+    for side, chosen in {"above": differences["low"] > 0, "below": differences["high"] < 0}.items():
+        names = "; ".join(map(label_of, differences.loc[chosen, name]))
+        parts.append(f"**{chosen.sum()}** {side} zero" + (f" ({names})" if names else ""))
+        undecided -= chosen.sum()
+    return f"of {len(differences)} intervals {', '.join(parts)}, {undecided} undecided"
+
+
+def state_missing(missing: pd.DataFrame, rows: Sequence[str]) -> str:
+    """Those of `rows` that lack seeds: " Not run: dcr (seeds 3, 4)."; "" if none does.
+
+    `missing`: columns `row` and `seed`, as in data/results/missing.csv.
+    """
+    seeds_of = missing[missing["row"].isin(list(rows))].groupby("row", sort=False)["seed"]
+    parts = [f"{name} (seeds {', '.join(map(str, seeds))})" for name, seeds in seeds_of]
+    return f" Not run: {'; '.join(parts)}." if parts else ""
+
+
+def state_slope(slope: tuple[float, float, float], runs: int, x: str, y: str) -> str:
+    """A regression's slope with its interval, where a rising line is expected; `x` and `y` in words."""
+    text = f"{x} goes with **{number(*slope, 2)}** points of {y}, over {runs} runs."
+    return f"{text} A rising line was expected: {verdict(*slope[1:])}."
+
+
+# --- the tiny world, its denoiser and its pairs -----------------------------------------------------------------
+
+
+def state_pair_scores(report: Mapping[str, float], ceiling: pd.DataFrame) -> str:
+    """An encoder's `world_report` against chance and the supervised ceiling (data/results/ceiling.csv)."""
+    score, low, high = (report[f"pairs/mean{end}"] for end in ("", "/low", "/high"))
+    place = "below chance" if high < CHANCE else "above chance" if low > CHANCE else "not different from chance"
+    return (
+        f"The encoder names the class of **{100 * report['zeroshot']:.1f} %** of the images. It gets "
+        f"**{percent(score, low, high)}** of the pairs right, {place} ({100 * CHANCE:.0f} %); the supervised "
+        f"ceiling is {100 * ceiling['after'].mean():.1f} %. A linear probe reads {100 * report['probe/mean']:.1f} % of "
+        "the details from the same embedding."
+    )
+
+
+def state_drawn_attributes(quality: pd.DataFrame, target: Mapping[str, float]) -> str:
+    """Which attribute the denoiser draws worst, and which miss their target; `quality` as data/results/quality.csv."""
+    worst = quality.loc[quality["share"].idxmin()]
+    short = quality["attribute"][quality["share"] < quality["attribute"].map(target)]
+    return (
+        f"The denoiser draws **{worst['attribute']}** worst: it is right in "
+        f"{percent(*worst[['share', 'low', 'high']], 0)} of {worst['n']} samples. Below their target: "
+        f"**{', '.join(short) or 'none'}**."
+    )
+
+
+def state_recovered(reports: Mapping[str, Mapping[str, float]], more: str = "recap", less: str = "global") -> str:
+    """Recovered fractions of conditions (`alignment_report`); `more` is expected to recover more than `less`.
+
+    The interval of their difference is the widest that the two intervals allow.
+    """
+    ends = {name: [report[f"recovered{end}"] for end in ("", "/low", "/high")] for name, report in reports.items()}
+    result = verdict(ends[more][1] - ends[less][2], ends[more][2] - ends[less][1])
+    text = ", ".join(f"{name} **{number(*values, 2)}**" for name, values in ends.items())
+    return f"Recovered fraction: {text}. `{more}` was expected to recover more than `{less}`: **{result}**."
+
+
+def state_changed_pairs(before: pd.DataFrame, after: pd.DataFrame, name: str) -> str:
+    """Pairs that an encoder gained and lost, by their first id, with McNemar's test; scores as of `score_pairs`."""
+    changes = compare_pairs(before, after)
+    gained, lost = (", ".join(map(str, changes[key])) or "none" for key in ("gained", "lost"))
+    test = f"McNemar's exact test of gains against losses: p = {changes['p']:.2f}"
+    return f"{label_of(name)}: pairs gained {gained}; lost {lost}. {test}."
+
+
+def state_scores(rows: pd.DataFrame) -> str:
+    """Scores of several encoders on one benchmark and metric: rows of `evaluate`; notes what is not above chance."""
+    parts = []
+    for row in rows.itertuples():
+        value = percent(row.value, row.low, row.high) if np.isfinite(row.low) else f"{100 * row.value:.1f} %"
+        parts.append(", ".join(filter(None, (f"{label_of(row.encoder)} {value}", row.note))))
+    return f"{rows['benchmark'].iloc[0]}, {rows['metric'].iloc[0]} (n = {rows['n'].iloc[0]:.0f}): {'; '.join(parts)}."
+
+
+def state_patterns(differences: pd.DataFrame, objective: str) -> str:
+    """Which patterns an objective changed, and the largest rise; training is expected to raise some pattern."""
+    rows = differences[differences["objective"] == objective]
+    best = rows.loc[rows["difference"].idxmax()]
+    largest = f"{label_of(best['measure'])} {points(*best[['difference', 'low', 'high']])}"
+    text = f"{label_of(objective)}: {count_signs(rows, 'measure')}. The largest rise: {largest}."
+    unexpected = not (rows["low"] > 0).any() and not objective.startswith("perturb")
+    return text + (" No pattern rose: **against expectation**." if unexpected else "")
+
+
+# --- gradients --------------------------------------------------------------------------------------------------
+
+
+def state_null(probe: Mapping[str, float]) -> str:
+    """The cosine of two gradients of one batch against that of different batches: measures of `probe_gradients`."""
+    outside = not probe["cos/low"] <= probe["other"] <= probe["cos/high"]
+    return (
+        f"Same batch: mean cosine **{number(probe['cos'], probe['cos/low'], probe['cos/high'])}**. Different batches: "
+        f"{probe['other']:+.4f}, {'**outside**' if outside else 'inside'} that interval, standard deviation "
+        f"{probe['other/sd']:.4f}. Random directions: 0 ± {probe['random/sd']:.4f}. Only the difference between the "
+        "same batch and different batches depends on the images."
+    )
+
+
+def state_conflict(metrics: pd.DataFrame, published: float) -> str:
+    """How often two gradients point apart, and how far, in the runs of `metrics` (columns `seed`, `step`, `cos`).
+
+    The rate has the interval of a block bootstrap, the others Student's t over the seeds. `published` is the paper's
+    rate, which the paper reports to grow during training.
+    """
+    each = metrics.dropna(subset="cos").groupby("seed")["cos"]
+    rate, low, high = conflict_rate(each.apply(np.array).tolist())
+    late = metrics["step"] >= metrics["step"].median()
+    negative = (metrics["cos"] < 0).groupby([metrics["seed"], late]).mean().unstack()
+    mean, growth = paired_t(each.mean().to_numpy()), paired_t((negative[True] - negative[False]).to_numpy())
+    return (
+        f"The gradients point apart in **{percent(rate, low, high, 0)}** of {len(metrics)} steps; the paper's "
+        f"{100 * published:.1f} % is {'inside' if low <= published <= high else '**outside**'} this interval. Their "
+        f"mean cosine is **{number(*mean)}** over {len(each)} seeds. From the first half of training to the second the "
+        f"rate changes by **{points(*growth, 0)}**; the paper reports a rise: {verdict(*growth[1:])}."
+    )
+
+
+def state_parts(metrics: pd.DataFrame) -> str:
+    """Blocks and kinds of layer with the lowest and highest mean cosine, and the embedding, over the seeds."""
+    parts = [name for name in metrics if name.startswith("cos/") and metrics[name].notna().all()]
+    means = metrics.groupby("seed")[parts].mean()  # [seeds, parts]
+    chosen = dict.fromkeys((means.mean().idxmin(), means.mean().idxmax(), "cos/features"))
+    texts = [f"{name.removeprefix('cos/')} **{number(*paired_t(means[name].to_numpy()))}**" for name in chosen]
+    return f"Lowest and highest of {len(parts)} parts, and the embedding (`features`): {'; '.join(texts)}."
+
+
+def state_timesteps(probes: pd.DataFrame, of: str) -> str:
+    """The cosine of two objectives' gradients (`of`: "a~b") in each part of the timesteps, against its null."""
+    if probes.empty:
+        return f"{of}: **not run**."
+    rows = probes[(probes["step"] == probes["step"].max()) & (probes["bin"] != "all") & (probes["of"] == of)]
+    rows = rows.pivot(index="bin", columns="measure", values="value")
+    cosine, below = rows["cos"], rows["cos/high"] < 0
+    apart = (rows["other"] < rows["cos/low"]) | (rows["other"] > rows["cos/high"])
+    return (
+        f"{' and '.join(map(label_of, of.split('~')))}: the mean cosine ranges from {cosine.min():+.3f} (part "
+        f"{cosine.idxmin()}) to {cosine.max():+.3f} (part {cosine.idxmax()}). Of {len(rows)} parts of the timesteps "
+        f"its interval is below zero in **{below.sum()}** and excludes the mean of the null in **{apart.sum()}**."
+    )
+
+
+def state_agreement(metrics: pd.DataFrame, pair: str, block: int = 5) -> str:
+    """How often two terms of one objective (`pair`: "a~b") point apart, from one run's metrics."""
+    cosines = metrics[f"{pair}:cos"].to_numpy()
+    rate = percent(*conflict_rate(cosines, block=block), 0)
+    names = " and ".join(map(label_of, pair.split("~")))
+    return f"{names}: mean cosine **{cosines.mean():+.2f}**, negative in {rate} of {len(cosines)} steps."
+
+
+# --- theory -----------------------------------------------------------------------------------------------------
+
+
+def state_bounds(rows: pd.DataFrame) -> str:
+    """Theorem 1 for one kind of features and constants: rows of data/results/theory_scatter.csv."""
+    inner, inter, above_zero = rows[["inner_holds", "inter_holds", "inter_says"]].mean()
+    needed, ratio = (f"{rows[name].min():.1f} to {rows[name].max():.1f}" for name in ("needed", "ratio"))
+    return (
+        f"{rows['features'].iloc[0]}, {rows['constants'].iloc[0]}: the first bound holds in {100 * inner:.0f} % of the "
+        f"halvings, the second in {100 * inter:.0f} %, but it is above zero in **{100 * above_zero:.0f} %**. For that "
+        f"the ratio of scatters must exceed {needed}; it is {ratio}."
+    )
+
+
+def state_affine_ranges(rows: pd.DataFrame, r2: float = 0.99) -> str:
+    """For which cosines of the negatives DCR's loss is affine (lower end of R²'s interval above `r2`), by timestep."""
+    straight = rows[rows["r2/low"] > r2].groupby("t")["cosine"].agg(["min", "max"])
+    ranges = [f"t = {t}: {row['min']:g} to {row['max']:g}" for t, row in straight.iterrows()]
+    return f"R² above {r2:g} at cosines {'; '.join(ranges) or 'nowhere'}"
+
+
+def state_line(rows: pd.DataFrame) -> str:
+    """Slope and R² of the line through DCR's loss, mean over `rows` of data/results/theory_affine.csv."""
+    slope, r2 = (rows[[key, f"{key}/low", f"{key}/high"]].mean() for key in ("slope", "r2"))
+    return f"slope {number(*slope, 2)}, R² {number(*r2, 2)}"
+
+
+def state_theorem_2(rows: pd.DataFrame, limit: float = 2.5) -> str:
+    """Where the published form is affine: `rows` with turned negatives; `limit` is the slope 1 / 4τ."""
+    nearest = rows[rows["r2/low"] > 0.99].groupby("t")["cosine"].min().max()
+    left = rows.loc[rows["cosine"] == 0, "slope"].max() / limit
+    result = "against expectation" if nearest > 0 and left < 0.5 else "as expected"
+    return (
+        f"At every t the published form is affine in the reconstruction error for negatives at cosines from "
+        f"{nearest:g} to 1. For negatives at a right angle at most {100 * left:.0f} % of the slope 1 / 4τ is left. The "
+        f"theorem expects it to be affine for well separated negatives: **{result}**."
+    )

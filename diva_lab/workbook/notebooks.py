@@ -1,13 +1,13 @@
-"""Run the notebooks in their order and gather what came out.
+"""Run the notebooks in order, evaluate the runs that they made, and write a report.
 
-    runs/ID/NN_name.ipynb   the notebooks as they ran
-    runs/ID/RUN/            every training run that they made, as training.runs writes it
-    runs/ID/evaluation.csv  rows of `evaluate`, on the world and on emoji, of the runs that the summary shows
-    runs/ID/summary.csv     one row per objective and seed, made of it
-    runs/ID/report.html     all of it on one page
+    runs/ID/NN_name.ipynb   the executed notebooks
+    runs/ID/RUN/            every training run that they made; see training/runs.py
+    runs/ID/evaluation.csv  rows of `evaluate` on the tiny world and on EmojiPairs, for the runs in the summary
+    runs/ID/summary.csv     one row per objective and seed, from evaluation.csv
+    runs/ID/report.html     notebooks and summary on one page
 
 A notebook gets those of the parameters `runs_root`, `images`, `seeds` and `steps` that its `parameters` cell declares.
-The first failure ends the run with exit code 1: what was written stays, and the report covers it.
+The first failure ends the run with exit code 1: what was written stays, and the report shows it.
 """
 
 import json
@@ -21,9 +21,12 @@ import nbformat
 import numpy as np
 import pandas as pd
 
+from diva_lab.models.conditions import CONDITIONS
+from diva_lab.objectives import OBJECTIVES
 from diva_lab.paths import ROOT, RUNS
 from diva_lab.provenance import environment
 from diva_lab.training.runs import Run
+from diva_lab.training.settings import CONTROLS
 from diva_lab.workbook.parameters import assigned_names
 from diva_lab.workbook.report import write_report
 from diva_lab.world import DETAILS
@@ -33,28 +36,30 @@ SUMMARY_MEASURES = [f"{kind}/{name}" for kind in ("pairs", "probe") for name in 
 SUMMARY_MEASURES += ["zeroshot", "nmi", "acc", "ari"]
 SUMMARY_COLUMNS = ["objective", "seed", *SUMMARY_MEASURES, "conflict_rate", "seconds_per_step", "steps", "run"]
 EVALUATED_COLUMNS = ["pairs/mean/low", "pairs/mean/high"]
-EVALUATED_COLUMNS += [f"{name}/mean{end}" for name in ("emoji", "emoji-match") for end in ("", "/low", "/high")] + [
-    "note"
-]
-OBJECTIVE_ORDER = ("none", "diva", "contrastive", "naive", "dcr", "genhancer", "perturb-norm", "perturb-drift")
+EVALUATED_COLUMNS += [f"{name}/mean{end}" for name in ("emoji", "emoji-match") for end in ("", "/low", "/high")]
+EVALUATED_COLUMNS += ["note"]
+SUMMARY_ORDER = ("none", "diva", "contrastive", "naive", "dcr", "genhancer", "perturb-norm", "perturb-drift")
 
 
-def _runs(root: Path) -> list[Run]:
-    """The runs that the summary shows, in its order; see there."""
+def _summary_runs(root: Path) -> list[Run]:
+    """The runs that the summary shows, in its order; see `summarise_runs`."""
+    objectives, conditions = (*OBJECTIVES, *CONTROLS), ("", *CONDITIONS)
     runs = [Run(file.parent) for file in Path(root).glob("*/settings.json")]
     runs = [run for run in runs if run.done and run.settings.get("stage") in ("tune", "perturb")]
+    runs = [run for run in runs if run.settings["objective"] in objectives]
+    runs = [run for run in runs if run.settings.get("condition", "") in conditions]
     runs.sort(key=lambda run: (not len(recorded_rows(run)), (run.folder / "settings.json").stat().st_mtime_ns, run.id))
     first: dict[tuple, Run] = {}
     for run in runs:
         first.setdefault((run.settings["objective"], run.settings["seed"]), run)
-    rank = {name: i for i, name in enumerate(OBJECTIVE_ORDER)}
-    return [first[key] for key in sorted(first, key=lambda key: (rank.get(key[0], len(OBJECTIVE_ORDER)), *key))]
+    rank = {name: i for i, name in enumerate(SUMMARY_ORDER)}
+    return [first[key] for key in sorted(first, key=lambda key: (rank.get(key[0], len(SUMMARY_ORDER)), *key))]
 
 
 def recorded_rows(run: Run) -> pd.DataFrame:
-    """A run's last evaluation on the tiny world (`world_report`, on the split `measure`) as rows of `evaluate`.
+    """A run's last evaluation on the tiny world (`world_report`, split `measure`) as rows of `evaluate`.
 
-    Without rows where the run recorded none. Pairs and zero-shot have their interval and what chance would score.
+    An empty table if the run recorded none. Pairs and zero-shot have their interval and the score of chance.
     """
     from diva_lab.evaluation.results import COLUMNS, FACTS
     from diva_lab.evaluation.world import report_rows
@@ -71,51 +76,50 @@ def recorded_rows(run: Run) -> pd.DataFrame:
 
 
 def evaluate_runs(root: Path) -> tuple[pd.DataFrame, list[str]]:
-    """Every run of the summary on the tiny world and on EmojiPairs, as `evaluate` has it, and what failed.
+    """Rows of `evaluate` for every run of the summary, on the tiny world and on EmojiPairs; and the errors.
 
-    `encoder` is the run's id. The world's rows are those of the run's own record where it has them: to ask again would
-    take a dozen seconds a run, and give the same to rounding.
+    `encoder` is the run's id. The rows of the tiny world come from the run's own record if it has one: evaluating again
+    takes about 12 seconds a run and gives the same values up to rounding.
     """
     from diva_lab.evaluation.results import COLUMNS, FACTS
     from diva_lab.evaluation.table import evaluate
 
     empty = pd.DataFrame(columns=COLUMNS + FACTS)
-    tables, failures = [], []
-    for run in _runs(root):
-        known = recorded_rows(run)
+    tables, errors = [], []
+    for run in _summary_runs(root):
+        recorded = recorded_rows(run)
         try:
-            found = evaluate([run.folder], ["emoji"] if len(known) else ["world", "emoji"])
+            rows = evaluate([run.folder], ["emoji"] if len(recorded) else ["world", "emoji"])
         except (ValueError, OSError) as error:
-            failures.append(str(error))
-            found = getattr(error, "table", empty)
-        if len(found):
-            known = known.assign(weights=found["weights"].iloc[0])
-        tables += [table for table in (known, found.assign(encoder=run.id)) if len(table)]
-    return pd.concat(tables, ignore_index=True) if tables else empty, failures
+            errors.append(str(error))
+            rows = getattr(error, "table", empty)
+        if len(rows):
+            recorded = recorded.assign(weights=rows["weights"].iloc[0])
+        tables += [table for table in (recorded, rows.assign(encoder=run.id)) if len(table)]
+    return pd.concat(tables, ignore_index=True) if tables else empty, errors
 
 
-def _measures(rows: pd.DataFrame) -> dict[str, float | str]:
-    """The summary's columns from one encoder's rows: `metric/category`, `mean` for all; with its interval."""
-    found: dict[str, float | str] = {}
+def _summary_scores(rows: pd.DataFrame) -> dict[str, float | str]:
+    """The summary's columns from one encoder's rows of `evaluate`; `metric/mean` for the category `all`; and notes."""
+    scores: dict[str, float | str] = {}
     notes: dict[str, list[str]] = {}
     for row in rows.itertuples():
         name = row.metric if row.metric in SUMMARY_MEASURES else f"{row.metric}/{row.category}".replace("/all", "/mean")
-        found[name] = row.value
-        found |= {f"{name}/low": row.low, f"{name}/high": row.high}  # of which the summary shows some
+        scores |= {name: row.value, f"{name}/low": row.low, f"{name}/high": row.high}
         if row.note and row.category == "all":
             notes.setdefault(row.note, []).append(row.metric)
-    return found | {"note": "; ".join(f"{note}: {', '.join(names)}" for note, names in notes.items())}
+    return scores | {"note": "; ".join(f"{note}: {', '.join(names)}" for note, names in notes.items())}
 
 
-def _row(run: Run, rows: pd.DataFrame) -> dict:
+def _summary_row(run: Run, rows: pd.DataFrame) -> dict:
     settings, metrics, evaluations = run.settings, run.metrics(), run.evaluations()
-    cos = metrics["cos"].dropna() if "cos" in metrics else pd.Series(dtype=float)
+    cosines = metrics["cos"].dropna() if "cos" in metrics else pd.Series(dtype=float)
     seconds = metrics["seconds"].diff() if "seconds" in metrics else pd.Series(dtype=float)
     return {
         "objective": settings.get("objective"),
         "seed": settings.get("seed"),
-        **_measures(rows),
-        "conflict_rate": (cos < 0).mean() if len(cos) else np.nan,
+        **_summary_scores(rows),
+        "conflict_rate": (cosines < 0).mean() if len(cosines) else np.nan,
         "seconds_per_step": seconds.median(),
         "steps": int(evaluations["step"].iloc[-1]) if len(evaluations) else len(metrics),
         "run": run.id,
@@ -127,18 +131,18 @@ def summarise_runs(root: Path, table: pd.DataFrame | None = None) -> pd.DataFram
 
     Args:
         root: folder of the runs.
-        table: what `evaluation` says of them; if None, what they recorded themselves (`recorded_rows`).
+        table: their rows of `evaluate`, as from `evaluate_runs`; if None, those of their own records (`recorded_rows`).
 
     Returns:
-        Columns `SUMMARY_COLUMNS`, and with a table `EVALUATED_COLUMNS`: intervals, the emoji's scores, and `note`,
-        which says what is not above chance. `conflict_rate` is the share of steps whose gradients have a negative
-        cosine, and `seconds_per_step` the median over the steps; what is not known is NaN. Of several runs of one
-        objective and seed the row shows the earliest that was evaluated: that of the comparison, in the notebooks'
-        order.
+        Columns `SUMMARY_COLUMNS`, and with a table `EVALUATED_COLUMNS`: intervals, scores on EmojiPairs, and `note`,
+        which names the metrics that are not above chance. `conflict_rate` is the share of steps whose gradients have a
+        negative cosine, `seconds_per_step` the median over the steps; unknown values are NaN. Of several runs with the
+        same objective and seed the row shows the earliest that was evaluated. Runs whose objective or condition was
+        registered in a notebook are left out: their functions do not exist here.
     """
-    rows = [
-        _row(run, recorded_rows(run) if table is None else table[table["encoder"] == run.id]) for run in _runs(root)
-    ]
+    runs = _summary_runs(root)
+    each = [recorded_rows(run) if table is None else table[table["encoder"] == run.id] for run in runs]
+    rows = [_summary_row(run, own) for run, own in zip(runs, each, strict=True)]
     return pd.DataFrame(rows, columns=SUMMARY_COLUMNS + (EVALUATED_COLUMNS if table is not None else []))
 
 
@@ -149,8 +153,8 @@ def declared_parameters(path: Path) -> set[str]:
     return {name for source in tagged for name in assigned_names(source)}
 
 
-class _Progress:
-    """A stream for papermill that prints whole lines, indented; bars that redraw themselves leave only their end."""
+class _Lines:
+    """A stream for papermill that prints whole lines, indented; of a bar that redraws itself only the last state."""
 
     def __init__(self) -> None:
         self.rest = ""
@@ -166,7 +170,7 @@ class _Progress:
 
 
 def run_notebook(path: Path, out: Path, parameters: dict) -> str:
-    """Run one notebook by papermill, in its own folder; returns what went wrong, or the empty string."""
+    """Run one notebook with papermill, in its own folder. Returns the error's text, or "" if there was none."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -179,39 +183,39 @@ def run_notebook(path: Path, out: Path, parameters: dict) -> str:
             language="python",
             cwd=path.parent,
             progress_bar=False,
-            stdout_file=_Progress(),
+            stdout_file=_Lines(),
             start_timeout=300,
             extra_arguments=["--log-level=ERROR"],  # else each kernel warns that its local socket is not encrypted
         )
     except PapermillExecutionError as error:
         return f"In [{error.exec_count}]: {error.ename}: {error.evalue}"
-    except Exception as error:  # the kernel died or never started
+    except Exception as error:  # the kernel died or did not start
         return f"{type(error).__name__}: {error}"
     return ""
 
 
 def select_notebooks(notebooks: Path, only: str | None) -> list[Path]:
-    """The numbered notebooks of a folder; `only` picks some by number (`02` or `01,02`).
+    """The numbered notebooks of a folder; `only` selects some by number (`02` or `01,02`).
 
     Raises:
-        ValueError: if there is none, or none of a number asked for.
+        ValueError: if there is none, or none with a number in `only`.
     """
     paths = sorted(notebooks.glob("[0-9][0-9]_*.ipynb"))
     numbers = [path.name[:2] for path in paths]
     if not paths:
         raise ValueError(f"no notebook in {notebooks}; expected files like 00_tiny_world.ipynb")
-    wanted = only.split(",") if only else numbers
-    for number in wanted:
+    selected = only.split(",") if only else numbers
+    for number in selected:
         if number not in numbers:
             raise ValueError(f"no notebook {number!r}; expected one of {', '.join(numbers)}")
-    return [path for path in paths if path.name[:2] in wanted]
+    return [path for path in paths if path.name[:2] in selected]
 
 
 def resolve_images(images: str) -> str:
-    """`images` as the notebooks can use it: `world[:SEED]` and a hub id as they are, all else with an absolute path.
+    """`images` with an absolute path, because notebooks run in their own folder; `world[:SEED]` and hub ids unchanged.
 
     Raises:
-        FileNotFoundError, ValueError: if there is no picture that can be read; see `diva_lab.images.open_images`.
+        FileNotFoundError, ValueError: if there is no readable image; see `diva_lab.images.open_images`.
     """
     from diva_lab.images import open_images
 
@@ -232,44 +236,56 @@ def run_workbook(
     only: str | None = None,
     notebooks: Path | None = None,
 ) -> int:
-    """Run the notebooks in their order, evaluate what they trained, and write the report.
+    """Run the notebooks in order, evaluate the runs that they made, and write the report.
 
     Args:
-        images, seeds, steps: given to each notebook that declares a parameter of this name; None keeps its default.
-        out: folder to write; None for a new one under runs/. The folder of a stopped run goes on with its runs.
+        images, seeds, steps: passed to each notebook that declares a parameter of this name; None keeps its default.
+        out: folder to write; None for a new one under runs/. In the folder of a stopped run, finished runs are reused.
         only: numbers of the notebooks to run, as `02` or `00,02`; None for all.
-        notebooks: the folder that holds them; None for the repository's own.
+        notebooks: their folder; None for the repository's own.
 
     Returns:
         0, or 1 after the first notebook that failed.
 
     Raises:
-        ValueError, FileNotFoundError: for what no notebook knows, and images that cannot be read; nothing was written.
+        ValueError, FileNotFoundError: before anything is written, for a parameter that no notebook declares, and for
+            images that cannot be read.
     """
-    given = {
-        name: value for name, value in (("images", images), ("seeds", seeds), ("steps", steps)) if value is not None
-    }
     paths = select_notebooks(notebooks or NOTEBOOKS, only)
-    names = {path: declared_parameters(path) for path in paths}
-    for name in given:
-        if not any(name in known for known in names.values()):
+    parameters = {"images": images, "seeds": seeds, "steps": steps}
+    parameters = {name: value for name, value in parameters.items() if value is not None}
+    declared = set().union(*map(declared_parameters, paths))
+    for name in parameters:
+        if name not in declared:
             raise ValueError(f"--{name}: none of these notebooks has the parameter {name!r}")
     if images is not None:
-        given["images"] = resolve_images(images)
+        parameters["images"] = resolve_images(images)
 
     out = (out or RUNS / time.strftime("%Y%m%d-%H%M%S")).absolute()
     out.mkdir(parents=True, exist_ok=True)
+    facts = {"run": out.name, **environment(), **parameters}
+    facts["torch"] = facts.pop("versions")["torch"]
+    executed, failure = _run_all(paths, out, parameters, facts)
+    summary, errors = _gather(out, facts)
+    (out / "workbook.json").write_text(json.dumps(facts | {"failure": failure or "\n".join(errors)}, indent=1) + "\n")
+    write_report(out / "report.html", executed, summary, facts, executed[-1].name if failure and executed else "")
+    print(out / "evaluation.csv", out / "summary.csv", out / "report.html", sep="\n")
+    return 1 if failure or errors else 0
+
+
+def _run_all(paths: list[Path], out: Path, parameters: dict, facts: dict) -> tuple[list[Path], str]:
+    """Run notebooks up to the first that fails, and add their times to `facts`.
+
+    Returns the executed notebooks that were written, and the error's text, or "".
+    """
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel before one in the user's home
     os.environ.pop("MPLBACKEND", None)  # figures go into the notebook
-    facts = {"run": out.name, **environment(), **given}
-    facts |= {name: version for name, version in facts.pop("versions").items() if name == "torch"}
-    failure, ran = "", []
+    values, executed, failure = {"runs_root": str(out), **parameters}, [], ""
     for path in paths:
         print(f"{path.name} ...", flush=True)
-        start = time.time()
-        values = {k: v for k, v in {"runs_root": str(out), **given}.items() if k in names[path]}
-        failure = run_notebook(path, out, values)
-        ran.append(out / path.name)
+        start, names = time.time(), declared_parameters(path)
+        failure = run_notebook(path, out, {name: value for name, value in values.items() if name in names})
+        executed.append(out / path.name)
         facts[path.stem] = f"{time.time() - start:.0f} s"
         if failure:
             print(f"FAILED: {path.name}\n" + "\n".join(failure.strip().splitlines()[-20:]), file=sys.stderr, flush=True)
@@ -277,22 +293,18 @@ def run_workbook(
         print(f"{path.name} done in {facts[path.stem]}", flush=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     facts["peak memory"] = f"{peak:.1f} GB"
+    return [path for path in executed if path.exists()], failure
 
-    ran = [path for path in ran if path.exists()]
-    failed = ran[-1].name if failure and ran else ""
+
+def _gather(out: Path, facts: dict) -> tuple[pd.DataFrame, list[str]]:
+    """Write evaluation.csv and summary.csv. Returns the summary, and the errors of the evaluation."""
     print("evaluation ...", flush=True)
     start = time.time()
-    every, failures = evaluate_runs(out)
+    table, errors = evaluate_runs(out)
     facts["evaluation"] = f"{time.time() - start:.0f} s"
-    every.to_csv(out / "evaluation.csv", index=False, float_format="%.6g")
-    table = summarise_runs(out, every)
-    table.to_csv(out / "summary.csv", index=False, float_format="%.6g")
-    if failures:
-        failure = failure or "\n".join(failures)
-        print("FAILED: evaluation\n" + "\n".join(failures), file=sys.stderr, flush=True)
-    (out / "workbook.json").write_text(json.dumps(facts | {"failure": failure}, indent=1) + "\n")
-    write_report(out / "report.html", ran, table, facts, failed)
-    print(out / "evaluation.csv")
-    print(out / "summary.csv")
-    print(out / "report.html")
-    return 1 if failure else 0
+    summary = summarise_runs(out, table)
+    table.to_csv(out / "evaluation.csv", index=False, float_format="%.6g")
+    summary.to_csv(out / "summary.csv", index=False, float_format="%.6g")
+    if errors:
+        print("FAILED: evaluation\n" + "\n".join(errors), file=sys.stderr, flush=True)
+    return summary, errors

@@ -1,8 +1,8 @@
-"""Check a notebook's parameters in the cell after the one tagged `parameters`.
+"""Check a notebook's parameters, in a cell after the one tagged `parameters`.
 
-papermill only warns of an unknown parameter and never looks at a type. What it injects is one more cell, which the
-kernel keeps in its history `In` under the first line `# Parameters`; so the notebook can look for itself, whether it
-was started by `python -m diva_lab.workbook`, by `papermill -p` or `-f`, or by hand.
+papermill only warns of an unknown parameter and checks no type. It injects one more cell, which the kernel keeps in its
+history `In` with the first line `# Parameters`. So the notebook itself can check them, whether it was started by
+`diva-lab run`, by `papermill -p` or `-f`, or by hand.
 """
 
 import ast
@@ -13,19 +13,19 @@ INJECTED = "# Parameters"  # the first line of papermill's cell
 
 
 def check_parameters(scope: dict, **expected: object) -> None:
-    """Stop a notebook whose parameters are unknown, missing or ill-typed.
+    """Stop a notebook that has unknown or missing parameters, or one of a wrong type.
 
     >>> check_parameters({"steps": 40, "lr": 1, "size": "s"}, steps=int, lr=float, size=("s", "m", "l"))
 
     Args:
         scope: the notebook's `globals()`.
-        **expected: for each parameter its type (`int`, `list[int]`, `str | None`), or the tuple of allowed values. An
-            int passes for a float, a bool not for an int; a list and a tuple pass for one another.
+        **expected: for each parameter its type (`int`, `list[int]`, `str | None`), or a tuple of the allowed values.
+            An int is a valid float, a bool is no valid int; a list is a valid tuple, and the reverse.
 
     Raises:
-        ValueError: one error that names everything that is wrong, and the right names, types and defaults.
+        ValueError: one error with everything that is wrong, and the right names, types and defaults.
     """
-    defaults, assigned = _assigned(scope, expected)
+    defaults, assigned = _assignments(scope, expected)
     wrong = [f"unknown parameter {name!r}" for name in assigned if name not in expected]
     for name, kind in expected.items():
         if name not in scope:
@@ -33,11 +33,11 @@ def check_parameters(scope: dict, **expected: object) -> None:
         elif not _fits(scope[name], kind):
             wrong.append(f"{name}={scope[name]!r}: expected {_name(kind)}, got {type(scope[name]).__name__}")
     if wrong:
-        known = [
+        allowed = [
             f"  {name}: {_name(kind)}" + (f" = {defaults[name]}" if name in defaults else "")
             for name, kind in expected.items()
         ]
-        raise ValueError("\n".join(["; ".join(wrong), "the parameters of this notebook:", *known]))
+        raise ValueError("\n".join(["; ".join(wrong), "the parameters of this notebook:", *allowed]))
 
 
 def _fits(value: object, kind: object) -> bool:
@@ -69,20 +69,20 @@ def assigned_names(source: str) -> dict[str, str]:
         body = ast.parse(source).body
     except SyntaxError:
         return {}
-    found = {}
+    names = {}
     for line in body:
         if isinstance(line, ast.Assign | ast.AnnAssign) and line.value is not None:
             targets = line.targets if isinstance(line, ast.Assign) else [line.target]
-            found |= {target.id: ast.unparse(line.value) for target in targets if isinstance(target, ast.Name)}
-    return found
+            names |= {target.id: ast.unparse(line.value) for target in targets if isinstance(target, ast.Name)}
+    return names
 
 
-def _assigned(scope: dict, expected: dict) -> tuple[dict[str, str], list[str]]:
-    """The defaults, and every name set where parameters are set.
+def _assignments(scope: dict, expected: dict) -> tuple[dict[str, str], list[str]]:
+    """The defaults, and every name that is assigned where parameters are assigned.
 
-    In a kernel: in the `parameters` cell (the last one to set all the expected names) and in papermill's. By these
-    cells and not by all globals, so that the check can be repeated at the end of a session. In a plain dict: all
-    names but modules, functions, classes and those that begin with an underscore.
+    In a kernel that is the `parameters` cell (the last cell that assigns all the expected names) and papermill's. Other
+    cells do not count, so that the check can be repeated at the end of a session. In a plain dict it is every name but
+    modules, functions, classes and names with a leading underscore.
     """
     if "In" not in scope:
         code = (ModuleType, FunctionType, type)

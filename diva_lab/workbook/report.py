@@ -1,6 +1,6 @@
-"""Executed notebooks -> one page of HTML that needs nothing else: no script, no font, no network.
+"""Executed notebooks -> one page of HTML without scripts, external fonts or network.
 
-Prose and figures as the notebooks show them, the code left out; a table of contents and the summary on top.
+It shows the prose and figures of the notebooks without their code; a table of contents and the summary come first.
 """
 
 import re
@@ -31,7 +31,7 @@ pre { background: #f5f7fa; border-radius: 4px; padding: .6rem .9rem; overflow-x:
 blockquote { margin: 1rem 0; padding-left: 1rem; border-left: 3px solid #d8dde6; color: #4a5262; }
 .failed { color: #a3261b; font-weight: 600; } .output_error pre { background: #fdf1ef; }
 """
-HEADLINE = {
+REPORT_COLUMNS = {
     "objective": "objective",
     "seed": "seed",
     "pairs/mean": "pairs",
@@ -52,12 +52,12 @@ HEADLINE = {
 def title_of(notebook: nbformat.NotebookNode, name: str) -> str:
     """The first heading of a notebook, else `name`."""
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    found = re.search(r"^#+\s+(.+)$", prose, re.MULTILINE)
-    return found[1].strip() if found else name
+    heading = re.search(r"^#+\s+(.+)$", prose, re.MULTILINE)
+    return heading[1].strip() if heading else name
 
 
 def _body(notebook: nbformat.NotebookNode) -> str:
-    """A notebook's prose and outputs as HTML; widgets, warnings and prompts left out."""
+    """A notebook's prose and outputs as HTML, without widgets, warnings and prompts."""
     from nbconvert import HTMLExporter
 
     for cell in notebook.cells:
@@ -92,10 +92,10 @@ def write_report(
 
     Args:
         path: the file to write.
-        notebooks: executed notebooks, in their order.
-        summary: what `diva_lab.workbook.summary` returns.
-        facts: what to say about the run under the summary, name by name.
-        failed: file name of the notebook that failed, if one did.
+        notebooks: executed notebooks, in order.
+        summary: as `notebooks.summarise_runs` returns it.
+        facts: names and values that are printed under the summary.
+        failed: file name of the notebook that failed, or "".
     """
     contents, sections = [], []
     for i, file in enumerate(notebooks):
@@ -104,12 +104,12 @@ def write_report(
         contents.append(f'<li><a href="#notebook-{i}">{escape(title_of(notebook, file.stem))}</a>{mark}</li>')
         sections.append(f'<section id="notebook-{i}">{_body(notebook)}</section>')
     if len(summary):
-        columns = [name for name in HEADLINE if name in summary]
+        columns = [name for name in REPORT_COLUMNS if name in summary]
         details = summary.drop(columns=[name for name in columns if name not in ("objective", "seed")])
-        tables = _table(summary[columns].rename(columns=HEADLINE))
+        tables = _table(summary[columns].rename(columns=REPORT_COLUMNS))
         tables += f"<details><summary>every pattern, probe and run</summary>{_table(details)}</details>"
     else:
-        tables = '<p class="faint">No run of stage 2 was finished.</p>'
+        tables = '<p class="faint">No run of stage 2 has finished.</p>'
     notes = " · ".join(f"{escape(str(name))} {escape(str(value))}" for name, value in facts.items())
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -53,7 +53,7 @@ def test_a_value_of_the_wrong_type_is_refused(value, kind):
         check_parameters({"x": value}, x=kind)
 
 
-def test_the_error_names_the_parameter_its_value_and_what_was_expected():
+def test_the_error_names_the_parameter_its_value_and_the_expected_type():
     with pytest.raises(ValueError, match="steps='ten': expected int, got str"):
         check_parameters({"steps": "ten"}, steps=int)
 
@@ -70,7 +70,7 @@ def test_a_missing_name_is_refused():
         check_parameters({}, steps=int)
 
 
-def test_all_that_is_wrong_comes_in_one_error_with_the_right_names_types_and_defaults():
+def test_one_error_lists_everything_that_is_wrong_with_the_right_names_types_and_defaults():
     scope = {"In": ["", 'steps = 40  # of each run\nsize: str = "s"', '# Parameters\nsteps = "ten"\nlr = 1']}
     scope |= {"steps": "ten", "size": "s", "lr": 1}
     with pytest.raises(ValueError) as error:
@@ -88,7 +88,7 @@ def test_a_check_repeated_at_the_end_of_a_session_ignores_names_that_later_cells
     check_parameters(scope, steps=int)
 
 
-def test_a_misspelt_name_in_the_cell_of_parameters_is_found_and_forgotten_once_corrected():
+def test_a_misspelt_name_in_the_cell_of_parameters_is_an_error_until_it_is_corrected():
     scope = {"In": ["", "steps = 4\nstpes = 5"], "steps": 4, "stpes": 5}
     with pytest.raises(ValueError, match="stpes"):
         check_parameters(scope, steps=int)
@@ -98,7 +98,7 @@ def test_a_misspelt_name_in_the_cell_of_parameters_is_found_and_forgotten_once_c
 
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory):
-    """A notebook of two parameters, and a function that runs it by papermill."""
+    """A function that runs a notebook with two parameters by papermill."""
     cells = [
         nbformat.v4.new_code_cell("import sys\nfrom diva_lab.world import DETAILS"),
         nbformat.v4.new_code_cell("steps = 4\nlr = 0.1", metadata={"tags": ["parameters"]}),
@@ -129,7 +129,7 @@ def test_a_notebook_runs_with_its_own_defaults_and_with_good_parameters(notebook
         ({"stpes": 3}, "unknown parameter 'stpes'"),
     ],
 )
-def test_papermill_fails_on_a_parameter_that_is_unknown_or_ill_typed(notebook, parameters, message):
+def test_papermill_fails_on_a_parameter_that_is_unknown_or_of_a_wrong_type(notebook, parameters, message):
     with pytest.raises(PapermillExecutionError) as error:
         notebook(**parameters)
     assert error.value.ename == "ValueError" and message in error.value.evalue

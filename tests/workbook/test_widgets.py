@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from diva_lab.evaluation.pairs import read_pairs
 from diva_lab.workbook import widgets
-from diva_lab.workbook.widgets import open_pair, pair_explorer
+from diva_lab.workbook.widgets import open_pairs, pair_explorer
 from diva_lab.world import World, draw_pairs, write_pairs
 
 matplotlib.use("agg")
@@ -26,23 +26,23 @@ def _no_figure_left_open():
     plt.close("all")
 
 
-def images(pair: pd.Series) -> np.ndarray:
-    return np.full((2, 4, 4, 3), ord(pair["statement_1"]), np.uint8)
+def images(pairs: pd.DataFrame) -> np.ndarray:
+    return np.zeros((len(pairs), 2, 4, 4, 3), np.uint8)
 
 
 def statements(fig: Figure) -> list[str]:
-    said = [text.get_text() for ax in fig.axes for text in ax.texts]
-    return [text.removeprefix("① ") for text in said if text.startswith("① ")]
+    texts = [text.get_text() for ax in fig.axes for text in ax.texts]
+    return [text.removeprefix("① ") for text in texts if text.startswith("① ")]
 
 
-def test_the_pictures_of_a_pair_are_read_from_disk_at_the_size_asked_for(tmp_path):
+def test_the_images_of_pairs_are_read_from_disk_and_resized(tmp_path):
     pairs = read_pairs(write_pairs(tmp_path, World(), 1, 0))
-    pictures = World().render(draw_pairs("orientation", 1, (0, 0))[0])
-    assert np.abs(open_pair(pairs.iloc[0]).astype(int) - pictures).mean() < 8  # JPEG
-    assert open_pair(pairs.iloc[0], 20).shape == (2, 20, 20, 3)
+    rendered = World().render(draw_pairs("orientation", 1, (0, 0))[0])
+    assert np.abs(open_pairs(pairs)[0].astype(int) - rendered).mean() < 8  # JPEG
+    assert open_pairs(pairs[:3], 20).shape == (3, 2, 20, 20, 3)
 
 
-def test_the_explorer_without_a_front_end_is_a_figure_and_makes_no_widget(monkeypatch):
+def test_the_explorer_without_controls_is_a_figure_and_makes_no_widget(monkeypatch):
     monkeypatch.setattr(Widget, "open", lambda _: pytest.fail("a widget was made"))
     fig = pair_explorer(PAIRS, SCORES, images, still=3)
     assert isinstance(fig, Figure)
@@ -58,7 +58,7 @@ def test_the_explorer_shows_the_pair_that_is_chosen(monkeypatch):
     assert (statements(drawn[-1]), encoders.value) == (["a"], ("diva", "dcr"))
     number.value = 5
     assert statements(drawn[-1]) == ["e"]
-    pattern.value = "Texts"  # holds three pairs: the number is brought down to the last
+    pattern.value = "Texts"  # has three pairs: the number is limited to the last
     assert (number.value, statements(drawn[-1])) == (3, ["h"])
     encoders.value = ("none",)
     assert "none (original): 0 of 1" in [ax.get_title() for ax in drawn[-1].axes]
@@ -70,7 +70,7 @@ def test_the_explorer_closes_what_it_draws(monkeypatch):
     assert not plt.get_fignums()
 
 
-def test_the_explorer_refuses_scores_of_other_pairs_and_nothing_at_all():
+def test_the_explorer_refuses_scores_of_other_pairs_and_an_empty_table():
     with pytest.raises(ValueError, match="8 pairs, but dcr has scores for 2"):
         pair_explorer(PAIRS, {"dcr": COSINES[:2]}, images)
     with pytest.raises(ValueError, match="nothing to explore"):

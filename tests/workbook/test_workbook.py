@@ -38,7 +38,7 @@ def run_command(argv: list[str], notebooks: Path) -> int:
 
 
 def exit_code(argv: list[str], notebooks: Path) -> int:
-    """That of `diva-lab run`, whether it is refused by argparse or by the verb."""
+    """The exit code of `diva-lab run`, from argparse or from the verb."""
     try:
         return run_command(argv, notebooks)
     except SystemExit as stop:
@@ -56,7 +56,7 @@ def write_run(
     done: bool = True,
     **settings: object,
 ) -> Run:
-    """A run's folder, written by hand; evaluated at step 0 and after as many steps as there are `seconds`."""
+    """The folder of a run without weights, evaluated at step 0 and after as many steps as there are `seconds`."""
     run = Run(root / f"tune-{objective}-s{seed}{tag}")
     run.folder.mkdir(parents=True)
     settings = {"stage": "tune", "objective": objective, "seed": seed} | settings
@@ -98,14 +98,14 @@ def test_summary_reports_the_last_evaluation_and_the_steps_before_it(tmp_path):
     assert row["zeroshot"] == 0.7 and row["steps"] == 4 and row["run"] == run.id
 
 
-def test_the_conflict_rate_is_the_share_of_negative_cosines_and_unknown_where_there_is_one_gradient(tmp_path):
+def test_the_conflict_rate_is_the_share_of_negative_cosines_and_nan_for_one_gradient(tmp_path):
     write_run(tmp_path, "naive", 0, cos=[-0.1, 0.2, -0.3, -0.4])
     write_run(tmp_path, "dcr", 0)
     rates = summarise_runs(tmp_path).set_index("objective")["conflict_rate"]
     assert rates["naive"] == 0.75 and np.isnan(rates["dcr"])
 
 
-def test_steps_at_which_no_cosine_was_taken_do_not_count_in_the_conflict_rate(tmp_path):
+def test_steps_without_a_cosine_do_not_count_in_the_conflict_rate(tmp_path):
     write_run(tmp_path, "naive", 0, cos=[-0.1, 0.2])
     assert summarise_runs(tmp_path)["conflict_rate"].item() == 0.5
 
@@ -128,12 +128,19 @@ def test_unfinished_runs_and_those_of_stage_one_have_no_row(tmp_path):
     assert summarise_runs(tmp_path)["objective"].tolist() == ["perturb-drift"]
 
 
-def test_of_several_runs_of_one_objective_and_seed_the_earliest_that_was_evaluated_is_shown(tmp_path):
-    blind = write_run(tmp_path, "dcr", 0, tag="-d")
-    (blind.folder / "evaluations.jsonl").unlink()
+def test_runs_whose_objective_or_condition_exists_only_in_a_notebook_have_no_row(tmp_path):
+    write_run(tmp_path, "mine", 0)
+    write_run(tmp_path, "diva", 0, condition="mine")
+    write_run(tmp_path, "diva", 1, condition="recap")
+    assert summarise_runs(tmp_path)["seed"].tolist() == [1]
+
+
+def test_of_several_runs_with_one_objective_and_seed_the_row_shows_the_earliest_that_was_evaluated(tmp_path):
+    not_evaluated = write_run(tmp_path, "dcr", 0, tag="-d")
+    (not_evaluated.folder / "evaluations.jsonl").unlink()
     first = write_run(tmp_path, "dcr", 0, tag="-c")
     write_run(tmp_path, "dcr", 0, tag="-a", seconds=(1.0,) * 9)
-    for age, run in enumerate((blind, first)):
+    for age, run in enumerate((not_evaluated, first)):
         os.utime(run.folder / "settings.json", (age, age))
     assert summarise_runs(tmp_path)["run"].tolist() == [first.id]
 
@@ -148,7 +155,7 @@ def test_a_folder_without_runs_gives_an_empty_table_with_the_same_columns(tmp_pa
 
 @pytest.fixture
 def small_run(tmp_path, small_clip):
-    """A run of the untouched small CLIP, with a record of the tiny world made up."""
+    """A run of the small CLIP with objective `none` and an invented record of the tiny world."""
     from diva_lab.training.settings import Settings
     from diva_lab.training.stages import tune  # not above: the kernels of `notebooks` import this file
 
@@ -160,15 +167,15 @@ def small_run(tmp_path, small_clip):
     return tune(Settings(str(small_clip), objective="none"), tmp_path, lambda encoder: record)
 
 
-def test_a_runs_record_gives_the_rows_that_evaluate_would_make_of_it(small_run, monkeypatch):
+def test_a_runs_record_gives_the_same_rows_as_evaluate(small_run, monkeypatch):
     from diva_lab.evaluation.table import evaluate
 
     last = small_run.evaluations().iloc[-1].drop("step").to_dict()
     monkeypatch.setattr("diva_lab.evaluation.world.world_report", lambda encoder, seed: last)
-    theirs, ours = evaluate([small_run.folder], ["world"]), recorded_rows(small_run)
+    evaluated, recorded = evaluate([small_run.folder], ["world"]), recorded_rows(small_run)
     names = ["metric", "category", "value"]
-    assert sorted(ours[names].itertuples(index=False)) == sorted(theirs[names].itertuples(index=False))
-    assert list(ours.columns) == list(theirs.columns) and set(ours["encoder"]) == {small_run.id}
+    assert sorted(recorded[names].itertuples(index=False)) == sorted(evaluated[names].itertuples(index=False))
+    assert list(recorded.columns) == list(evaluated.columns) and set(recorded["encoder"]) == {small_run.id}
 
 
 def test_recorded_rows_have_n_interval_chance_and_note(tmp_path):
@@ -184,8 +191,8 @@ def test_recorded_rows_have_n_interval_chance_and_note(tmp_path):
 
 
 def test_the_summary_comes_from_the_evaluation_with_intervals_and_what_is_not_above_chance(small_run):
-    table, failures = evaluate_runs(small_run.folder.parent)
-    assert not failures and list(table.columns) == list(recorded_rows(small_run).columns)
+    table, errors = evaluate_runs(small_run.folder.parent)
+    assert not errors and list(table.columns) == list(recorded_rows(small_run).columns)
     assert set(table["encoder"]) == {small_run.id} and set(table["benchmark"]) == {"world", "emoji"}
     assert table["weights"].nunique() == 1 and table["n"].notna().all()
     row = summarise_runs(small_run.folder.parent, table).iloc[0]
@@ -196,10 +203,10 @@ def test_the_summary_comes_from_the_evaluation_with_intervals_and_what_is_not_ab
     assert row["note"].startswith("not above chance: pairs") and row["zeroshot"] == 0.5
 
 
-def test_a_run_that_cannot_be_evaluated_keeps_the_rows_of_its_record_and_is_told(tmp_path):
+def test_a_run_that_cannot_be_evaluated_keeps_the_rows_of_its_record_and_gives_an_error(tmp_path):
     run = write_run(tmp_path, "dcr", 0)  # without weights
-    table, failures = evaluate_runs(tmp_path)
-    assert len(failures) == 1 and "no checkpoint" in failures[0] and run.id in failures[0]
+    table, errors = evaluate_runs(tmp_path)
+    assert len(errors) == 1 and "no checkpoint" in errors[0] and run.id in errors[0]
     assert set(table["benchmark"]) == {"world"}
     row = summarise_runs(tmp_path, table).iloc[0]
     assert row["zeroshot"] == 0.9 and np.isnan(row["emoji/mean"])
@@ -219,7 +226,7 @@ def test_the_grids_compare_any_encoders_on_any_folder_of_pairs(tmp_path, small_c
     assert run_notebook(grids, tmp_path, parameters) == ""
     cells = nbformat.read(tmp_path / grids.name, as_version=4).cells
     shown = json.dumps([cell.outputs for cell in cells if cell.cell_type == "code"], ensure_ascii=False)
-    assert "McNemar" in shown and f"- {small_clip.name}: **" in shown and "of 9 patterns rose" in shown
+    assert "McNemar" in shown and f"- {small_clip.name}: of 9 intervals **" in shown
     assert not list(tmp_path.glob("tune-*"))  # nothing was trained
 
 
@@ -237,15 +244,15 @@ def write_notebook(folder: Path, name: str, *sources: str, parameters: str = "")
 
 @pytest.fixture
 def notebooks(tmp_path, monkeypatch):
-    """Three notebooks: one without parameters that draws, one that makes a run, one that only prints."""
-    for name in ("MPLBACKEND", "JUPYTER_PREFER_ENV_PATH"):  # main() sets them: put them back afterwards
+    """Three notebooks: the first has no parameters and draws, the second writes a run, the third only prints."""
+    for name in ("MPLBACKEND", "JUPYTER_PREFER_ENV_PATH"):  # the run sets them: restore them afterwards
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     row = {"metric": "emoji", "category": "all", "n": 334, "value": 0.3, "low": 0.2, "high": 0.4, "chance": 0.25}
     row = {"benchmark": "emoji", "set": "emoji", **row, "note": "not above chance", "weights": "f00"}
     monkeypatch.setattr(
         "diva_lab.evaluation.table.evaluate", lambda *_: pd.DataFrame([row])
-    )  # runs written by hand hold no weights
+    )  # runs of `write_run` have no weights
     folder = tmp_path / "notebooks"
     write_notebook(folder, "00_draw.ipynb", "import matplotlib.pyplot as plt", "plt.plot([0, 1])\nplt.show()")
     write_notebook(
@@ -256,7 +263,7 @@ def notebooks(tmp_path, monkeypatch):
         "for seed in seeds:\n    write_run(Path(runs_root), 'dcr', seed, seconds=(1.0,) * steps, images=images)",
         parameters='runs_root = ""\nimages = "world"\nseeds = [0]\nsteps = 2',
     )
-    write_notebook(folder, "02_print.ipynb", "print('seen', steps)", parameters="steps = 5")
+    write_notebook(folder, "02_print.ipynb", "print('steps are', steps)", parameters="steps = 5")
     return folder
 
 
@@ -267,7 +274,7 @@ def test_the_notebooks_run_in_order_and_leave_notebooks_summary_and_report(noteb
     assert code == 0, printed
     files = ("evaluation.csv", "summary.csv", "report.html")
     assert printed.splitlines()[-3:] == [str(out / name) for name in files]
-    assert "here: notebooks" in printed and "seen 3" in printed
+    assert "here: notebooks" in printed and "steps are 3" in printed
     assert [path.name for path in select_notebooks(out, None)] == ["00_draw.ipynb", "01_train.ipynb", "02_print.ipynb"]
     table = pd.read_csv(out / "summary.csv")
     assert table["seed"].tolist() == [0, 3] and table["steps"].tolist() == [3, 3]
@@ -277,7 +284,7 @@ def test_the_notebooks_run_in_order_and_leave_notebooks_summary_and_report(noteb
     assert table["emoji/mean"].eq(0.3).all() and table["note"].eq("not above chance: emoji").all()
 
     page = (out / "report.html").read_text()
-    assert "data:image/png;base64," in page and "seen 3" in page and "The question of 01_train" in page
+    assert "data:image/png;base64," in page and "steps are 3" in page and "The question of 01_train" in page
     assert "write_run" not in page, "the report shows code"
     assert not re.search(r"<script|<link|@import|url\(|(src|href)=.https?:", page), "the report needs the network"
 
@@ -295,14 +302,14 @@ def test_a_failing_notebook_ends_the_run_and_what_was_written_stays(notebooks, t
     assert "failed</span>" in page and pd.read_csv(out / "summary.csv").empty
 
 
-def test_an_ill_typed_parameter_fails_with_the_notebooks_own_error(notebooks, tmp_path, capsys):
+def test_a_parameter_of_a_wrong_type_fails_with_the_notebooks_own_error(notebooks, tmp_path, capsys):
     check = "from diva_lab.workbook.parameters import check_parameters\ncheck_parameters(globals(), seeds=int)"
     write_notebook(notebooks, "03_check.ipynb", check, parameters="seeds = 1")
     assert run_command(["--out", str(tmp_path / "out"), "--only", "03", "--seeds", "1,2"], notebooks) == 1
     assert "seeds=[1, 2]: expected int, got list" in capsys.readouterr().err
 
 
-def test_only_the_notebooks_asked_for_run(notebooks, tmp_path):
+def test_only_selects_notebooks_by_number(notebooks, tmp_path):
     assert run_command(["--out", str(tmp_path / "out"), "--only", "02"], notebooks) == 0
     assert [path.name for path in select_notebooks(tmp_path / "out", None)] == ["02_print.ipynb"]
 
@@ -316,7 +323,7 @@ def test_a_failing_evaluation_ends_with_exit_code_1_and_leaves_the_summary(noteb
     assert run_command(["--out", str(out), "--only", "01"], notebooks) == 1
     assert "FAILED: evaluation\nno emoji here" in capsys.readouterr().err
     assert pd.read_csv(out / "summary.csv")["zeroshot"].tolist() == [0.9]
-    assert "failed</span>" not in (out / "report.html").read_text()  # no notebook did
+    assert "failed</span>" not in (out / "report.html").read_text()  # no notebook failed
 
 
 @pytest.mark.parametrize(
@@ -333,13 +340,13 @@ def test_a_failing_evaluation_ends_with_exit_code_1_and_leaves_the_summary(noteb
         (["--only", "00", "--steps", "3"], "none of these notebooks has the parameter 'steps'"),
     ],
 )
-def test_bad_arguments_are_refused_by_one_error_before_any_notebook_runs(notebooks, tmp_path, capsys, argv, message):
+def test_bad_arguments_give_one_error_before_any_notebook_runs(notebooks, tmp_path, capsys, argv, message):
     out = tmp_path / "out"
     assert exit_code(["--out", str(out), *argv], notebooks) == 2 and not out.exists()
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_folder_of_pictures_reaches_the_notebooks_by_its_absolute_path(notebooks, tmp_path, monkeypatch):
+def test_a_folder_of_images_reaches_the_notebooks_with_its_absolute_path(notebooks, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "photos" / "a.png")
     monkeypatch.chdir(tmp_path)
@@ -352,7 +359,7 @@ def test_a_folder_of_pictures_reaches_the_notebooks_by_its_absolute_path(noteboo
         assert resolve_images(source) == source.replace("dataset", str(tmp_path / "dataset"))
 
 
-def test_a_folder_without_pictures_is_refused(notebooks, tmp_path, capsys):
+def test_a_folder_without_images_is_refused(notebooks, tmp_path, capsys):
     assert run_command(["--out", str(tmp_path / "out"), "--images", str(notebooks)], notebooks) == 2
     assert "no image" in capsys.readouterr().err
 

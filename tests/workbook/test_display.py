@@ -1,0 +1,45 @@
+import re
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pytest
+
+from diva_lab.workbook import display
+from diva_lab.workbook.display import drop_python_version, make_show
+
+MAKEFILE = Path(__file__).parents[2] / "Makefile"
+matplotlib.use("agg")
+
+
+@pytest.mark.parametrize("save_figures", [False, True])
+def test_show_displays_the_figure_and_writes_it_only_if_asked(save_figures, tmp_path, monkeypatch):
+    displayed = []
+    monkeypatch.setattr(display, "GALLERY", tmp_path / "figures")
+    monkeypatch.setattr(plt, "show", lambda: displayed.append(plt.gcf()))
+    fig = plt.figure()
+    make_show(save_figures)(fig, "02_loss")
+    assert displayed == [fig]
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["02_loss.png"] * save_figures
+    plt.close(fig)
+
+
+def test_jupyterlab_saves_a_notebook_without_the_kernels_python_version():
+    language = {"name": "python", "version": "3.11.7"}
+    model = {"type": "notebook", "content": {"metadata": {"language_info": language}}}
+    drop_python_version(model=model, path="a.ipynb", contents_manager=None)
+    assert language == {"name": "python"}
+
+
+@pytest.mark.parametrize(
+    "model", [{"type": "file", "content": "text"}, {"type": "notebook", "content": {"metadata": {}}}]
+)
+def test_other_files_and_notebooks_without_a_language_are_saved_as_they_are(model):
+    before = repr(model)
+    drop_python_version(model=model)
+    assert repr(model) == before
+
+
+def test_make_lab_uses_this_hook():
+    (hook,) = re.findall(r"--ContentsManager\.pre_save_hook=(\S+)", MAKEFILE.read_text())
+    assert hook == f"{drop_python_version.__module__}.{drop_python_version.__name__}"

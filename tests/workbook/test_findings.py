@@ -1,0 +1,207 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from diva_lab.statistics import compare_rows, conflict_rate, paired_t
+from diva_lab.workbook import findings
+from diva_lab.workbook.findings import percent, points, verdict
+
+RESULTS = pd.DataFrame(
+    {
+        "objective": ["none"] * 3 + ["dcr"] * 3 + ["diva"],
+        "seed": [0, 1, 2, 2, 1, 0, 1],
+        "pairs/mean": [0.2, 0.3, 0.4, 0.5, 0.4, 0.4, 0.2],
+        "nmi": [0.7, 0.7, 0.7, 0.6, 0.6, 0.6, 0.8],
+    }
+)
+CHANGES = pd.DataFrame(
+    [("dcr", "pairs/text", 0.02, 0.01, 0.03), ("dcr", "pairs/state", -0.02, -0.03, -0.01),
+     ("dcr", "nmi", 0.0, -0.1, 0.1), ("diva", "pairs/text", -0.02, -0.03, -0.01),
+     ("perturb-norm", "pairs/text", 0.0, -0.1, 0.1)],
+    columns=["objective", "measure", "difference", "low", "high"],
+)  # fmt: skip
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected", "text"),
+    [(0.1, 0.2, 1, "as expected"), (0.1, 0.2, -1, "against expectation"), (-0.2, -0.1, 1, "against expectation"),
+     (-0.2, -0.1, -1, "as expected"), (-0.1, 0.2, 1, "undecided"), (np.nan, np.nan, 1, "one seed")],
+)  # fmt: skip
+def test_a_verdict_needs_an_interval_on_one_side_of_zero(low, high, expected, text):
+    assert text in verdict(low, high, expected)
+
+
+def test_numbers_are_in_percent_and_points_with_their_interval():
+    assert percent(0.5417, 0.451, 0.63) == "54.2 % (95 % interval 45.1 to 63.0)"
+    assert points(0.031, 0.01, 0.052, digits=0) == "+3 points (95 % interval +1 to +5)"
+    assert points(-0.031, np.nan, np.nan) == "-3.1 points (one seed, no interval)"
+    assert findings.number(0.01234, -0.1, 0.2, 2) == "+0.01 (95 % interval -0.10 to +0.20)"
+
+
+# --- rows of the study ------------------------------------------------------------------------------------------
+
+
+def test_a_row_that_was_not_run_is_named_and_not_filled_in():
+    rows = compare_rows(RESULTS, ["dcr"], ["nmi"])
+    interval = "-10.0 points (95 % interval -10.0 to -10.0)"
+    assert findings.state_difference(rows, "dcr", "nmi", 1) == f"{interval}, against expectation"
+    assert findings.state_difference(rows, "dcr", "nmi") == interval
+    assert findings.state_difference(rows, "diva", "nmi", 1) == "not run"
+    missing = pd.DataFrame({"row": ["dcr", "dcr", "naive"], "seed": [3, 4, 0]})
+    assert findings.state_missing(missing, ["dcr", "diva"]) == " Not run: dcr (seeds 3, 4)."
+    assert findings.state_missing(missing, ["diva"]) == ""
+
+
+def test_a_row_states_each_measure_with_its_own_expectation():
+    text = findings.state_row(compare_rows(RESULTS, ["dcr"], ["pairs/mean", "nmi"]), "dcr", {"pairs/mean": 1, "nmi": 0})
+    assert text.startswith("DCR: pair score (P) **+13.3 points (95 % interval -1.0 to +27.7), undecided")
+    assert text.endswith("; clustering NMI (D) **-10.0 points (95 % interval -10.0 to -10.0)**.")
+
+
+def test_signs_are_counted_with_the_names_of_what_changed():
+    text = findings.count_signs(CHANGES[CHANGES["measure"] == "pairs/text"])
+    assert text == "of 3 intervals **1** above zero (DCR), **1** below zero (DIVA), 1 undecided"
+
+
+def test_a_slope_is_judged_by_its_interval():
+    assert "**+1.00 (95 % interval +0.50 to +1.50)** points of P" in findings.state_slope((1.0, 0.5, 1.5), 9, "x", "P")
+    assert findings.state_slope((-1.0, -1.5, -0.5), 9, "x", "P").endswith("against expectation.")
+
+
+# --- the tiny world ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "place"), [(0.1, 0.2, "below"), (0.2, 0.3, "not different from"), (0.3, 0.4, "above")]
+)
+def test_pair_scores_are_compared_with_chance(low, high, place):
+    report = {"pairs/mean": 0.2, "pairs/mean/low": low, "pairs/mean/high": high, "zeroshot": 0.9, "probe/mean": 0.5}
+    text = findings.state_pair_scores(report, pd.DataFrame({"after": [0.9, 1.0]}))
+    assert f"{place} chance (25 %)" in text and "ceiling is 95.0 %" in text
+    assert f"20.0 % (95 % interval {100 * low:.1f} to {100 * high:.1f})" in text
+
+
+def test_attributes_below_their_target_are_named():
+    quality = pd.DataFrame({"attribute": ["class", "text"], "share": [0.9, 0.5], "low": 0.4, "high": 0.95, "n": 256})
+    text = findings.state_drawn_attributes(quality, {"class": 0.8, "text": 0.6})
+    assert "**text** worst: it is right in 50 % (95 % interval 40 to 95) of 256" in text and text.endswith("**text**.")
+    assert findings.state_drawn_attributes(quality, {"class": 0.8, "text": 0.5}).endswith("**none**.")
+
+
+@pytest.mark.parametrize(("recap", "result"), [(0.5, "as expected"), (0.2, "undecided"), (0.05, "against expectation")])
+def test_recovered_fractions_are_compared_by_their_intervals(recap, result):
+    reports = {
+        name: {"recovered": value, "recovered/low": value - 0.02, "recovered/high": value + 0.02}
+        for name, value in (("global", 0.19), ("recap", recap))
+    }
+    text = findings.state_recovered(reports)
+    assert "global **+0.19 (95 % interval +0.17 to +0.21)**" in text and f"**{result}" in text
+
+
+def test_changed_pairs_are_listed_with_mcnemars_test():
+    before = pd.DataFrame({"id_1": [1, 3, 5], "correct": [True, False, False]})
+    after = before.assign(correct=[False, True, True])
+    text = findings.state_changed_pairs(before, after, "dcr")
+    assert text == "DCR: pairs gained 3, 5; lost 1. McNemar's exact test of gains against losses: p = 1.00."
+
+
+def test_scores_have_an_interval_where_there_is_one_and_the_note():
+    rows = pd.DataFrame(
+        {"encoder": ["none", "dcr"], "benchmark": "emoji", "metric": "emoji", "n": 334, "value": [0.2, 0.3],
+         "low": [0.1, np.nan], "high": [0.3, np.nan], "note": ["not above chance", ""]}
+    )  # fmt: skip
+    text = findings.state_scores(rows)
+    assert text.startswith(
+        "emoji, emoji (n = 334): none (original) 20.0 % (95 % interval 10.0 to 30.0), not above chance"
+    )
+    assert text.endswith("; DCR 30.0 %.")
+
+
+def test_no_pattern_that_rose_is_against_the_expectation_of_training_and_not_of_a_random_push():
+    assert "The largest rise: Texts +2.0 points" in findings.state_patterns(CHANGES, "dcr")
+    assert "against expectation" not in findings.state_patterns(CHANGES, "dcr")
+    assert "against expectation" in findings.state_patterns(CHANGES, "diva")
+    assert "against expectation" not in findings.state_patterns(CHANGES, "perturb-norm")
+
+
+# --- gradients --------------------------------------------------------------------------------------------------
+
+
+def test_the_null_is_inside_or_outside_the_interval_of_the_cosine():
+    probe = {"cos": 0.1, "cos/low": 0.0, "cos/high": 0.2, "other": 0.05, "other/sd": 0.02, "random/sd": 0.001}
+    assert "+0.0500, inside that interval" in findings.state_null(probe)
+    assert "+0.3000, **outside** that interval" in findings.state_null(probe | {"other": 0.3})
+
+
+def test_conflict_is_stated_with_the_intervals_of_rate_mean_and_growth():
+    rng = np.random.default_rng(0)
+    metrics = pd.DataFrame({"seed": np.repeat([0, 1, 2], 40), "step": np.tile(np.arange(40), 3)})
+    metrics["cos"] = rng.normal(size=120)
+    text = findings.state_conflict(metrics, published=0.99)
+    each = [rows["cos"].to_numpy() for _, rows in metrics.groupby("seed")]
+    assert percent(*conflict_rate(each), 0) in text and "99.0 % is **outside**" in text
+    assert findings.number(*paired_t([cosines.mean() for cosines in each])) in text
+    halves = [(part[20:] < 0).mean() - (part[:20] < 0).mean() for part in each]
+    assert f"{points(*paired_t(halves), 0)}**; the paper reports a rise" in text
+
+
+def test_the_lowest_and_the_highest_part_and_the_embedding_are_stated():
+    metrics = pd.DataFrame({"seed": [0, 1], "cos/block0": [-0.2, -0.4], "cos/features": 0.1, "cos/head": [0.2, 0.4]})
+    text = findings.state_parts(metrics)
+    assert "of 3 parts" in text and text.index("block0 **-0.3") < text.index("head **+0.3") < text.index(
+        "features **+0.1"
+    )
+
+
+def test_the_parts_of_the_timesteps_are_counted_below_zero_and_apart_from_the_null():
+    rows = [
+        (part, measure, value)
+        for part, values in {"0": (-0.5, -0.6, -0.4, -0.5), "1": (0.3, 0.2, 0.4, 0.0)}.items()
+        for measure, value in zip(("cos", "cos/low", "cos/high", "other"), values, strict=True)
+    ]
+    probes = pd.DataFrame(rows, columns=["bin", "measure", "value"]).assign(step=9, of="contrastive~diva")
+    text = findings.state_timesteps(probes, "contrastive~diva")
+    assert text.startswith("contrastive and DIVA: the mean cosine ranges from -0.500 (part 0) to +0.300 (part 1).")
+    assert "below zero in **1** and excludes the mean of the null in **1**" in text
+    assert findings.state_timesteps(probes[:0], "contrastive~diva") == "contrastive~diva: **not run**."
+
+
+def test_two_terms_agree_or_not_with_an_interval():
+    text = findings.state_agreement(pd.DataFrame({"truth~push:cos": [-0.5] * 20}), "truth~push")
+    assert text.startswith(
+        "pull to the truth and push of the negatives: mean cosine **-0.50**, negative in 100 % (95 %"
+    )
+
+
+# --- theory -----------------------------------------------------------------------------------------------------
+
+
+def test_bounds_are_stated_with_what_the_second_needs():
+    row = {"features": "condition", "constants": "extremes", "inner_holds": 1.0, "inter_holds": 1.0, "inter_says": 0.3}
+    text = findings.state_bounds(pd.DataFrame([row | {"needed": 5, "ratio": 1}, row | {"needed": 9, "ratio": 2}]))
+    assert "above zero in **30 %**" in text and "must exceed 5.0 to 9.0; it is 1.0 to 2.0" in text
+
+
+def affine_rows(straight_from: float, slope_at_zero: float) -> pd.DataFrame:
+    rows = pd.DataFrame({"t": 100, "cosine": [1.0, 0.8, 0.5, 0.0]})
+    rows["slope"] = rows["slope/low"] = rows["slope/high"] = np.where(rows["cosine"] == 0, slope_at_zero, 2.5)
+    return rows.assign(
+        **dict.fromkeys(("r2", "r2/low", "r2/high"), np.where(rows["cosine"] >= straight_from, 1.0, 0.5))
+    )
+
+
+def test_the_range_where_the_loss_is_affine_is_stated_by_timestep():
+    assert findings.state_affine_ranges(affine_rows(0.8, 0.1)).endswith("cosines t = 100: 0.8 to 1")
+    assert findings.state_affine_ranges(affine_rows(2, 0.1)).endswith("cosines nowhere")
+    assert findings.state_line(affine_rows(0, 2.5)) == (
+        "slope +2.50 (95 % interval +2.50 to +2.50), R² +1.00 (95 % interval +1.00 to +1.00)"
+    )
+
+
+def test_theorem_2_is_against_expectation_where_only_near_negatives_give_a_line():
+    text = findings.state_theorem_2(affine_rows(0.8, 0.25))
+    assert "from 0.8 to 1" in text and "at most 10 % of the slope" in text and "**against expectation**" in text
+    assert "**as expected**" in findings.state_theorem_2(affine_rows(0, 2.5))
