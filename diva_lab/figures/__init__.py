@@ -1,10 +1,11 @@
-"""Records -> matplotlib figures: one function a figure, one style for all, no torch.
+"""Records -> matplotlib figures: one function for each figure, one style for all, no torch.
 
-A *report table* is a DataFrame with one row an encoder, named by its index, and the columns of `world_report`
-("pairs/colour", "pairs/colour/low", ..., "zeroshot", ...; fractions in 0..1). A *metrics table* is one row a step.
-Every figure takes `source`, printed small under it: the run, seed, git sha and versions it was drawn from.
-Columns that a figure needs and the record lacks raise KeyError with their names.
+A *report table* is a DataFrame with one row for each encoder, named by its index, and the columns of `world_report`
+("pairs/colour", "pairs/colour/low", ..., "zeroshot", ...; fractions in 0..1). A *metrics table* has one row for each
+step. Every figure takes `source`, printed small under it: the run, seed, git sha and versions behind what it shows.
+A record without the columns that a figure needs raises a KeyError that names them.
 """
+# ruff: noqa: F401  (these are the public names)
 
 from diva_lab.figures.gradients import (
     conflict_by_block,
@@ -16,48 +17,7 @@ from diva_lab.figures.gradients import (
     term_norms,
 )
 from diva_lab.figures.samples import drawn_attributes, image_grid, minimal_pairs
-from diva_lab.figures.scores import (
-    benchmark_scores,
-    claims,
-    objective_differences,
-    pair_scores,
-    radar,
-    runs_scatter,
-)
+from diva_lab.figures.scores import benchmark_scores, claims, objective_differences, pair_scores, radar, runs_scatter
 from diva_lab.figures.style import COLOURS, LABELS, MARKERS, MEASURES, STYLE, running_mean, save, trace
 from diva_lab.figures.theory import affine_range, message_maps, theorem_bounds
 from diva_lab.figures.training import learning_rates, loss_curves, recovered_fraction, trade_off
-
-__all__ = [
-    "COLOURS",
-    "LABELS",
-    "MARKERS",
-    "MEASURES",
-    "STYLE",
-    "affine_range",
-    "benchmark_scores",
-    "claims",
-    "conflict_by_block",
-    "conflict_histogram",
-    "conflict_over_steps",
-    "cosine_by_timestep",
-    "drawn_attributes",
-    "image_grid",
-    "learning_rates",
-    "loss_curves",
-    "message_maps",
-    "minimal_pairs",
-    "objective_differences",
-    "pair_scores",
-    "parts_conflict",
-    "radar",
-    "recovered_fraction",
-    "running_mean",
-    "runs_scatter",
-    "save",
-    "signal_by_timestep",
-    "term_norms",
-    "theorem_bounds",
-    "trace",
-    "trade_off",
-]

@@ -5,19 +5,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from PIL import Image
 
-from diva_lab.world import DETAILS, PATTERNS
+from diva_lab.world import PATTERNS
 
 INK, GREY, FAINT, RIGHT, WRONG = "#262B33", "#6B7280", "#D9DCE1", "#0072B2", "#D55E00"
-# one colour and one marker per objective, everywhere; Okabe and Ito's palette, safe for the colour-blind
+# one colour and one marker for each objective, in every figure; Okabe and Ito's palette, safe for the colour-blind
 COLOURS = {
     "none": "#33383F",
     "perturb-norm": "#9AA0A8",
@@ -30,8 +31,10 @@ COLOURS = {
     "dcr-guidance": "#7B4FA3",
 }
 MARKERS = dict(zip(COLOURS, "oXDp^vsP*", strict=True))
-TERMS = {"loss": "none", "rec": "diva", "con": "contrastive", "dcr": "dcr"}  # a term has its objective's colour
-TERMS |= {"truth": "diva", "view": "contrastive", "push": "naive"}  # DCR's parts: that of what pulls like it
+# a term of a loss has the colour of an objective: its own, or for DCR's parts one that pulls alike
+TERMS = {"loss": "none", "rec": "diva", "con": "contrastive", "dcr": "dcr"}
+TERMS |= {"truth": "diva", "view": "contrastive", "push": "naive"}
+TERMS = {term: COLOURS[objective] for term, objective in TERMS.items()}
 LABELS = {
     "none": "none (original)",
     "perturb-norm": "perturbed, DCR's norms",
@@ -59,9 +62,8 @@ LABELS = {
     **{f"pairs/{detail}": pattern for detail, pattern in PATTERNS.items()},
 }
 MEASURES = ("pairs/mean", "probe/mean", "zeroshot", "nmi", "acc", "ari")
-DIVERGING = LinearSegmentedColormap.from_list("conflict", [WRONG, "#F3C5A5", "#FAFAF8", "#A9CDE6", RIGHT])
-CHANCE = 0.25  # of a pair by MMVP's rule: two texts, each right half of the time
-SPAN = 0.02  # least range of an axis of scores
+DIVERGING = sns.blend_palette([WRONG, "#F3C5A5", "#FAFAF8", "#A9CDE6", RIGHT], as_cmap=True)
+CHANCE = 0.25  # share of pairs that guessing gets right by MMVP's rule: two texts, each right half of the time
 WIDTH = 7.6  # inches, of every figure
 STYLE = {
     "figure.dpi": 110,
@@ -95,13 +97,16 @@ STYLE = {
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
 }
-styled = mpl.rc_context(STYLE)
-CIRCLED = {1: "①", 2: "②"}
+apply = mpl.rc_context(STYLE)  # the decorator of every figure's function
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g}")
+# keywords by which seaborn draws the rows of `with_intervals`: lines with bands, and dots with bars
+BANDS = {"estimator": "median", "errorbar": ("pi", 100), "err_kws": {"alpha": 0.15, "linewidth": 0}}
+DOTS = {"estimator": "median", "errorbar": ("pi", 100), "err_kws": {"linewidth": 1.3}, "linestyle": "none"}
+DOTS |= {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.6}
 
 
 def trace(environment: Mapping[str, object], *facts: str) -> str:
-    """The line under a figure: `facts` (run ids, seeds), then git sha and versions of `runs.environment()`."""
+    """The line under a figure: `facts` (run ids, seeds), then git sha and versions of `provenance.environment()`."""
     versions = dict(environment.get("versions", {}))
     short = (f"{name} {versions[name]}" for name in ("torch", "diffusers", "open_clip_torch") if name in versions)
     return " · ".join([*facts, f"git {environment.get('git', 'unknown')}", *short])
@@ -123,7 +128,7 @@ def running_mean(values: Sequence[float] | np.ndarray | pd.Series, window: int) 
 def _in_48_colours(canvas: FigureCanvasAgg):
     """A `print_png` for `canvas` that writes a palette image: a quarter of the bytes, so that notebooks stay small."""
 
-    def print_png(file: object, **_: object) -> None:  # matplotlib's other wishes are for other formats
+    def print_png(file: object, **_: object) -> None:  # matplotlib's other keywords are for other formats
         canvas.draw()
         pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
         small = pixels.quantize(48, kmeans=1, dither=Image.Dither.NONE)  # without k-means cyan would turn teal
@@ -132,11 +137,8 @@ def _in_48_colours(canvas: FigureCanvasAgg):
     return print_png
 
 
-def true_minus(text: str) -> str:
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
 def finish(fig: Figure, source: str) -> Figure:
+    """Write `source` small under the figure, and let it be saved as a small PNG. Returns the figure."""
     if isinstance(fig.canvas, FigureCanvasAgg):
         fig.canvas.print_png = _in_48_colours(fig.canvas)
     if source:
@@ -145,10 +147,16 @@ def finish(fig: Figure, source: str) -> Figure:
     return fig
 
 
-def need_columns(frame: pd.DataFrame, columns: Iterable[str]) -> None:
-    missing = [name for name in columns if name not in frame]
+def require_columns(record: pd.DataFrame, columns: Iterable[str]) -> None:
+    """Raise a KeyError that names the columns which `record` lacks and those which it has."""
+    missing = [name for name in columns if name not in record]
     if missing:
-        raise KeyError(f"the record lacks {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
+        raise KeyError(f"the record lacks {', '.join(missing)}; it has {', '.join(map(str, record.columns))}")
+
+
+def minus_signs(text: str) -> str:
+    """`text` with minus signs in place of hyphens, as matplotlib writes its own numbers."""
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def base_objective(key: object) -> str:
@@ -157,17 +165,24 @@ def base_objective(key: object) -> str:
 
 
 def label_of(key: object) -> str:
+    """The name that a figure shows for a key of a record; a variant has its objective's name and what it changes."""
     key, base = str(key), base_objective(key)
     return LABELS[key] if key in LABELS else LABELS.get(base, base) + key.removeprefix(base)
 
 
+def marker_of(key: object) -> str:
+    """The marker of an objective and its variants; a dot for everything else."""
+    return MARKERS.get(base_objective(key), "o")
+
+
 def colours_of(names: Iterable[str]) -> dict[str, str]:
-    """The fixed colour of each objective and its variants; what is none takes the palette's coloured part in order."""
+    """The fixed colour of each objective and its variants; other names take the palette's colours in their order."""
     spare = iter([*list(COLOURS.values())[3:], *list(COLOURS.values())[:3]] * 9)
     return {name: COLOURS[base_objective(name)] if base_objective(name) in COLOURS else next(spare) for name in names}
 
 
 def draw_image(ax: Axes, pixels: np.ndarray) -> None:
+    """Show an image in a thin frame, without ticks."""
     ax.imshow(pixels, interpolation="nearest")
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
@@ -175,12 +190,56 @@ def draw_image(ax: Axes, pixels: np.ndarray) -> None:
         spine.set(visible=True, color=FAINT, linewidth=0.6)
 
 
-def pattern_scores(reports: pd.DataFrame, suffix: str = "") -> np.ndarray:
-    columns = [f"pairs/{detail}{suffix}" for detail in DETAILS]
-    need_columns(reports, columns)
-    return reports[columns].to_numpy(float)  # [encoders, 9]
+def make_panels(count: int, columns: int, height: float | int, **options: object) -> tuple[Figure, list[Axes]]:
+    """A figure of `height` inches with `count` panels, `columns` in a row; what is left of the last row stays empty."""
+    fig, axes = plt.subplots(-(-count // columns), columns, figsize=(WIDTH, height), squeeze=False, **options)
+    for ax in axes.flat[count:]:
+        ax.set_axis_off()
+    return fig, list(axes.flat[:count])
 
 
-def ceiling_scores(ceiling: pd.DataFrame) -> np.ndarray:
-    need_columns(ceiling, ("detail", "after"))
-    return ceiling.set_index("detail")["after"].reindex(list(DETAILS)).to_numpy(float)  # [9]
+def move_legend(fig: Figure, place: str = "outside upper right", columns: int = 4) -> None:
+    """Put one legend for all panels outside of them: every key once, by its label."""
+    entries = {}
+    for ax in fig.axes:
+        handles, keys = ax.get_legend_handles_labels()
+        entries |= dict(zip(keys, handles, strict=True))
+        if ax.get_legend():
+            ax.get_legend().remove()
+    fig.legend(entries.values(), [label_of(key) for key in entries], loc=place, ncols=columns)
+
+
+def with_intervals(record: pd.DataFrame, value: str, ends: tuple[str, str] | None = None) -> pd.DataFrame:
+    """Three rows for each row of `record`: with its value and with both ends of its interval in the column `value`.
+
+    Seaborn draws intervals of samples, so these are the samples: their median is the value, their range the interval.
+    `ends` are the columns of the interval, by default <value>/low and <value>/high.
+    """
+    table = record[[value, *(ends or (f"{value}/low", f"{value}/high"))]]
+    return pd.concat(
+        [record.assign(**{value: column}) for column in (table.min(axis=1), table[value], table.max(axis=1))]
+    )
+
+
+def draw_interval(
+    ax: Axes,
+    y: float | int,
+    value: float,
+    low: float,
+    high: float,
+    colour: str,
+    marker: str = "o",
+    hollow: bool = False,
+) -> None:
+    """A dot at height `y` and its interval, where there is one."""
+    if np.isfinite([low, high]).all():
+        ax.plot([low, high], [y, y], color=colour)
+    ax.plot(value, y, marker, color=colour, markersize=5.5, markerfacecolor="white" if hollow else colour)
+
+
+def plot_steps(
+    ax: Axes, steps: pd.Series, values: pd.Series, window: int, colour: str, label: str | None = None
+) -> None:
+    """The value of each step as a faint line, the mean of the last `window` as a strong one."""
+    ax.plot(steps, values, color=colour, linewidth=0.7, alpha=0.4)
+    ax.plot(steps, running_mean(values, window), color=colour, label=label)
