@@ -11,10 +11,10 @@ from one_step import open_lora, pictures, trainable
 from small_models import HUGE, on_meta, timm_tower, write_clip_of
 from torch import nn
 
-from diva_lab.machine import SHORT
 from diva_lab.models.encoders import ENCODERS, Encoder, embed, load_encoder
 from diva_lab.models.layers import (
     LAYER_KINDS,
+    SHORT,
     SplitAttention,
     SplitLinear,
     block_name,
