@@ -51,7 +51,7 @@ from diva_lab.world import (
 CONTEXT = 26  # tokens of a caption, ends included; a full caption takes 24
 CLIP_WEIGHTS, WEIGHTS = "open_clip_model.safetensors", "diffusion_pytorch_model.safetensors"
 WORDS, SIGHT = 0.15, 0.001  # probability that a caption names a detail, in the two phases of CLIP's training
-SCENES = 60_000  # in the training set of every model
+SCENES = 60_000  # to train on, the same for every model
 
 
 def fit(
@@ -63,7 +63,7 @@ def fit(
     seed: int,
     save_every: int = 500,
     decay: float = 0.999,
-) -> dict[str, nn.Module]:
+) -> None:
     """Train all parameters of `modules` by AdamW with warm-up and cosine decay; continues from its last checkpoint.
 
     Args:
@@ -89,16 +89,16 @@ def fit(
     start = time.time() - spent
     for step in range(first, steps):
         torch.manual_seed(seed * 1_000_003 + step)
-        warm = min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+        schedule = min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
         for group in optimizer.param_groups:
-            group["lr"] = lr * warm
+            group["lr"] = lr * schedule
         loss = loss_of(step, np.random.default_rng((seed, step)))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(params.values(), 1.0)
         optimizer.step()
-        rate = min(decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(average.values()), [p.detach() for p in params.values()], 1 - rate)
+        share = 1 - min(decay, (step + 1) / (step + 10))  # of the new weights in the average
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in params.values()], share)
         if step % 50 == 0 or step == steps - 1:
             line = {"step": step, "loss": round(loss.item(), 5), "seconds": round(time.time() - start, 1)}
             print(name, line, flush=True)
@@ -113,7 +113,6 @@ def fit(
         p.data.copy_(average[n])
     for module in modules.values():
         module.eval().requires_grad_(False)
-    return modules
 
 
 class Pool:
