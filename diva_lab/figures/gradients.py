@@ -119,7 +119,7 @@ def _draw_norms(ax: Axes, metrics: pd.DataFrame, window: int) -> None:
     for name in _norm_columns(metrics):
         term = name.removeprefix("norm_")
         colour = style.TERMS.get(term, style.INK)
-        style.plot_steps(ax, metrics["step"], metrics[name], window, colour, style.label_of(term))
+        style.draw_steps(ax, metrics["step"], metrics[name], window, colour, style.label_of(term))
     ax.set(xlabel="step", ylabel="norm of the gradient", yscale="log")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
@@ -147,7 +147,7 @@ def parts_conflict(metrics: pd.DataFrame, window: int = 5, source: str = "") -> 
     colours = cycle(style.COLOURS[name] for name in ("dcr", "dcr-guidance", "genhancer", "none"))
     for name, colour in zip(pairs, colours, strict=False):
         label = f"{name.removesuffix(':cos').replace('~', ' ~ ')}, mean {metrics[name].mean():+.2f}"
-        style.plot_steps(axes[0], metrics["step"], metrics[name], window, colour, style.minus_signs(label))
+        style.draw_steps(axes[0], metrics["step"], metrics[name], window, colour, style.minus_signs(label))
     axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     axes[0].axhline(0, color=style.INK, linewidth=0.9)
     axes[0].set(ylabel="cosine", ylim=(-1.05, 1.05))
@@ -196,7 +196,7 @@ def cosine_by_timestep(probes: pd.DataFrame, pairs: Sequence[str] = (), source: 
             ax.fill_between(x, y, y + 0.75 * null / null.max(), color=style.FAINT, linewidth=0, zorder=1)
             random = 1.96 * row["random/sd"]
             ax.plot([-random, random], [y, y], color=style.INK, linewidth=4, solid_capstyle="butt", zorder=2)
-            hollow = row["cos/low"] <= 0 <= row["cos/high"]
+            hollow = bool(row["cos/low"] <= 0 <= row["cos/high"])
             style.draw_interval(ax, y, row["cos"], row["cos/low"], row["cos/high"], colour, hollow=hollow)
         if first != last:
             before = _by_bin(probes, pair, first)["cos"]

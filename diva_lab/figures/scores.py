@@ -152,7 +152,7 @@ def claims(
 def _draw_difference(ax: Axes, y: int, row: pd.Series, colour: str) -> None:
     """A dot with its interval at height `y` and both in numbers at the right edge; hollow where undecided."""
     value, low, high = (100 * float(row[column]) for column in ("difference", "low", "high"))
-    has_interval = np.isfinite([low, high]).all()
+    has_interval = bool(np.isfinite([low, high]).all())
     undecided = not has_interval or low <= 0 <= high
     style.draw_interval(ax, y, value, low, high, colour, style.marker_of(row.name), undecided)
     text = f"  {value:+.1f} [{low:+.1f}, {high:+.1f}]" if has_interval else f"  {value:+.1f}"

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 
 import matplotlib as mpl
@@ -94,6 +95,7 @@ STYLE = {
     "ytick.major.size": 0,
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "legend.handlelength": 2.6,
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
 }
@@ -190,7 +192,7 @@ def draw_image(ax: Axes, pixels: np.ndarray) -> None:
         spine.set(visible=True, color=FAINT, linewidth=0.6)
 
 
-def make_panels(count: int, columns: int, height: float | int, **options: object) -> tuple[Figure, list[Axes]]:
+def make_panels(count: int, columns: int, height: float, **options: object) -> tuple[Figure, list[Axes]]:
     """A figure of `height` inches with `count` panels, `columns` in a row; what is left of the last row stays empty."""
     fig, axes = plt.subplots(-(-count // columns), columns, figsize=(WIDTH, height), squeeze=False, **options)
     for ax in axes.flat[count:]:
@@ -222,14 +224,7 @@ def with_intervals(record: pd.DataFrame, value: str, ends: tuple[str, str] | Non
 
 
 def draw_interval(
-    ax: Axes,
-    y: float | int,
-    value: float,
-    low: float,
-    high: float,
-    colour: str,
-    marker: str = "o",
-    hollow: bool = False,
+    ax: Axes, y: Real, value: Real, low: Real, high: Real, colour: str, marker: str = "o", hollow: bool = False
 ) -> None:
     """A dot at height `y` and its interval, where there is one."""
     if np.isfinite([low, high]).all():
@@ -237,7 +232,7 @@ def draw_interval(
     ax.plot(value, y, marker, color=colour, markersize=5.5, markerfacecolor="white" if hollow else colour)
 
 
-def plot_steps(
+def draw_steps(
     ax: Axes, steps: pd.Series, values: pd.Series, window: int, colour: str, label: str | None = None
 ) -> None:
     """The value of each step as a faint line, the mean of the last `window` as a strong one."""

@@ -19,19 +19,19 @@ def theorem_bounds(record: pd.DataFrame, source: str = "") -> Figure:
     """Theorem 1 over the steps of training: each bound divided by what it bounds, a column for each timestep.
 
     Args:
-        record: columns `objective`, `step`, `t`, `constants` (`extremes` drawn through, others dashed) and
+        record: columns `objective`, `step`, `t`, `constants` (the first one solid, the second dashed) and
             `inner_slack`, `inter_slack`, each with `/low` and `/high`: of `analysis.theory.theorem_1`.
     """
     sides = {"inner_slack": "bound / S_inner", "inter_slack": "bound / S_inter"}
     ends = [f"{side}/{end}" for side in sides for end in ("low", "high")]
     style.require_columns(record, ("objective", "step", "t", "constants", *sides, *ends))
-    timesteps = list(dict.fromkeys(record["t"]))
     record = record.assign(_of=record["objective"], _kind="m, M: " + record["constants"])  # "_": no title in the legend
+    timesteps, kinds = (list(dict.fromkeys(record[name])) for name in ("t", "_kind"))
     fig, axes = plt.subplots(2, len(timesteps), figsize=(style.WIDTH, 4.2), sharex=True, sharey="row", squeeze=False)
     for row, (side, label) in zip(axes, sides.items(), strict=True):
         for ax, t in zip(row, timesteps, strict=True):
             rows = style.with_intervals(record[record["t"] == t], side)
-            sns.lineplot(rows, x="step", y=side, hue="_of", style="_kind", palette=style.COLOURS,
+            sns.lineplot(rows, x="step", y=side, hue="_of", style="_kind", style_order=kinds, palette=style.COLOURS,
                          linewidth=1.2, marker="o", markersize=4, markeredgewidth=0, ax=ax, **style.BANDS)  # fmt: skip
             ax.axhline(1, color=style.INK, linewidth=0.9, label="equal")
             ax.set_ylabel(label)
@@ -52,12 +52,14 @@ def theorem_bounds(record: pd.DataFrame, source: str = "") -> Figure:
 
 @style.apply
 def affine_range(record: pd.DataFrame, limit: float | None = None, source: str = "") -> Figure:
-    """Theorem 2: how straight DCR's loss is in the reconstruction error, and how steep, as its negatives part.
+    """Theorem 2: the straight line through DCR's loss against the reconstruction error, by the negatives' cosine.
+
+    Above, the share of variance that the line leaves; below, its slope.
 
     Args:
         record: columns `denominator`, `view`, `negatives`, `cosine`, `t`, and `r2` and `slope` with `/low` and
             `/high`: of `analysis.theory.theorem_2`, one distance. Negatives that are not `turned` are a point each.
-        limit: the slope where negatives make up the denominator.
+        limit: the slope in the limit where the negatives make up the whole denominator.
     """
     measures = {"r2": "1 − R² of the line", "slope": "slope"}
     ends = [f"{name}/{end}" for name in measures for end in ("low", "high")]
@@ -66,9 +68,10 @@ def affine_range(record: pd.DataFrame, limit: float | None = None, source: str =
     record = record.assign(**bent, t="t = " + record["t"].astype(str))
     timesteps = list(dict.fromkeys(record["t"]))
     shades = dict(zip(timesteps, sns.color_palette("viridis", len(timesteps)).as_hex(), strict=True))
-    panels = list(record.groupby(["view", "denominator"], sort=False))
+    panels = list(product(dict.fromkeys(record["view"]), dict.fromkeys(record["denominator"])))
     fig, axes = plt.subplots(2, len(panels), figsize=(style.WIDTH, 4), sharex=True, sharey="row", squeeze=False)
-    for column, ((view, denominator), part) in zip(axes.T, panels, strict=True):
+    for column, (view, denominator) in zip(axes.T, panels, strict=True):
+        part = record[(record["view"] == view) & (record["denominator"] == denominator)]
         turned, others = part[part["negatives"] == "turned"], part[part["negatives"] != "turned"]
         for ax, (measure, label) in zip(column, measures.items(), strict=True):
             sns.lineplot(style.with_intervals(turned, measure), x="cosine", y=measure, hue="t", palette=shades,

@@ -24,7 +24,7 @@ def recovered_fraction(by_timestep: pd.DataFrame, over_steps: pd.DataFrame | Non
     panels = [(by_timestep, "t", "timestep t (0 clean, 1000 noise)", "by timestep")]
     if over_steps is not None:
         panels.append((over_steps, "step", "step of stage 1", "over the steps"))
-    fig, axes = style.make_panels(len(panels), len(panels), 3, sharey=True)
+    fig, axes = style.make_panels(len(panels), len(panels), 3.0, sharey=True)
     fixed = {"global": style.COLOURS["dcr"], "recap": style.COLOURS["diva"]}
     for ax, (record, x, label, title) in zip(axes, panels, strict=True):
         style.require_columns(record, ("condition", x, "recovered"))
@@ -52,7 +52,7 @@ def loss_curves(metrics: Mapping[str, pd.DataFrame], window: int = 10, source: s
         style.require_columns(table, ("step", "loss"))
         terms = [term for term in style.TERMS if term != "loss" and term in table and table[term].notna().any()]
         for term in terms if len(terms) == 1 else ["loss", *terms]:
-            style.plot_steps(ax, table["step"], table[term], window, style.TERMS[term], style.label_of(term))
+            style.draw_steps(ax, table["step"], table[term], window, style.TERMS[term], style.label_of(term))
         if len(terms) > 1 and (table[["loss", *terms]] > 0).all(axis=None):
             ax.set_yscale("log")
         ax.set(title=style.label_of(name), xlabel="step")

@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+from figure_records import IMAGES, PAIRS, QUALITY, SCORES, lines, texts
+
+from diva_lab import figures
+from diva_lab.figures import style
+from diva_lab.world import PATTERNS
+
+
+def test_the_image_grid_shows_every_image_over_its_caption():
+    fig = figures.image_grid(IMAGES.reshape(4, 8, 8, 3), list("abcd"), columns=3)
+    shown = [ax for ax in fig.axes if ax.images]
+    assert [ax.get_xlabel() for ax in shown] == list("abcd")
+    for ax, pixels in zip(shown, IMAGES.reshape(4, 8, 8, 3), strict=True):
+        assert np.array_equal(ax.images[0].get_array(), pixels)
+    with pytest.raises(ValueError, match="4 images, but 1 captions"):
+        figures.image_grid(IMAGES.reshape(4, 8, 8, 3), ["a"])
+
+
+def test_minimal_pairs_tick_what_the_rule_says_and_a_tie_chooses_image_2():
+    fig = figures.minimal_pairs(PAIRS, IMAGES, SCORES)
+    ticks = [[t.get_text() for t in ax.texts if t.get_text() in "✓✗"] for ax in fig.axes if len(ax.patches) == 4]
+    none_1, dcr_1, none_2, dcr_2 = ticks
+    assert (none_1, none_2) == (["✓", "✗"], ["✗", "✓"])  # the second pair: a tie for text 1
+    assert (dcr_1, dcr_2) == (["✓", "✓", "✓"], ["✗", "✓"])
+    assert "none (original): 0 of 2" in texts(fig)
+    assert "DCR: 1 of 2" in texts(fig)
+
+
+def test_minimal_pairs_refuses_scores_of_other_pairs():
+    with pytest.raises(ValueError, match="1 scored by dcr"):
+        figures.minimal_pairs(PAIRS, IMAGES, SCORES | {"dcr": SCORES["dcr"][:1]})
+
+
+def test_drawn_attributes_have_their_share_its_interval_and_the_least_share_required():
+    fig = figures.drawn_attributes(QUALITY, {"class": 0.8, "colour": 0.6})
+    ax = fig.axes[0]
+    dots, *bars = lines(ax, style.RIGHT)
+    assert dots == pytest.approx(np.column_stack([QUALITY["share"], np.arange(10)]))
+    assert np.array(bars)[:, :, 0] == pytest.approx(np.tile([0.75, 0.84], (10, 1)))
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["class", *PATTERNS.values()]
+    (required,) = (c for c in ax.collections if c.get_label() == "least share required")
+    ends = [segment.tolist() for segment in required.get_segments() if len(segment)]
+    colour = QUALITY["attribute"].tolist().index("colour")
+    assert np.array(ends) == pytest.approx(
+        np.array([[[x, y - 0.34], [x, y + 0.34]] for x, y in ((0.8, 0), (0.6, colour))])
+    )

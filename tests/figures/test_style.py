@@ -1,0 +1,63 @@
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from figure_records import RNG
+from PIL import Image
+
+from diva_lab import figures
+from diva_lab.figures import style
+from diva_lab.objectives import OBJECTIVES
+from diva_lab.training.settings import CONTROLS
+
+
+def test_each_objective_has_a_colour_and_a_marker_of_its_own():
+    assert set(figures.COLOURS) == {*CONTROLS, *OBJECTIVES}
+    assert len(set(figures.COLOURS.values())) == len(set(figures.MARKERS.values())) == len(figures.COLOURS)
+
+
+def test_a_variant_has_the_colour_and_the_name_of_its_objective():
+    assert style.colours_of(["dcr, velocity", "naive, upgrad"]) == {
+        "dcr, velocity": figures.COLOURS["dcr"],
+        "naive, upgrad": figures.COLOURS["naive"],
+    }
+    assert style.label_of("dcr, velocity") == "DCR, velocity"
+    assert style.label_of("dcr-guidance, τ .3") == f"{style.LABELS['dcr-guidance']}, τ .3"
+    assert style.label_of("mine") == "mine"
+
+
+def test_a_palette_of_48_colours_keeps_the_worlds_hues():
+    hues = np.array([(242, 31, 31), (242, 242, 31), (31, 242, 31), (31, 242, 242), (31, 31, 242), (242, 31, 242)])
+    noise = RNG.integers(-8, 9, (6, 32, 32, 3))
+    fig = figures.image_grid((hues[:, None, None] + noise).clip(0, 255).astype(np.uint8), [""] * 6)
+    fig.savefig(buffer := io.BytesIO(), format="png")
+    pixels = np.asarray(Image.open(buffer).convert("RGB")).reshape(-1, 3).astype(int)
+    for hue in hues:
+        near = pixels[np.abs(pixels - hue).max(axis=1) <= 12]
+        assert len(near) > 1000
+        assert np.abs(near.mean(axis=0) - hue).max() < 4
+
+
+def test_the_running_mean_waits_for_half_of_its_window():
+    mean = figures.running_mean(np.arange(1.0, 7.0), 4)
+    assert mean == pytest.approx([np.nan, 1.5, 2, 2.5, 3.5, 4.5], nan_ok=True)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.4, 0.9])
+def test_three_rows_have_the_value_as_their_median_and_an_interval_that_holds_it_as_their_range(value):
+    record = pd.DataFrame({"name": ["a", "b"], "x": value, "x/low": [0.3, np.nan], "x/high": [0.5, np.nan]})
+    three = style.with_intervals(record, "x").groupby("name")["x"]
+    assert three.size().tolist() == [3, 3]
+    assert three.median().tolist() == [value, value]
+    assert three.min().tolist() == [min(value, 0.3), value] and three.max().tolist() == [max(value, 0.5), value]
+    renamed = record.rename(columns={"x/low": "low", "x/high": "high"})
+    again = style.with_intervals(renamed, "x", ("low", "high"))
+    assert again["x"].tolist() == style.with_intervals(record, "x")["x"].tolist()
+
+
+def test_the_trace_names_the_runs_the_git_sha_and_the_versions():
+    environment = {"git": "0123456789ab", "versions": {"torch": "2.11.0", "numpy": "2.3"}}
+    assert (
+        figures.trace(environment, "tune-dcr-s0", "seed 0") == "tune-dcr-s0 · seed 0 · git 0123456789ab · torch 2.11.0"
+    )
