@@ -31,7 +31,7 @@ def source_hash(function: Callable | None) -> str | None:
     module = function.__module__ or "__main__"
     room, sources, queue = module.rpartition(".")[0] or module, {}, [function]
     while queue:
-        here = queue.pop()
+        here = inspect.unwrap(queue.pop())  # without decorators, whose code is not the function's
         name = getattr(here, "__qualname__", "")
         if not inspect.isfunction(here) or name in sources or not (here.__module__ or "__main__").startswith(room):
             continue

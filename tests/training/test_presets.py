@@ -302,8 +302,9 @@ def run_notebook(tmp_path, **parameters) -> pd.DataFrame:
     given = "\n".join([INJECTED, *(f"{name} = {value!r}" for name, value in parameters.items())])
     few = "draw_scenes, world_report = lambda n, seed: scenes(8, seed), lambda encoder: report"
     scope = {"In": [], "scenes": draw_scenes, "report": dict.fromkeys(figures.MEASURES, 0.5)}
-    cells = {cell.id: cell.source for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"}
-    for source in (cells["02-01"], given, cells["02-02"], few, *(cells[f"02-0{i}"] for i in (3, 5, 6, 7))):
+    cells = [cell.source for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"]
+    (last,) = (i for i, source in enumerate(cells) if '"02_live"' in source)
+    for source in (cells[0], given, cells[1], few, *cells[2 : last + 1]):
         scope["In"].append(source)
         exec(source, scope)
     return list_runs(tmp_path)
@@ -332,7 +333,10 @@ def test_the_notebook_without_a_preset_compares_all_objectives_of_the_tiny_model
 
 @pytest.mark.parametrize(
     ("parameters", "message"),
-    [({"preset": "resnet-dcr"}, "preset='resnet-dcr': expected one of ''"), ({"stage2": {"steps": 1}}, "name one")],
+    [
+        ({"preset": "resnet-dcr"}, "preset='resnet-dcr': expected one of ''"),
+        ({"stage2": {"steps": 1}}, "set the parameter"),
+    ],
 )
 def test_the_notebook_refuses_a_preset_that_is_not_there_and_settings_of_none(parameters, message, tmp_path):
     with pytest.raises(ValueError, match=message):
