@@ -58,8 +58,8 @@ def test_the_terms_gradients_add_up_to_that_of_the_loss(parameters):
 def test_each_terms_gradient_is_that_of_its_mean(parameters):
     for name, gradient in term_gradients(terms(parameters), parameters).items():
         alone = torch.autograd.grad(terms(parameters)[name].mean(), list(parameters.values()), allow_unused=True)
-        for found, expected in zip(gradient.values(), alone, strict=True):
-            torch.testing.assert_close(found, torch.zeros_like(found) if expected is None else expected)
+        for value, expected in zip(gradient.values(), alone, strict=True):
+            torch.testing.assert_close(value, torch.zeros_like(value) if expected is None else expected)
 
 
 def test_a_parameter_that_a_term_does_not_touch_gets_zeros(parameters):
@@ -83,11 +83,11 @@ def test_a_gradient_agrees_with_itself_and_conflicts_with_its_opposite():
 def test_the_conflict_is_symmetric_and_agrees_with_the_flat_vectors():
     a, b = random_gradient(0), random_gradient(1)
     flat_a, flat_b = (torch.cat([g.flatten() for g in gradient.values()]).double() for gradient in (a, b))
-    found = conflict(a, b)
-    assert found == pytest.approx(conflict(b, a))
-    assert found["cos"] == pytest.approx(torch.cosine_similarity(flat_a, flat_b, dim=0).item())
+    measured = conflict(a, b)
+    assert measured == pytest.approx(conflict(b, a))
+    assert measured["cos"] == pytest.approx(torch.cosine_similarity(flat_a, flat_b, dim=0).item())
     norms = flat_a.norm().item(), flat_b.norm().item()
-    assert found["magnitude"] == pytest.approx(2 * norms[0] * norms[1] / (norms[0] ** 2 + norms[1] ** 2))
+    assert measured["magnitude"] == pytest.approx(2 * norms[0] * norms[1] / (norms[0] ** 2 + norms[1] ** 2))
 
 
 @pytest.mark.parametrize("factor", [1e-3, 7.0])
@@ -108,28 +108,28 @@ def test_orthogonal_gradients_have_cosine_zero():
 def test_there_is_a_cosine_for_each_part_of_the_tower():
     a, b = random_gradient(0), random_gradient(1)
     b["proj.weight"] = -a["proj.weight"]
-    found = conflict(a, b)
+    measured = conflict(a, b)
     parts = {"stem", "block0", "head", "kind/embedding", "kind/fc1", "kind/projection"}
-    assert set(found) == {"cos", "magnitude", *(f"cos/{part}" for part in parts)}
-    assert found["cos/kind/projection"] == found["cos/head"]
-    assert found["cos/head"] == pytest.approx(-1)
+    assert set(measured) == {"cos", "magnitude", *(f"cos/{part}" for part in parts)}
+    assert measured["cos/kind/projection"] == measured["cos/head"]
+    assert measured["cos/head"] == pytest.approx(-1)
     alone = conflict({NAMES[0]: a[NAMES[0]]}, {NAMES[0]: b[NAMES[0]]})
-    assert found["cos/stem"] == pytest.approx(alone["cos"])
+    assert measured["cos/stem"] == pytest.approx(alone["cos"])
 
 
 def test_a_trained_projector_is_no_part_of_the_tower():
     a, b = random_gradient(0), random_gradient(1)
     alone = conflict(a, b)
     name = "conditioner.projector.1.weight"
-    found = conflict(a | {name: torch.ones(2, 2)}, b | {name: -torch.ones(2, 2)})
+    measured = conflict(a | {name: torch.ones(2, 2)}, b | {name: -torch.ones(2, 2)})
     alone.pop("cos/kind/projection")
-    assert all(found[key] == pytest.approx(alone[key]) for key in alone if key.startswith("cos/"))
+    assert all(measured[key] == pytest.approx(alone[key]) for key in alone if key.startswith("cos/"))
 
 
 def test_a_zero_gradient_has_no_cosine():
-    found = conflict(random_gradient(0), scaled(random_gradient(1), 0.0))
-    assert all(math.isnan(value) for key, value in found.items() if key.startswith("cos"))
-    assert found["magnitude"] == 0
+    measured = conflict(random_gradient(0), scaled(random_gradient(1), 0.0))
+    assert all(math.isnan(value) for key, value in measured.items() if key.startswith("cos"))
+    assert measured["magnitude"] == 0
     zero = scaled(random_gradient(0), 0.0)
     assert math.isnan(conflict(zero, zero)["magnitude"])
 
@@ -144,17 +144,17 @@ def test_every_term_is_measured_by_its_norm_and_every_pair_by_its_conflict():
     norm = torch.cat([g.flatten() for g in a.values()]).norm().item()
     assert measure({"dcr": a}) == {"norm_dcr": pytest.approx(norm)}
     assert conflict(a, b).items() <= measure({"con": a, "rec": b}).items()
-    found = measure({"con": a, "rec": b, "dcr": c})
+    measured = measure({"con": a, "rec": b, "dcr": c})
     for one, other, gradients in (("con", "rec", (a, b)), ("con", "dcr", (a, c)), ("rec", "dcr", (b, c))):
         for key, value in conflict(*gradients).items():
-            assert found[f"{one}~{other}:{key}"] == pytest.approx(value)
+            assert measured[f"{one}~{other}:{key}"] == pytest.approx(value)
 
 
 def test_embeddings_are_measured_but_are_no_weights():
     a, b = random_gradient(0), random_gradient(1)
-    plain, found = conflict(a, b), conflict(a | {EMBEDDINGS: torch.ones(2, 3)}, b | {EMBEDDINGS: -torch.ones(2, 3)})
-    assert found.pop(f"cos/{EMBEDDINGS}") == pytest.approx(-1)
-    assert found == plain
+    plain, measured = conflict(a, b), conflict(a | {EMBEDDINGS: torch.ones(2, 3)}, b | {EMBEDDINGS: -torch.ones(2, 3)})
+    assert measured.pop(f"cos/{EMBEDDINGS}") == pytest.approx(-1)
+    assert measured == plain
     assert EMBEDDINGS not in combine(
         {"con": a | {EMBEDDINGS: torch.ones(2)}, "rec": b | {EMBEDDINGS: torch.ones(2)}}, "sum"
     )
@@ -169,8 +169,8 @@ def test_the_curvature_of_a_quadratic_is_its_hessians_whatever_the_step():
     u = hessian @ w / (hessian @ w).norm()
     for size in (1e-3, 1.0):
         before = w.clone()
-        found = curvature({"proj.w": hessian @ w}, lambda: {"proj.w": hessian @ w}, {"proj.w": w}, size)
-        assert found == pytest.approx((u @ hessian @ u).item())
+        measured = curvature({"proj.w": hessian @ w}, lambda: {"proj.w": hessian @ w}, {"proj.w": w}, size)
+        assert measured == pytest.approx((u @ hessian @ u).item())
         assert (w == before).all()
 
 
@@ -188,10 +188,10 @@ def gram_of(mean: float, spread: float, k: int, n: int = 400) -> torch.Tensor:
 
 
 def test_signal_and_noise_of_gradients_are_recovered():
-    found = signal(gram_of(2.0, 3.0, k=200), batch=8)
-    assert found["signal"] == pytest.approx(4, rel=0.1) and found["noise"] == pytest.approx(9, rel=0.1)
-    assert found["snr"] == pytest.approx(found["signal"] / found["noise"])
-    assert found["noise_scale"] == pytest.approx(8 / found["snr"])
+    measured = signal(gram_of(2.0, 3.0, k=200), batch=8)
+    assert measured["signal"] == pytest.approx(4, rel=0.1) and measured["noise"] == pytest.approx(9, rel=0.1)
+    assert measured["snr"] == pytest.approx(measured["signal"] / measured["noise"])
+    assert measured["noise_scale"] == pytest.approx(8 / measured["snr"])
 
 
 def test_noise_alone_has_no_signal_and_equal_gradients_no_noise():

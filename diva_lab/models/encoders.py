@@ -171,7 +171,7 @@ def _fetch_folder(name: str) -> tuple[str, str | None]:
     return folder, repository
 
 
-def remedy(model_name: str, tag: str | None) -> str:
+def encoder_hint(model_name: str, tag: str | None) -> str:
     """For error messages: what to do where open_clip finds no weights or no tokenizer for a model."""
     schema, _, folder = model_name.partition(":")
     if schema == "local-dir":
@@ -202,7 +202,7 @@ def _create(
             set_model_preprocess_cfg(model, open_clip.get_model_preprocess_cfg(model) | preprocess)
         return model, open_clip.get_tokenizer(model_name)
     except (RuntimeError, OSError) as error:
-        hint = fetch_hint(repository) if repository else remedy(model_name, tag)
+        hint = fetch_hint(repository) if repository else encoder_hint(model_name, tag)
         raise FileNotFoundError(f"encoder {label!r}: no weights for open_clip model {model_name!r}; {hint}") from error
     finally:
         logging.disable(logging.NOTSET)
@@ -227,7 +227,7 @@ def _load_open_clip(label: str, name: str, repository: str | None, released: str
 def _load_transformers(
     label: str, folder: str, repository: str | None, released: str
 ) -> tuple[nn.Module, object, dict]:
-    """The same from a transformers folder."""
+    """The same three from a transformers folder."""
     try:
         model, tokenizer, config = read_transformers(folder)
     except OSError as error:

@@ -1,8 +1,7 @@
 """LEVERS: changes to a frozen UNet that save time and memory and leave predictions and gradients as they are.
 
-A frozen UNet computes some values again and again that are constant or equal, and keeps some for a backward pass that
-has no use for them. Each lever changes a diffusers UNet in place and can be left out alone; `LEVERS`, at the end of the
-file, lists them.
+A frozen UNet computes constant or equal values again and again, and keeps values that its backward pass does not need.
+Each lever changes a diffusers UNet in place, and each can be left out; `LEVERS`, at the end of the file, lists them.
 """
 
 from collections.abc import Callable

@@ -42,7 +42,7 @@ def _pipeline_class(folder: str) -> str:
     return DiffusionPipeline.load_config(folder)["_class_name"]
 
 
-def _remedy(source: str) -> str:
+def _denoiser_hint(source: str) -> str:
     """For error messages: how to get a denoiser's folder."""
     if source == DENOISERS["tiny"]:
         return "it ships with the repository"
@@ -86,6 +86,6 @@ def load_denoiser(
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"denoiser {name!r}: {error}. Expected {folder} to hold vae, unet (or transformer), text_encoder, "
-            f"tokenizer and scheduler: {_remedy(source)}"
+            f"tokenizer and scheduler: {_denoiser_hint(source)}"
         ) from error
     raise ValueError(f"denoiser {name!r} is of the kind {kind}; expected one of {', '.join(FAMILIES)}")

@@ -23,7 +23,7 @@ def diva(step: Step, kind: str = "noise") -> dict[str, Tensor]:
     x0, n = step.latents().repeat(step.settings.draws, 1, 1, 1), step.settings.draws  # [n b, c, h, w]
     x_t, t, noise = step.draw_noisy(x0)  # [n b, c, h, w], [n b], [n b, c, h, w]
     context = step.condition(step.encode(step.images)).repeat(n, 1, 1)  # [n b, l, w]
-    target = step.denoiser.target(step.denoiser.native if kind == "native" else kind, x0, noise, t)
+    target = step.denoiser.target(step.denoiser.native if kind == "native" else kind, x0, noise, t)  # [n b, c, h, w]
     loss = reconstruction(step.denoiser.predict(x_t, t, context, kind), target)  # [n b]
     return {"rec": step.settings.lambda_rec * loss.view(n, -1).mean(0)}  # [b]
 

@@ -45,12 +45,12 @@ def draw_timesteps(kind: str, b: int, timesteps: int, generator: torch.Generator
         ValueError: for an unknown `kind`.
     """
     weights = timestep_weights(kind)
-    u, z = torch.rand(b, generator=generator), torch.randn(b, generator=generator)
+    u, z = torch.rand(b, generator=generator), torch.randn(b, generator=generator)  # [b], [b]
     if weights is None:
-        share = TIMESTEPS[kind](u, z)
+        share = TIMESTEPS[kind](u, z)  # [b]
     else:  # the inverse of the distribution function at u
         upper = weights.cumsum(0) / weights.sum()  # [k]
         part = torch.searchsorted(upper, u, right=True).clamp(max=len(weights) - 1)  # [b]
-        width = weights[part] / weights.sum()
-        share = (part + 1 - (upper[part] - u) / width.clamp_min(1e-12)) / len(weights)
+        width = weights[part] / weights.sum()  # [b]
+        share = (part + 1 - (upper[part] - u) / width.clamp_min(1e-12)) / len(weights)  # [b]
     return (share * timesteps).long().clamp(0, timesteps - 1)

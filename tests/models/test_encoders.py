@@ -53,11 +53,11 @@ def small_siglip(small_clip, tmp_path_factory):
 def written(small_clip, small_siglip, tmp_path_factory):
     """Folders by their kind: OpenAI's layout, that of ViT-H, and timm towers of SigLIP, EVA-01 and EVA-02."""
     root = tmp_path_factory.mktemp("towers")
-    found = {"clip": small_clip, "siglip": small_siglip}
-    found["huge"] = write_clip_of(root / "huge", HUGE, resize_mode="squash")
+    folders = {"clip": small_clip, "siglip": small_siglip}
+    folders["huge"] = write_clip_of(root / "huge", HUGE, resize_mode="squash")
     for name in ("eva", "eva02"):
-        found[name] = write_clip_of(root / name, timm_tower(f"{name}_small_patch8_32"))
-    return found
+        folders[name] = write_clip_of(root / name, timm_tower(f"{name}_small_patch8_32"))
+    return folders
 
 
 MODELS = ["clip", "siglip", "huge", "eva", "eva02"]
@@ -342,8 +342,8 @@ def test_open_clip_loads_the_state_and_gives_the_same_embeddings(folder, images,
     model.load_state_dict(encoder.open_clip_state(), strict=True)
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)
     with torch.no_grad():
-        found = model.encode_image(normalised(model, images)), model.encode_text(tokens)
-    for one, two in zip(found, expected, strict=True):
+        embeddings = model.encode_image(normalised(model, images)), model.encode_text(tokens)
+    for one, two in zip(embeddings, expected, strict=True):
         torch.testing.assert_close(F.normalize(one, dim=-1), two, atol=1e-5, rtol=0)
 
 

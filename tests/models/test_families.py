@@ -85,8 +85,8 @@ def test_both_stages_run_and_move_what_they_should(models, encoder, denoiser, tm
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_a_tuned_encoder_of_every_family_is_evaluated(models, encoder, report, tmp_path):
     settings = Settings(encoder=models[encoder], denoiser=models["SD 1, epsilon"], projector="new", steps=1, batch=2)
-    found = report(tuned_encoder(tune(settings, tmp_path)))
-    assert found["zeroshot"] < 0.35 and found["probe/mean"] > 0.2  # random weights know no class, but see something
+    scores = report(tuned_encoder(tune(settings, tmp_path)))
+    assert scores["zeroshot"] < 0.35 and scores["probe/mean"] > 0.2  # random weights know no class, but see something
 
 
 @pytest.mark.parametrize("name", DENOISERS)

@@ -54,8 +54,8 @@ def by_transformers(folder, images) -> tuple[torch.Tensor, torch.Tensor]:
     ids = tokenizer(TEXTS, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
     pixels = processor((images * 255).byte(), return_tensors="pt").pixel_values
     with torch.no_grad():
-        found = model.get_image_features(pixels), model.get_text_features(ids)
-    return tuple(F.normalize(getattr(x, "pooler_output", x), dim=-1) for x in found)
+        features = model.get_image_features(pixels), model.get_text_features(ids)
+    return tuple(F.normalize(getattr(x, "pooler_output", x), dim=-1) for x in features)
 
 
 def by_us(encoder, images) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,12 +87,12 @@ def test_open_clip_reads_what_is_saved_for_it(folder, images, tmp_path):
     name = f"local-dir:{save_encoder(encoder, tmp_path / 'out')['open_clip']}"
     model = open_clip.create_model(name, require_pretrained=True).eval()
     with torch.no_grad():
-        found = (
+        embeddings = (
             model.encode_image(encoder.preprocess(images), normalize=True),
             model.encode_text(open_clip.get_tokenizer(name)(TEXTS), normalize=True),
         )
     tanh = encoder.config.get("timm_gelu") == "tanh"  # which open_clip computes by erf
-    same(found, by_us(encoder, images), atol=2e-3 if tanh else 1e-5)
+    same(embeddings, by_us(encoder, images), atol=2e-3 if tanh else 1e-5)
 
 
 def test_an_open_clip_model_goes_to_transformers_and_comes_back(small_clip, images, tmp_path):
@@ -122,17 +122,17 @@ def test_transformers_resizes_as_the_encoder_does(mode, interpolation, tmp_path)
     written = save_encoder(encoder, tmp_path / "out")["transformers"]
     wide = F.interpolate(pictures(3).float() / 255, (40, 90))
     processor = AutoImageProcessor.from_pretrained(written)
-    found = processor(wide, do_rescale=False, return_tensors="pt").pixel_values * encoder.std + encoder.mean
-    found = (found.clamp(0, 1) - encoder.mean) / encoder.std  # bicubic overshoots; as bytes, transformers clips too
+    pixels = processor(wide, do_rescale=False, return_tensors="pt").pixel_values * encoder.std + encoder.mean
+    pixels = (pixels.clamp(0, 1) - encoder.mean) / encoder.std  # bicubic overshoots; as bytes, transformers clips too
     ours = [load_encoder(path).preprocess(wide) for path in (folder, written)]
     assert torch.equal(*ours)
-    torch.testing.assert_close(found, ours[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(pixels, ours[0], atol=1e-5, rtol=0)
     others = {"shortest": "squash", "squash": "shortest", "bilinear": "bicubic", "bicubic": "bilinear"}
     for name, value in (("resize_mode", mode), ("interpolation", interpolation)):
         other = write_clip_of(tmp_path / name, HUGE, **{"resize_mode": mode, "interpolation": interpolation} | {
             name: others[value]
         })  # fmt: skip
-        assert (load_encoder(other).preprocess(wide) - found).abs().max() > 0.1
+        assert (load_encoder(other).preprocess(wide) - pixels).abs().max() > 0.1
 
 
 def test_an_old_image_processor_with_one_number_for_a_size_is_read_as_transformers_reads_it(images, tmp_path):
@@ -191,19 +191,19 @@ def test_transformers_reads_a_siglips_texts_as_open_clip_does_capitals_and_punct
     encoder.tokenizer = HFTokenizer(str(tmp_path / "t5"), context, clean="canonicalize")
     written = save_encoder(encoder, tmp_path / "out")
     theirs = AutoTokenizer.from_pretrained(written["transformers"])
-    found = theirs(MESSY, padding="max_length", truncation=True, return_tensors="pt")
-    assert torch.equal(found.input_ids, encoder.tokenizer(MESSY)) and list(found) == ["input_ids"]
+    tokens = theirs(MESSY, padding="max_length", truncation=True, return_tensors="pt")
+    assert torch.equal(tokens.input_ids, encoder.tokenizer(MESSY)) and list(tokens) == ["input_ids"]
     raw = encoder.tokenizer.tokenizer(MESSY, padding="max_length", max_length=context, truncation=True)
-    assert raw["input_ids"] != found.input_ids.tolist()  # so that cleaning is seen
+    assert raw["input_ids"] != tokens.input_ids.tolist()  # so that cleaning is seen
     limit = ["a &lt;star&gt;"]  # open_clip repairs it, the tokenizer alone cannot: see `export`
     ids = theirs(limit, padding="max_length", truncation=True, return_tensors="pt").input_ids
     assert not torch.equal(ids, encoder.tokenizer(limit))
     model = AutoModel.from_pretrained(written["transformers"]).eval()
     with torch.no_grad():
-        text = model.get_text_features(**found)
+        text = model.get_text_features(**tokens)
     same((F.normalize(getattr(text, "pooler_output", text), dim=-1),), (encoder.encode_text(MESSY),))
     for path in written.values():
-        assert torch.equal(load_encoder(path).tokenizer(MESSY), found.input_ids)
+        assert torch.equal(load_encoder(path).tokenizer(MESSY), tokens.input_ids)
 
 
 # --- what transformers does not support -------------------------------------------------------------------------
@@ -240,16 +240,16 @@ def test_a_clip_of_another_kind_is_refused_naming_what_is_other(tower, change):
 
 
 def test_of_open_clips_models_plain_vits_and_siglips_have_a_kind():
-    found: dict[str, set[str]] = {"clip": set(), "siglip": set(), "none": set()}
+    names: dict[str, set[str]] = {"clip": set(), "siglip": set(), "none": set()}
     for name in open_clip.list_models():
         try:
-            found[transformers_kind({"model_cfg": open_clip.get_model_config(name)})].add(name)
+            names[transformers_kind({"model_cfg": open_clip.get_model_config(name)})].add(name)
         except NotImplementedError:
-            found["none"].add(name)
-    assert {ENCODERS[name][0] for name in REAL if "siglip" not in name} | {"ViT-B-32", "ViT-bigG-14"} <= found["clip"]
-    assert all(name.startswith("ViT-") and "SigLIP" in name for name in found["siglip"])
-    assert {"ViT-B-16-SigLIP", "ViT-SO400M-14-SigLIP-384", "ViT-SO400M-16-SigLIP2-384"} <= found["siglip"]
-    assert {"RN50", "EVA02-L-14", "ViT-L-14-CLIPA", "coca_ViT-L-14", "roberta-ViT-B-32"} <= found["none"]
+            names["none"].add(name)
+    assert {ENCODERS[name][0] for name in REAL if "siglip" not in name} | {"ViT-B-32", "ViT-bigG-14"} <= names["clip"]
+    assert all(name.startswith("ViT-") and "SigLIP" in name for name in names["siglip"])
+    assert {"ViT-B-16-SigLIP", "ViT-SO400M-14-SigLIP-384", "ViT-SO400M-16-SigLIP2-384"} <= names["siglip"]
+    assert {"RN50", "EVA02-L-14", "ViT-L-14-CLIPA", "coca_ViT-L-14", "roberta-ViT-B-32"} <= names["none"]
 
 
 @pytest.mark.parametrize(("key", "value"), [("timm_pool", "avg"), ("timm_proj", "linear"), ("pool_type", "argmax")])
@@ -310,8 +310,10 @@ def test_every_weight_of_a_real_backbone_has_its_counterpart(name):
     ours, theirs = on_meta(name).state_dict(), real(name, *REAL[name]).state_dict()
     kind = "siglip" if "siglip" in name else "clip"
     for one, two in ((ours, theirs), (theirs, ours)):
-        found = convert(one, kind, two)
-        assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in two.items()}
+        converted = convert(one, kind, two)
+        assert {key: value.shape for key, value in converted.items()} == {
+            key: value.shape for key, value in two.items()
+        }
 
 
 def test_all_backbones_are_checked_at_real_size():
@@ -354,9 +356,9 @@ def test_released_visual_weights_leave_the_text_tower_as_it_was(small_clip, imag
     base = load_encoder(small_clip)
     state = {n: w * 1.1 for n, w in base.open_clip_state().items() if n.startswith("visual.")}
     file = released(tmp_path / "visual.pth", state, "")
-    found = load_encoder(f"{small_clip}@{file}")
-    assert torch.equal(found.encode_text(TEXTS), base.encode_text(TEXTS))
-    assert not torch.allclose(found.encode_image(images), base.encode_image(images))
+    tuned = load_encoder(f"{small_clip}@{file}")
+    assert torch.equal(tuned.encode_text(TEXTS), base.encode_text(TEXTS))
+    assert not torch.allclose(tuned.encode_image(images), base.encode_image(images))
 
 
 def test_openais_own_layout_with_its_three_numbers_in_half_precision_is_read(small_clip, images, tmp_path):
@@ -371,12 +373,12 @@ def block(name: str, width: int, mlp: int, qkv: str, parts: tuple[str, str, str,
     """Weights of one transformer block: q, k and v in one, out, two of the MLP, two norms; `qkv` as "in_proj_"."""
     out, first, second, norm1, norm2 = (f"{name}.{part}" for part in parts)
     attention = out.rpartition(".")[0]
-    found = {f"{attention}.{qkv}weight": (3 * width, width), f"{attention}.{qkv}bias": (3 * width,)}
+    shapes = {f"{attention}.{qkv}weight": (3 * width, width), f"{attention}.{qkv}bias": (3 * width,)}
     for linear, shape in ((out, (width, width)), (first, (mlp, width)), (second, (width, mlp))):
-        found |= {f"{linear}.weight": shape, f"{linear}.bias": shape[:1]}
+        shapes |= {f"{linear}.weight": shape, f"{linear}.bias": shape[:1]}
     for norm in (norm1, norm2):
-        found |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
-    return found
+        shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
+    return shapes
 
 
 OPENAI_BLOCK = ("attn.out_proj", "mlp.c_fc", "mlp.c_proj", "ln_1", "ln_2")
@@ -397,13 +399,13 @@ def layout(name: str) -> dict[str, tuple]:
     for i in range(text_layers):
         text |= block(f"transformer.resblocks.{i}", words, text_mlp, "in_proj_", OPENAI_BLOCK)
     if not siglip:
-        found = text | {"logit_scale": (), "visual.class_embedding": (width,), "visual.proj": (width, dim)}
-        found |= {"visual.positional_embedding": (patches + 1, width), "visual.conv1.weight": (width, 3, 14, 14)}
+        shapes = text | {"logit_scale": (), "visual.class_embedding": (width,), "visual.proj": (width, dim)}
+        shapes |= {"visual.positional_embedding": (patches + 1, width), "visual.conv1.weight": (width, 3, 14, 14)}
         for norm in ("visual.ln_pre", "visual.ln_post"):
-            found |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
+            shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
         for i in range(layers):
-            found |= block(f"visual.transformer.resblocks.{i}", width, mlp, "in_proj_", OPENAI_BLOCK)
-        return found
+            shapes |= block(f"visual.transformer.resblocks.{i}", width, mlp, "in_proj_", OPENAI_BLOCK)
+        return shapes
     del text["text_projection"]
     text |= {"text_projection.weight": (dim, words), "text_projection.bias": (dim,)}
     trunk = {"pos_embed": (1, patches, width), "patch_embed.proj.weight": (width, 3, 14, 14)}
@@ -416,8 +418,8 @@ def layout(name: str) -> dict[str, tuple]:
         trunk |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
     for i in range(layers):
         trunk |= block(f"blocks.{i}", width, mlp, "qkv.", TIMM_BLOCK)
-    found = {f"visual.trunk.{key}": shape for key, shape in trunk.items()}
-    return found | {f"text.{key}": shape for key, shape in text.items()} | {"logit_scale": (), "logit_bias": ()}
+    shapes = {f"visual.trunk.{key}": shape for key, shape in trunk.items()}
+    return shapes | {f"text.{key}": shape for key, shape in text.items()} | {"logit_scale": (), "logit_bias": ()}
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -475,8 +477,8 @@ def test_a_tokenizer_of_openais_words_survives(tmp_path):
     theirs = open_clip.get_tokenizer("ViT-L-14-quickgelu")
     transformers_tokenizer(theirs).save_pretrained(tmp_path)
     texts = ["a photo of a dog's 12 toys!", "Déjà vu,  twice"]
-    found = AutoTokenizer.from_pretrained(tmp_path)(texts).input_ids
-    for ids, wanted in zip(found, theirs(texts), strict=True):
+    tokenized = AutoTokenizer.from_pretrained(tmp_path)(texts).input_ids
+    for ids, wanted in zip(tokenized, theirs(texts), strict=True):
         assert ids == wanted[: len(ids)].tolist() and wanted[len(ids) :].eq(0).all()
 
 

@@ -63,13 +63,13 @@ def test_levers_for_memory_keep_less(folder):
 
 
 def test_the_prefix_runs_once_per_latent(folder):
-    seen = []
+    sizes = []
     for levers in ((), ("share",)):
         denoiser = build(folder, levers)
         original = denoiser.network.conv_in.forward
-        denoiser.network.conv_in.forward = lambda x, f=original: (seen.append(len(x)), f(x))[1]
+        denoiser.network.conv_in.forward = lambda x, f=original: (sizes.append(len(x)), f(x))[1]
         ask(denoiser, 1)
-    assert seen == [6, 2]
+    assert sizes == [6, 2]
 
 
 def test_the_empty_prompt_is_projected_once(folder):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from small_models import write_transformers_clip
 
 from diva_lab.models import encoders
-from diva_lab.models.encoders import ENCODERS, load_encoder, remedy
+from diva_lab.models.encoders import ENCODERS, encoder_hint, load_encoder
 from diva_lab.models.registry import load_denoiser
 
 LIMIT = 10  # seconds until a missing model is refused, imports apart
@@ -90,7 +90,7 @@ def test_a_missing_model_is_refused_at_once_with_its_folder_and_the_command_that
 
 def test_every_known_encoder_has_a_place_on_the_hub():
     for name in ENCODERS.keys() - {"tiny"}:
-        assert "hf download" in remedy(*ENCODERS[name])
+        assert "hf download" in encoder_hint(*ENCODERS[name])
 
 
 # --- a repository that is incomplete ----------------------------------------------------------------------------
@@ -132,8 +132,8 @@ def test_weights_in_bin_are_fetched_where_there_are_no_others(format, small_clip
     torch.save({}, hub / "some" / "both" / names[1])
     in_bin(folder, *names)
     for name in ("some/model", "some/both"):
-        found = load_encoder(name)
-        same(*((e.encode_image(IMAGES), e.encode_text(TEXTS)) for e in (found, expected)))
+        loaded = load_encoder(name)
+        same(*((e.encode_image(IMAGES), e.encode_text(TEXTS)) for e in (loaded, expected)))
     assert (tmp_path / "cache" / "some" / "model" / names[1]).exists()
     assert not (tmp_path / "cache" / "some" / "both" / names[1]).exists()
 
@@ -179,14 +179,14 @@ def same(one, two) -> None:
 
 def test_a_cached_encoder_of_either_format_is_read_offline_and_is_that_of_its_folder(small_clip, tmp_path):
     folders = {"some/clip": small_clip, "some/transformers": write_transformers_clip(tmp_path / "a", "clip", "gelu")}
-    found = read_offline(tmp_path, folders, *folders, "hf-hub:some/clip")
-    for name, pair in found.items():
+    loaded = read_offline(tmp_path, folders, *folders, "hf-hub:some/clip")
+    for name, pair in loaded.items():
         encoder = load_encoder(folders[name.removeprefix("hf-hub:")])
         same(pair, (encoder.encode_image(IMAGES), encoder.encode_text(TEXTS)))
-    assert len(found) == 3
+    assert len(loaded) == 3
 
 
 def test_a_cached_denoiser_is_read_offline_and_is_that_of_its_folder(small_diffusion, tmp_path):
-    found = read_offline(tmp_path, {"some/diffusion": small_diffusion}, "some/diffusion")
+    loaded = read_offline(tmp_path, {"some/diffusion": small_diffusion}, "some/diffusion")
     denoiser = load_denoiser(small_diffusion)
-    same(found["some/diffusion"], (denoiser.latents(IMAGES), denoiser.encode_text(TEXTS)))
+    same(loaded["some/diffusion"], (denoiser.latents(IMAGES), denoiser.encode_text(TEXTS)))
