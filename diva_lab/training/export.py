@@ -33,7 +33,7 @@ def _free(folder: Path) -> Path:
 
 
 def save_encoder(encoder: Encoder, folder: str | Path) -> dict[str, Path]:
-    """Write an encoder in both formats; the second only where transformers computes the same (see `formats.transformers_kind`).
+    """Write an encoder in both formats; the second where transformers computes the same: `transformers_kind`.
 
     Returns:
         The folders by format: "open_clip" and, if written, "transformers".
