@@ -22,29 +22,46 @@ def sha256(path: str | Path) -> str:
 
 
 def source_hash(function: Callable | None) -> str | None:
-    """A hash of a function's source and of the functions beside it that it calls; None where there is no source.
+    """A hash of a function's source and of what it reads beside it; None where there is no source.
 
-    Beside it are those of its own package (`diva_lab.objectives` for an objective) and of the same notebook or script.
+    Followed are functions and classes of its own package or notebook and of `diva_lab.objectives`; numbers and texts of
+    the module that it reads count by their values.
     """
     if not inspect.isfunction(function):
         return None
     module = function.__module__ or "__main__"
-    room, sources, queue = module.rpartition(".")[0] or module, {}, [function]
+    rooms, sources, queue = (module.rpartition(".")[0] or module, "diva_lab.objectives"), {}, [function]
     while queue:
         here = inspect.unwrap(queue.pop())  # without decorators, whose code is not the function's
-        name = getattr(here, "__qualname__", "")
-        if not inspect.isfunction(here) or name in sources or not (here.__module__ or "__main__").startswith(room):
+        place = (getattr(here, "__module__", None) or "__main__", getattr(here, "__qualname__", ""))
+        if (
+            not (inspect.isfunction(here) or inspect.isclass(here))
+            or place in sources
+            or not place[0].startswith(rooms)
+        ):
             continue
         try:
-            sources[name] = inspect.getsource(here)
+            sources[place] = inspect.getsource(here)
         except (OSError, TypeError):  # typed into an interpreter
             return None
-        queue += [here.__globals__[called] for called in _names(here.__code__) if called in here.__globals__]
-    return hashlib.sha256("\n".join(sources[name] for name in sorted(sources)).encode()).hexdigest()[:16]
+        for name, value in _read_globals(here).items():
+            if callable(value):
+                queue.append(value)
+            elif isinstance(value, int | float | str):
+                sources[place] += f"# {name} = {value!r}\n"
+    return hashlib.sha256("\n".join(sources[place] for place in sorted(sources)).encode()).hexdigest()[:16]
+
+
+def _read_globals(function: Callable) -> dict[str, object]:
+    """The module's names that a function's code reads, with their values, sorted; none of a class."""
+    if not inspect.isfunction(function):
+        return {}
+    names = _names(function.__code__) & function.__globals__.keys()
+    return {name: function.__globals__[name] for name in sorted(names)}
 
 
 def _names(code: CodeType) -> set[str]:
-    """The global names that a function's code reads, inner functions included."""
+    """The names that a function's code may read from its module, inner functions included."""
     inner = [_names(part) for part in code.co_consts if isinstance(part, CodeType)]
     return set(code.co_names).union(*inner)
 

@@ -133,10 +133,11 @@ def open_run(settings: dict, root: str | Path) -> Run:
     Says so where the run was made by another version of its objective's code; the run is returned all the same.
     """
     code = source_hash(OBJECTIVES.get(settings["objective"]))
-    with PartialState(cpu=default_device().type == "cpu").main_process_first():
+    state = PartialState(cpu=default_device().type == "cpu")
+    with state.main_process_first():
         run = Run.open(settings, root, {"objective": code} if code else {})
     before = run.environment.get("objective")
-    if code and before and code != before:
+    if state.is_main_process and code and before and code != before:
         print(
             f"run {run.id} was made by another version of objective {settings['objective']!r}: delete {run.folder} to "
             "train it anew",

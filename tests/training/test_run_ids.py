@@ -28,6 +28,8 @@ RECORDS = pd.concat([pd.read_csv(DATA / "results" / f"{name}.csv") for name in (
 CHANGES = {name: changes for rows in ROWS.values() for name, changes in rows.items()}
 SHIPPED = [row for row in RECORDS.itertuples() if row.objective in CHANGES and "align" not in CHANGES[row.objective]]
 
+WEIGHT = 0.1  # of an objective of a test's own
+
 
 @pytest.mark.parametrize("row", SHIPPED, ids=lambda row: row.run)
 def test_the_runs_of_the_shipped_results_keep_their_ids(row):
@@ -61,6 +63,21 @@ def test_the_hash_of_an_objective_is_of_its_own_code_and_of_the_functions_that_i
     monkeypatch.setattr(inspect, "getsource", edited)
     assert source_hash(dcr) != hashes["dcr"] and source_hash(dcr_guidance) != hashes["dcr-guidance"]
     assert source_hash(diva) == hashes["diva"]
+
+
+def test_an_objective_of_ones_own_has_the_hash_of_what_it_builds_on_and_of_its_constants(monkeypatch):
+    def mine(step):
+        return {name: WEIGHT * value for name, value in dcr(step).items()}
+
+    monkeypatch.setitem(globals(), "WEIGHT", 0.1)
+    before = source_hash(mine)
+    monkeypatch.setitem(globals(), "WEIGHT", 0.2)
+    assert source_hash(mine) != before
+    monkeypatch.setitem(globals(), "WEIGHT", 0.1)
+    assert source_hash(mine) == before
+    sources = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda f: sources(f) + " # edited" * (f.__name__ == "dcr_loss"))
+    assert source_hash(mine) != before
 
 
 def test_a_run_made_by_other_code_is_returned_and_named(small_settings, tmp_path, capsys, monkeypatch):
