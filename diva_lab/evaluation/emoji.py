@@ -102,7 +102,7 @@ def emoji_report(
 
 @benchmark(data="nothing")
 def emoji_benchmark(task: Task) -> Iterator[dict]:
-    """EmojiPairs, with names (`emoji_benchmark`, on both sets and on each) and without (`emoji-match`)."""
+    """EmojiPairs, with names (`emoji`, on both sets and on each) and without (`emoji-match`)."""
     report = emoji_report(task.encoder, EMOJI, task.seed, task.embed_files)
     sizes = read_pairs(EMOJI / next(iter(EMOJI_SETS)))["pattern"].value_counts()
     for name, value in report.items():

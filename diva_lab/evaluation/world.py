@@ -4,7 +4,6 @@ import functools
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ SCENES = 3000  # of a test set, and of the probes' training set
 # (world.seed, 40, ...); numpy takes (a, b) and (a, b, 0, 0) for the same seed, so the second number has to differ.
 WORLD_SPLITS = {"measure": (300, 1000, 2), "choose": (100, 2000, 9)}
 PROBE_TRAIN = 3
-MEASURES = [f"{kind}/{name}" for kind in ("pairs", "probe") for name in (*DETAILS, "mean")] + [
+WORLD_MEASURES = [f"{kind}/{name}" for kind in ("pairs", "probe") for name in (*DETAILS, "mean")] + [
     "zeroshot", "nmi", "acc", "ari",
 ]  # of a report, intervals left out  # fmt: skip
 
@@ -42,11 +41,17 @@ def world_pairs(world: World = WORLD, split: str = "measure", cache: Path = CACH
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="writing-") as draft:
             pairs = write_pairs(Path(draft) / "pairs", world, per_pattern, seed + world.seed)
-            with suppress(OSError):  # another process may have been faster
-                os.rename(pairs, folder)
-        if not folder.exists():
-            raise OSError(f"{folder}: cannot be written; set DIVA_LAB_CACHE to a folder that can")
+            _move_unless_there(pairs, folder)
     return folder
+
+
+def _move_unless_there(folder: Path, target: Path) -> None:
+    """Rename a folder; another process may have been faster."""
+    try:
+        os.rename(folder, target)
+    except OSError:
+        if not target.exists():
+            raise
 
 
 @functools.lru_cache(maxsize=4)
@@ -97,7 +102,7 @@ def report_rows(report: Mapping[str, float]) -> Iterator[dict]:
     chances = {"zeroshot": 1 / len(CLASSES), "ari": 0.0, "probe/mean": float(np.mean(list(values.values())))}
     chances |= {f"probe/{detail}": chance for detail, chance in values.items()}
     each = WORLD_SPLITS["measure"][0]
-    for name in [name for name in MEASURES if name in report]:
+    for name in [name for name in WORLD_MEASURES if name in report]:
         metric, _, category = name.partition("/")
         value, chance = report[name], 0.25 if metric == "pairs" else chances.get(name, np.nan)
         n, ends = SCENES, (report.get(f"{name}/low", np.nan), report.get(f"{name}/high", np.nan))

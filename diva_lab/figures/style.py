@@ -183,9 +183,9 @@ def colours_of(names: Iterable[str]) -> dict[str, str]:
     return {name: COLOURS[base_objective(name)] if base_objective(name) in COLOURS else next(spare) for name in names}
 
 
-def draw_image(ax: Axes, pixels: np.ndarray) -> None:
-    """Show an image in a thin frame, without ticks."""
-    ax.imshow(pixels, interpolation="nearest")
+def draw_image(ax: Axes, pixels: np.ndarray, **colours: object) -> None:
+    """Show an image in a thin frame, without ticks; `colours` are `cmap`, `vmin`, `vmax` for one of one channel."""
+    ax.imshow(pixels, interpolation="nearest", **colours)
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
     for spine in ax.spines.values():

@@ -99,8 +99,7 @@ def message_maps(maps: Mapping[str, Float[np.ndarray, "h w c"]], channels: int =
     fig, axes = style.make_panels(len(maps) * len(strongest), len(strongest), 0.4 + 1.35 * len(maps))
     reach = max(float(np.abs(values[..., strongest]).max()) for values in maps.values())
     for ax, ((name, values), channel) in zip(axes, product(maps.items(), strongest), strict=True):
-        sns.heatmap(values[..., channel], cmap=style.DIVERGING, vmin=-reach, vmax=reach, cbar=False, square=True,
-                    xticklabels=False, yticklabels=False, ax=ax)  # fmt: skip
+        style.draw_image(ax, values[..., channel], cmap=style.DIVERGING, vmin=-reach, vmax=reach)
         spread = float(values[..., channel].std())
         ax.set_title(f"sd {spread:.2g}" if spread > 1e-9 else "sd 0", fontsize=7.5, fontweight="normal")
         ax.set_ylabel(style.label_of(name) if channel == strongest[0] else "")

@@ -134,14 +134,16 @@ def dcr(step: Step, baseline: Callable[[Step, Tensor, Tensor], Tensor] | None = 
     own = torch.stack([anchor, view], dim=1)  # [b, 2, l, c2]
     negatives = (anchor if settings.negative_gradient else anchor.detach())[others]  # [b, k, l, c2]
     truth = step.denoiser.target(settings.target, x0, noise, t).flatten(1)  # [b, d]
-    common = torch.zeros_like(truth) if baseline is None else baseline(step, x_t, t)  # [b, d]
+    common = None if baseline is None else baseline(step, x_t, t)  # [b, d]
+    if common is not None:
+        truth = truth - common
 
     def loss(rows: slice, own: Tensor, negatives: Tensor, form: Callable = dcr_loss) -> Tensor:
         predicted = _predict_all(step.denoiser, x_t[rows], t[rows], own, negatives)  # [r, 2 + k, d]
-        predicted = predicted - common[rows, None]
+        if common is not None:
+            predicted = predicted - common[rows, None]
         anchor_and_negatives = torch.cat([predicted[:, :1], predicted[:, 2:]], dim=1)  # [r, 1 + k, d]
-        view, target = predicted[:, 1], (truth - common)[rows]  # [r, d]
-        return form(anchor_and_negatives, view, target, settings.tau, settings.denominator)
+        return form(anchor_and_negatives, predicted[:, 1], truth[rows], settings.tau, settings.denominator)
 
     if settings.parts:
         return dict(zip(DCR_PARTS, loss(slice(None), own, negatives, dcr_parts).unbind(1), strict=True))

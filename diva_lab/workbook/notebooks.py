@@ -21,6 +21,8 @@ import nbformat
 import numpy as np
 import pandas as pd
 
+from diva_lab.evaluation.results import COLUMNS, FACTS
+from diva_lab.evaluation.world import WORLD_MEASURES, report_rows
 from diva_lab.models.conditions import CONDITIONS
 from diva_lab.objectives import OBJECTIVES
 from diva_lab.paths import ROOT, RUNS
@@ -29,12 +31,9 @@ from diva_lab.training.runs import Run
 from diva_lab.training.settings import CONTROLS
 from diva_lab.workbook.parameters import assigned_names
 from diva_lab.workbook.report import write_report
-from diva_lab.world import DETAILS
 
 NOTEBOOKS = ROOT / "notebooks"
-SUMMARY_MEASURES = [f"{kind}/{name}" for kind in ("pairs", "probe") for name in (*DETAILS, "mean")]
-SUMMARY_MEASURES += ["zeroshot", "nmi", "acc", "ari"]
-SUMMARY_COLUMNS = ["objective", "seed", *SUMMARY_MEASURES, "conflict_rate", "seconds_per_step", "steps", "run"]
+SUMMARY_COLUMNS = ["objective", "seed", *WORLD_MEASURES, "conflict_rate", "seconds_per_step", "steps", "run"]
 EVALUATED_COLUMNS = ["pairs/mean/low", "pairs/mean/high"]
 EVALUATED_COLUMNS += [f"{name}/mean{end}" for name in ("emoji", "emoji-match") for end in ("", "/low", "/high")]
 EVALUATED_COLUMNS += ["note"]
@@ -61,8 +60,6 @@ def recorded_rows(run: Run) -> pd.DataFrame:
 
     An empty table if the run recorded none. Pairs and zero-shot have their interval and the score of chance.
     """
-    from diva_lab.evaluation.results import COLUMNS, FACTS
-    from diva_lab.evaluation.world import report_rows
 
     evaluations = run.evaluations()
     last = evaluations.iloc[-1].to_dict() if "pairs/mean" in evaluations else {}
@@ -81,7 +78,6 @@ def evaluate_runs(root: Path) -> tuple[pd.DataFrame, list[str]]:
     `encoder` is the run's id. The rows of the tiny world come from the run's own record if it has one: evaluating again
     takes about 12 seconds a run and gives the same values up to rounding.
     """
-    from diva_lab.evaluation.results import COLUMNS, FACTS
     from diva_lab.evaluation.table import evaluate
 
     empty = pd.DataFrame(columns=COLUMNS + FACTS)
@@ -104,7 +100,7 @@ def _summary_scores(rows: pd.DataFrame) -> dict[str, float | str]:
     scores: dict[str, float | str] = {}
     notes: dict[str, list[str]] = {}
     for row in rows.itertuples():
-        name = row.metric if row.metric in SUMMARY_MEASURES else f"{row.metric}/{row.category}".replace("/all", "/mean")
+        name = row.metric if row.metric in WORLD_MEASURES else f"{row.metric}/{row.category}".replace("/all", "/mean")
         scores |= {name: row.value, f"{name}/low": row.low, f"{name}/high": row.high}
         if row.note and row.category == "all":
             notes.setdefault(row.note, []).append(row.metric)
@@ -254,9 +250,9 @@ def run_workbook(
     paths = select_notebooks(notebooks or NOTEBOOKS, only)
     parameters = {"images": images, "seeds": seeds, "steps": steps}
     parameters = {name: value for name, value in parameters.items() if value is not None}
-    declared = set().union(*map(declared_parameters, paths))
+    declared = {path: declared_parameters(path) for path in paths}
     for name in parameters:
-        if name not in declared:
+        if not any(name in names for names in declared.values()):
             raise ValueError(f"--{name}: none of these notebooks has the parameter {name!r}")
     if images is not None:
         parameters["images"] = resolve_images(images)
@@ -265,7 +261,7 @@ def run_workbook(
     out.mkdir(parents=True, exist_ok=True)
     facts = {"run": out.name, **environment(), **parameters}
     facts["torch"] = facts.pop("versions")["torch"]
-    executed, failure = _run_all(paths, out, parameters, facts)
+    executed, failure = _run_all(declared, out, parameters, facts)
     summary, errors = _gather(out, facts)
     (out / "workbook.json").write_text(json.dumps(facts | {"failure": failure or "\n".join(errors)}, indent=1) + "\n")
     write_report(out / "report.html", executed, summary, facts, executed[-1].name if failure and executed else "")
@@ -273,17 +269,18 @@ def run_workbook(
     return 1 if failure or errors else 0
 
 
-def _run_all(paths: list[Path], out: Path, parameters: dict, facts: dict) -> tuple[list[Path], str]:
+def _run_all(declared: dict[Path, set[str]], out: Path, parameters: dict, facts: dict) -> tuple[list[Path], str]:
     """Run notebooks up to the first that fails, and add their times to `facts`.
 
-    Returns the executed notebooks that were written, and the error's text, or "".
+    `declared`: each notebook with the parameters that it declares. Returns the executed notebooks that were written, and
+    the error's text, or "".
     """
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel before one in the user's home
     os.environ.pop("MPLBACKEND", None)  # figures go into the notebook
     values, executed, failure = {"runs_root": str(out), **parameters}, [], ""
-    for path in paths:
+    for path, names in declared.items():
         print(f"{path.name} ...", flush=True)
-        start, names = time.time(), declared_parameters(path)
+        start = time.time()
         failure = run_notebook(path, out, {name: value for name, value in values.items() if name in names})
         executed.append(out / path.name)
         facts[path.stem] = f"{time.time() - start:.0f} s"

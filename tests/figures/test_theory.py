@@ -34,8 +34,8 @@ def test_the_affine_range_has_a_panel_a_form_and_a_line_a_timestep_in_the_order_
 
 def test_message_maps_show_the_first_maps_strongest_channels_and_their_spread():
     fig = figures.message_maps(MAPS, channels=2)
-    assert [float(ax.collections[0].get_array()[0, 0]) for ax in fig.axes[:2]] == [7, 6]
-    assert np.array_equal(fig.axes[2].collections[0].get_array(), MAPS["recap"][..., 7])
+    assert [float(ax.images[0].get_array()[0, 0]) for ax in fig.axes[:2]] == [7, 6]
+    assert np.array_equal(fig.axes[2].images[0].get_array(), MAPS["recap"][..., 7])
     assert [ax.get_title(loc="left") for ax in fig.axes] == [
         "sd 0", "sd 0", *(f"sd {MAPS['recap'][..., c].std():.2g}" for c in (7, 6))
     ]  # fmt: skip

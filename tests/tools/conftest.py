@@ -20,7 +20,7 @@ class Report:
 def make_study(settings, folder: Path, patch: pytest.MonkeyPatch):
     """A study of four rows on small models, with `Report` in place of the world's benchmarks."""
     from diva_lab.analysis.conflict import probe_gradients  # inside: jaxtyping's hook has to come first
-    from diva_lab.workbook.notebooks import SUMMARY_MEASURES
+    from diva_lab.evaluation.world import WORLD_MEASURES
     from tools import study
 
     models = {name: getattr(settings, name) for name in ("encoder", "denoiser", "projector", "batch", "precision")}
@@ -30,7 +30,7 @@ def make_study(settings, folder: Path, patch: pytest.MonkeyPatch):
         "variants": {"dcr, aligned": models | {"objective": "dcr", "align": {"steps": 1}}}, "ours": {},
     }  # fmt: skip
     patch.setattr(study, "ROWS", rows)
-    patch.setattr(study, "world_report", Report(SUMMARY_MEASURES))
+    patch.setattr(study, "world_report", Report(WORLD_MEASURES))
     patch.setattr(study, "alignment_report", None)
     names = ("naive", "dcr", "naive, upgrad", "dcr, aligned")
     few = lambda at, parameters: probe_gradients(at, parameters, batches=2, bins=1)  # noqa: E731

@@ -12,12 +12,12 @@ from datasets import Dataset
 from PIL import Image
 
 from diva_lab.cli import read_seeds
+from diva_lab.evaluation.world import WORLD_MEASURES
 from diva_lab.training.runs import Run
 from diva_lab.workbook.notebooks import (
     EVALUATED_COLUMNS,
     NOTEBOOKS,
     SUMMARY_COLUMNS,
-    SUMMARY_MEASURES,
     declared_parameters,
     evaluate_runs,
     recorded_rows,
@@ -66,7 +66,7 @@ def write_run(
     for row, value in zip(rows, cos or [], strict=False):
         row["cos"] = value
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values = {name: 0.5 for name in SUMMARY_MEASURES} | {"pairs/colour/low": 0.4, "pairs/colour/high": 0.6}
+    values = {name: 0.5 for name in WORLD_MEASURES} | {"pairs/colour/low": 0.4, "pairs/colour/high": 0.6}
     records = [{"step": 0} | values, {"step": len(rows)} | values | {"zeroshot": zeroshot}]
     (run.folder / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if done:
@@ -159,7 +159,7 @@ def small_run(tmp_path, small_clip):
     from diva_lab.training.settings import Settings
     from diva_lab.training.stages import tune  # not above: the kernels of `notebooks` import this file
 
-    record = {name: 0.5 for name in SUMMARY_MEASURES} | {
+    record = {name: 0.5 for name in WORLD_MEASURES} | {
         "pairs/mean": 0.2,
         "pairs/mean/low": 0.18,
         "pairs/mean/high": 0.22,
