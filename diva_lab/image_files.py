@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 CC3M = "pixparse/cc3m-wds"  # 576 tars to train on, cc3m-train-0000.tar ..., and 16 of validation
-Sample = tuple[bytes | Path | ValueError, str]  # an image's file, or why there is none; its name
+Sample = tuple[bytes | Path | ValueError, str, str | None]  # an image's file, or why there is none; its name; caption
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -68,9 +68,10 @@ def _tar_images(tar: str, samples: Iterable[dict]) -> Iterator[Sample]:
         for sample in samples:
             name = next((key for key in sample if f".{key}".lower().endswith(SUFFIXES)), None)
             if name is not None:
-                yield sample[name], f"{tar}: {sample['__key__']}.{name}"
+                text = sample.get("txt", b"").decode(errors="replace").strip()
+                yield sample[name], f"{tar}: {sample['__key__']}.{name}", text or None
     except Exception as error:  # of tarfile, of what unpacks it, of webdataset
-        yield ValueError(f"{type(error).__name__}: not a whole tar"), tar
+        yield ValueError(f"{type(error).__name__}: not a whole tar"), tar, None
 
 
 def _headers(tar: str) -> Iterator[dict]:
@@ -92,8 +93,10 @@ def _length(tar: str) -> int:
     return sum(1 for _ in _tar_images(tar, group_by_keys(_headers(tar))))
 
 
-def read_tars(shards: list[str], seed: int, first: int, rank: int, processes: int) -> Iterator[Sample]:
-    """The images in a process's tars, from the sample number `first` on.
+def read_tars(
+    shards: list[str], seed: int = 0, first: int = 0, rank: int = 0, processes: int = 1, epochs: int | None = None
+) -> Iterator[Sample]:
+    """The images in a process's tars, from the sample number `first` on, over so many epochs (None: endless).
 
     The order of the shards is new each epoch, every process takes its part of it, and the samples are shuffled. Of the
     epochs before that of `first` only the tars' headers are read.
@@ -104,7 +107,7 @@ def read_tars(shards: list[str], seed: int, first: int, rank: int, processes: in
         return [shards[i] for i in np.random.default_rng((seed, epoch)).permutation(len(shards))[rank::processes]]
 
     def samples(start: int) -> Iterator[Sample]:
-        for epoch in count(start):
+        for epoch in islice(count(start), epochs):
             found = (s for tar in order(epoch) for s in _tar_images(tar, wds.tarfile_to_samples()([{"url": tar}])))
             sample = None
             for sample in wds.shuffle(1000, seed=(seed * 100_003 + epoch) * processes + rank)(found):
@@ -124,8 +127,18 @@ def read_tars(shards: list[str], seed: int, first: int, rank: int, processes: in
     return islice(samples(start), first, None)
 
 
-def open_dataset(source: str):
-    """The `datasets.Dataset` that `hf:FOLDER_OR_ID[:SPLIT]` names, only its images, not decoded."""
+def dealt_order(length: int, seed: int, first: int, rank: int, processes: int) -> Iterator[int]:
+    """Numbers below `length` in a new order each epoch, dealt to the processes in turn; without a process's `first`."""
+    epoch = -1
+    for place in count(first * processes + rank, processes):
+        if place // length != epoch:
+            epoch = place // length
+            order = np.random.default_rng((seed, epoch)).permutation(length)
+        yield order[place % length]
+
+
+def load_dataset(source: str):
+    """The `datasets.Dataset` that `hf:FOLDER_OR_ID[:SPLIT]` names."""
     import datasets
     from huggingface_hub import snapshot_download
 
@@ -153,16 +166,45 @@ def open_dataset(source: str):
         raise ValueError(
             f"images={source!r}: no split {split!r}; expected one of {', '.join(splits)}, as hf:NAME:SPLIT"
         )
-    rows = splits[split]
-    column = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
-    if column is None:
+    return splits[split]
+
+
+def open_dataset(source: str, captions: str | None = None):
+    """The images of `load_dataset`, not decoded, as the column `image`; with `captions` those as the column `caption`.
+
+    The images are the first column of type `datasets.Image`; `captions` is as in `text_column`.
+    """
+    import datasets
+
+    rows = load_dataset(source)
+    image = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
+    if image is None:
         raise ValueError(f"images={source!r}: only {', '.join(rows.features)}; expected a column of datasets.Image")
-    return rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    names = {image: "image"} | ({} if captions is None else {text_column(source, rows, captions): "caption"})
+    rows = rows.select_columns(list(names))
+    return rows.rename_columns({a: b for a, b in names.items() if a != b}).cast_column(
+        "image", datasets.Image(decode=False)
+    )
+
+
+def text_column(source: str, rows, name: str = "") -> str:
+    """The column `name` of a dataset; of "" its only column of text, or the one that is called caption or text.
+
+    Raises:
+        ValueError: where there is none, or the choice is not clear; lists the columns of text.
+    """
+    texts = [key for key, kind in rows.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
+    named = [key for key in ("caption", "text") if key in texts][:1]
+    chosen = [name] if name in texts else [] if name else texts if len(texts) == 1 else named
+    if not chosen:
+        found = ", ".join(texts) or f"none among {', '.join(rows.features)}"
+        raise ValueError(f"{source}: captions={name!r}: no such column of text; found {found}; set captions=NAME")
+    return chosen[0]
 
 
 def dataset_cell(row: dict) -> bytes | Path | ValueError:
-    """The file in the only column of a row."""
-    (image,) = row.values()
+    """The image's file in a row."""
+    image = row["image"]
     data, path = (image["bytes"], image["path"]) if image else (None, None)
     return data or (Path(path) if path else ValueError("no image in this row"))
 

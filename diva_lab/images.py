@@ -1,7 +1,8 @@
 """Endless batches of images to train on, and their augmentation.
 
-A source yields uint8 images [n, 3, px, px]. Which ones come depends on the seed and the position alone, so a resumed
-run sees what an uninterrupted one would have seen. An image that cannot be read is skipped and listed.
+A source yields uint8 images [n, 3, px, px], with captions where they are asked for. Which ones come depends on the seed
+and the position alone, so a resumed run sees what an uninterrupted one would have seen. An image that cannot be read,
+or has no caption, is skipped and listed.
 
 In training all models see one square, cut at the centre: the denoiser is to reconstruct what the encoder saw. The
 encoder's own resize mode, such as SigLIP's and DFN's `squash`, is used in evaluation only. DIVA's released code also
@@ -13,7 +14,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from diva_lab.captions import folder_captions, mention_details
 from diva_lab.image_files import (
     SUFFIXES,
     Sample,
     dataset_cell,
+    dealt_order,
     decode_square,
     find_images,
     find_tars,
@@ -35,7 +38,8 @@ from diva_lab.image_files import (
 from diva_lab.world import World, draw_scenes
 
 PATIENCE = 100  # unreadable samples in a row that are taken for a broken source
-Batch = tuple[Tensor, list[tuple[str, str]]]  # images; name and reason of each that was skipped before them
+# images; their captions, if asked for; name and reason of each image that was skipped before them
+Batch = tuple[Tensor, list[str], list[tuple[str, str]]]
 
 
 class Images:
@@ -43,18 +47,20 @@ class Images:
 
     Attributes:
         position: samples taken for the batches handed out so far, broken ones included.
+        captions: of the last batch that was handed out; empty where they were not asked for.
         skipped: name and reason of each broken one among them; may be cleared once it is read.
     """
 
     def __init__(self, batches: Iterator[Batch], position: int):
         self.batches, self.position = batches, position
+        self.captions: list[str] = []
         self.skipped: list[tuple[str, str]] = []
 
     def __iter__(self) -> "Images":
         return self
 
     def __next__(self) -> UInt8[Tensor, "n 3 px px"]:
-        images, broken = next(self.batches)
+        images, self.captions, broken = next(self.batches)
         self.position += len(images) + len(broken)
         self.skipped += broken
         return images
@@ -64,43 +70,49 @@ def _tensor(images: list[np.ndarray] | np.ndarray) -> UInt8[Tensor, "n 3 px px"]
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
 
 
-def _world_batches(world: World, n: int, seed: int, first: int, rank: int) -> Iterator[Batch]:
-    place = (rank,) if rank else ()
+def _world_batches(world: World, n: int, seed: int, first: int, rank: int, mentions: float | None) -> Iterator[Batch]:
     for step in count(first // n):
-        yield _tensor(world.render(draw_scenes(n, (world.seed, 40, seed, step, *place)))), []
+        place = (seed, step, *([rank] if rank else []))
+        scenes = draw_scenes(n, (world.seed, 40, *place))
+        texts = [] if mentions is None else mention_details(scenes, (world.seed, 41, *place), mentions)
+        yield _tensor(world.render(scenes)), texts, []
 
 
-def _decoded(samples: Iterator[Sample], px: int, n: int, source: str) -> Iterator[Batch]:
+def _decoded(samples: Iterator[Sample], px: int, n: int, source: str, captioned: bool) -> Iterator[Batch]:
     """Batches of `n`, decoded by threads, the next one while the last is used."""
-    images, broken, unread = [], [], []  # the batch so far, and the broken ones since the last readable image
+    images, texts, broken, unread = [], [], [], []  # the batch so far; the broken ones since the last readable image
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, image, reason in _decode_ahead(samples, px, 2 * n, pool):
+        for name, image, text, reason in _decode_ahead(samples, px, 2 * n, pool):
+            if captioned and not text and not reason:
+                image, reason = None, "no caption"
             if image is None:
                 broken.append((name, reason))
                 unread.append((name, reason))
             else:
                 images.append(image)
+                texts += [text] if captioned else []
                 unread = []
             if len(unread) == PATIENCE:
                 raise _too_many(unread, source)
             if len(images) == n:
-                yield _tensor(images), broken
-                images, broken = [], []
+                yield _tensor(images), texts, broken
+                images, texts, broken = [], [], []
 
 
 def _decode_ahead(
     samples: Iterator[Sample], px: int, ahead: int, pool: ThreadPoolExecutor
-) -> Iterator[tuple[str, np.ndarray | None, str]]:
-    """Name, image or None, and why there is none, of each sample, `ahead` of which are being decoded."""
-    queue = deque((name, pool.submit(decode_square, data, px)) for data, name in islice(samples, ahead))
-    while True:
-        name, image = queue.popleft()
-        data, following = next(samples)
-        queue.append((following, pool.submit(decode_square, data, px)))
+) -> Iterator[tuple[str, np.ndarray | None, str | None, str]]:
+    """Name, image or None, caption, and why there is no image, of each sample, `ahead` of which are being decoded."""
+    queue: deque = deque()
+    for data, name, text in samples:
+        queue.append((name, text, pool.submit(decode_square, data, px)))
+        if len(queue) <= ahead:
+            continue
+        name, text, image = queue.popleft()
         try:
-            yield name, image.result(), ""
+            yield name, image.result(), text, ""
         except ValueError as error:
-            yield name, None, str(error)
+            yield name, None, text, str(error)
 
 
 def _too_many(unread: list[tuple[str, str]], source: str) -> ValueError:
@@ -112,18 +124,16 @@ def _too_many(unread: list[tuple[str, str]], source: str) -> ValueError:
     )
 
 
-def _order(length: int, seed: int, first: int, rank: int, processes: int) -> Iterator[int]:
-    """Numbers below `length` in a new order each epoch, dealt to the processes in turn; without a process's `first`."""
-    epoch = -1
-    for place in count(first * processes + rank, processes):
-        if place // length != epoch:
-            epoch = place // length
-            order = np.random.default_rng((seed, epoch)).permutation(length)
-        yield order[place % length]
-
-
 def open_images(
-    source: str | Path, px: int, n: int, seed: int, first: int = 0, rank: int = 0, processes: int = 1
+    source: str | Path,
+    px: int,
+    n: int,
+    seed: int,
+    first: int = 0,
+    rank: int = 0,
+    processes: int = 1,
+    captions: str | None = None,
+    mentions: float = 1.0,
 ) -> Images:
     """Endless batches of `n` images, uint8 [n, 3, px, px], from the sample `first` on; each process has its own.
 
@@ -134,9 +144,12 @@ def open_images(
             are the first column of type `datasets.Image`, its split is `train` or the only one.
         px: side of the images in pixels; the world renders at 32.
         first: `position` of the process's `Images` when it was left, with the same `n`.
+        captions: None for images alone; "" for captions too, or of a Hugging Face dataset the name of their column
+            (see `text_column`). A folder's lie in `captions.csv` or NAME.txt, a tar's in its .txt members.
+        mentions: the world's captions mention each detail with p ~ U(0, mentions), drawn for each image.
 
     Raises:
-        FileNotFoundError: where there is no such folder, tar or dataset, or no image in it.
+        FileNotFoundError: where there is no such folder, tar or dataset, no image in it, or no caption asked for.
         ValueError: for a source that cannot be understood, and when a hundred samples in a row cannot be read.
     """
     source = str(source)
@@ -144,17 +157,19 @@ def open_images(
     if kind == "world":
         if not rest.isdecimal() and source != "world":
             raise ValueError(f"images={source!r}: expected 'world' or 'world:SEED' with a whole number, as 'world:3'")
-        return Images(_world_batches(World(int(rest or 0)), n, seed, first, rank), first)
+        mentioned = None if captions is None else mentions
+        return Images(_world_batches(World(int(rest or 0)), n, seed, first, rank, mentioned), first)
     if kind == "hf":
-        rows = open_dataset(source)
-        samples = (
-            (dataset_cell(rows[i]), f"{source}: row {i}") for i in _order(len(rows), seed, first, rank, processes)
-        )
+        rows = open_dataset(source, captions)
+        order = dealt_order(len(rows), seed, first, rank, processes)
+        samples = _dataset_samples(rows, order, source)
     elif source.endswith(".tar"):
         shards = find_tars(source)
         if len(shards) < processes:
             raise ValueError(f"images={source!r}: {len(shards)} tars for {processes} processes; expected one each")
         samples = read_tars(shards, seed, first, rank, processes)
+        if captions is not None:
+            samples = _require_caption(samples, source)
     else:
         folder = Path(source)
         if not folder.is_dir():
@@ -164,8 +179,24 @@ def open_images(
         files = find_images(folder)
         if not files:
             raise FileNotFoundError(f"images={source!r}: no image in this folder; expected {', '.join(SUFFIXES)} files")
-        samples = ((files[i], str(files[i])) for i in _order(len(files), seed, first, rank, processes))
-    return Images(_decoded(samples, px, n, source), first)
+        texts = {} if captions is None else folder_captions(folder, files)
+        order = (files[i] for i in dealt_order(len(files), seed, first, rank, processes))
+        samples = ((file, str(file), texts.get(file)) for file in order)
+    return Images(_decoded(samples, px, n, source, captions is not None), first)
+
+
+def _dataset_samples(rows, order: Iterator[int], source: str) -> Iterator[Sample]:
+    for i in order:
+        row = rows[int(i)]
+        yield dataset_cell(row), f"{source}: row {i}", (row.get("caption") or "").strip() or None
+
+
+def _require_caption(samples: Iterator[Sample], source: str) -> Iterator[Sample]:
+    """The same samples; refused where none of the first `PATIENCE` has a caption."""
+    first = list(islice(samples, PATIENCE))
+    if not any(text for *_, text in first):
+        raise FileNotFoundError(f"images={source!r}: no captions; expected .txt members beside the images")
+    return chain(first, samples)
 
 
 def augment(

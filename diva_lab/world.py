@@ -106,8 +106,11 @@ def caption(scene: np.void, details: tuple[str, ...] = (), rng: np.random.Genera
     return " ".join(["a photo of a", *before, CLASSES[scene["class"]], *after])
 
 
-def captions(scenes: np.ndarray, p: float, rng: np.random.Generator) -> list[str]:
-    """One caption a scene: the class always, each detail with probability `p` (1 gives full captions)."""
+def captions(scenes: np.ndarray, p: float | np.ndarray, rng: np.random.Generator) -> list[str]:
+    """One caption a scene: the class always, each detail with probability `p` (1 gives full captions).
+
+    `p` is one number, or one a scene, [n, 1].
+    """
     names = np.array(list(DETAILS))
     said = rng.random((len(scenes), len(names))) < p
     return [caption(scene, tuple(names[row]), rng) for scene, row in zip(scenes, said, strict=True)]

@@ -11,6 +11,7 @@ arguments:
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -117,15 +118,22 @@ class Conditioner(nn.Module):
         seed: of the projector's initial weights.
         projection: a key of `PROJECTIONS`.
 
+    Attributes:
+        gap: the mean image embedding less the mean text embedding [d], both of unit length, of a projector that is
+            anchored in captions: it reads embeddings at unit length. None for any other projector.
+
     Raises:
         ValueError: for an unknown name; lists the known ones.
     """
+
+    gap: Tensor | None
 
     def __init__(self, name: str, dim: int, width: int, seed: int = 0, projection: str = "mlp"):
         super().__init__()
         if name not in CONDITIONS:
             raise ValueError(f"unknown condition {name!r}; expected one of {', '.join(CONDITIONS)}")
         self.name, self._function = name, CONDITIONS[name]
+        self.register_buffer("gap", None)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.projector = PROJECTIONS[projection](dim, width)
@@ -134,4 +142,6 @@ class Conditioner(nn.Module):
         self, features: Features, empty: Float[Tensor, "l c"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "b _ c"]:
         """The context of a batch; its number of tokens depends on the condition."""
+        if self.gap is not None:
+            features = replace(features, embedding=F.normalize(features.embedding.float(), dim=-1))
         return self._function(features, self.projector, empty, generator)

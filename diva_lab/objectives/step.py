@@ -1,6 +1,6 @@
 """The data, models and random draws that one training step hands to an objective."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,8 @@ class Step:
         denoiser: frozen.
         generator: for timesteps and noise, on the CPU.
         settings: a `training.settings.Settings`, or any object with its fields.
+        captions: as many as images; of other images where `settings.anchor` is `text`; empty without captions.
+        embed_text: texts -> their embeddings [n, d] among those of images, without gradient.
     """
 
     images: Float[Tensor, "b 3 h w"]
@@ -39,6 +41,8 @@ class Step:
     denoiser: Denoiser
     generator: torch.Generator
     settings: object
+    captions: Sequence[str] = ()
+    embed_text: Callable[[Sequence[str]], Tensor] | None = None
 
     def latents(self) -> Float[Tensor, "b c h w"]:
         """Latents x0 of the images: the posterior's mean (DIVA) or a sample (DCR's code), by `settings.latent`."""

@@ -1,5 +1,6 @@
 """The models that the settings name: encoder, conditioner, denoiser, and what an objective is given of them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from diva_lab.models.registry import load_denoiser
 from diva_lab.objectives.step import Step
 from diva_lab.training.runs import Run
 from diva_lab.training.settings import SHIPPED, Settings
+
+SHIPPED_NAMES = {"shipped": "{}.safetensors", "anchored": "{}-anchored.safetensors"}  # projector -> file of a condition
 
 
 def build_encoder(settings: Settings, device: torch.device | str = "cpu") -> Encoder:
@@ -43,18 +46,21 @@ def build_denoiser(settings: Settings, device: torch.device | str = "cpu") -> De
 
 def _load_stage_one(settings: Settings, module: nn.Module, part: str) -> None:
     """Load those weights of the settings' projector whose names begin with `part` into `module`."""
-    if settings.projector == "shipped":
-        path = SHIPPED / f"{settings.condition}.safetensors"
+    if settings.projector in SHIPPED_NAMES:
+        path = SHIPPED / SHIPPED_NAMES[settings.projector].format(settings.condition)
     else:
         path = Path(settings.projector)
         path = path if path.suffix == ".safetensors" else path / "checkpoint" / "weights.safetensors"
     if not path.is_file():
         raise FileNotFoundError(
-            f"projector={settings.projector!r}: no {path}; expected 'new', 'shipped' (tiny models only) or the folder "
-            "of a finished run of align()"
+            f"projector={settings.projector!r}: no {path}; expected 'new', 'shipped' or 'anchored' (tiny models only), "
+            "or the folder of a finished run of align()"
         )
+    weights = {n.removeprefix(part): w for n, w in load_file(path).items() if n.startswith(part)}
+    if isinstance(module, Conditioner) and "gap" in weights:
+        module.gap = torch.zeros_like(weights["gap"])
     try:
-        module.load_state_dict({n.removeprefix(part): w for n, w in load_file(path).items() if n.startswith(part)})
+        module.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(
             f"projector {path} does not fit encoder {settings.encoder!r} and denoiser {settings.denoiser!r}; align() a "
@@ -83,6 +89,7 @@ def make_step(
     random: torch.Generator,
     settings: Settings,
     shift: Tensor | None = None,
+    captions: Sequence[str] = (),
 ) -> Step:
     """What an objective is given: images [b, 3, h, w] in [0, 1] and the models, all draws from `random`.
 
@@ -102,6 +109,8 @@ def make_step(
         denoiser=denoiser,
         generator=random,
         settings=settings,
+        captions=captions,
+        embed_text=lambda texts: encoder.encode_text(list(texts)) + conditioner.gap,
     )
 
 

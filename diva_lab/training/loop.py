@@ -7,7 +7,7 @@ before anything is measured or clipped, and the first process alone writes.
 
 import atexit
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,6 +23,7 @@ from diva_lab.models.conditions import Conditioner
 from diva_lab.models.denoiser import Denoiser
 from diva_lab.models.encoders import Encoder
 from diva_lab.objectives.step import Step
+from diva_lab.training.batches import Batches
 from diva_lab.training.build import make_step
 from diva_lab.training.progress import Progress
 from diva_lab.training.runs import Run
@@ -77,15 +78,15 @@ class Trainer:
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.modules = self._trained_modules()
         self.parameters = {name: p for name, p in self.modules.named_parameters() if p.requires_grad}
+        self.kept = {f"conditioner.{name}": value for name, value in conditioner.named_buffers()}  # saved, not trained
         optimizer = build_optimizer(settings, list(self.parameters.values()))
         self.optimizer = self.accelerator.prepare(optimizer)
         self.first, self.seconds = 0, 0.0  # steps and seconds of training that were done before
         self.px = max(encoder.px, denoiser.px)
         position = self._resume()
         processes = self.accelerator.num_processes
-        self.images = open_images(
-            settings.images, self.px, settings.batch, settings.seed, position, self.rank, processes
-        )
+        number = self.first * settings.accumulate
+        self.batches = Batches(settings, self.px, position, number, self.rank, processes)
         self.skipped: list[dict] = []  # images that could not be read since the last checkpoint
 
     def _trained_modules(self) -> nn.ModuleDict:
@@ -134,12 +135,13 @@ class Trainer:
         shape = (settings.accumulate, settings.batch, self.encoder.dim)
         shift = torch.zeros(shape, device=self.device, requires_grad=True)
         for micro in range(settings.accumulate):
-            images = next(self.images).to(self.device).float() / 255
+            images, captions = next(self.batches)
+            images = images.to(self.device).float() / 255
             random = generator("step", settings.seed, step, micro, *([self.rank] if self.rank else []))
             torch.manual_seed(random.initial_seed())  # LoRA's dropout draws from the global generator
             try:
                 with self.accelerator.autocast():
-                    terms = self.objective(self._step(images, random, settings, shift[micro]))
+                    terms = self.objective(self.new_step(images, random, settings, shift[micro], captions))
                 gradients = term_gradients(terms, self.parameters | {EMBEDDINGS: shift})
             except torch.OutOfMemoryError as error:
                 raise RuntimeError(
@@ -152,8 +154,15 @@ class Trainer:
             del gradients, terms
         return total, losses
 
-    def _step(self, images: Tensor, random: torch.Generator, settings: Settings, shift: Tensor | None = None) -> Step:
-        return make_step(images, self.encoder, self.conditioner, self.denoiser, random, settings, shift)
+    def new_step(
+        self,
+        images: Tensor,
+        random: torch.Generator,
+        settings: Settings,
+        shift: Tensor | None = None,
+        captions: Sequence[str] = (),
+    ) -> Step:
+        return make_step(images, self.encoder, self.conditioner, self.denoiser, random, settings, shift, captions)
 
     def _average_over_processes(
         self, gradients: dict[str, Gradient], losses: dict[str, float]
@@ -167,8 +176,8 @@ class Trainer:
         return gradients, dict(zip(losses, means.tolist(), strict=True))
 
     def _record(self, step: int, line: dict[str, float]) -> None:
-        self.skipped += [{"step": step, "name": name, "reason": reason} for name, reason in self.images.skipped]
-        self.images.skipped.clear()
+        self.skipped += [{"step": step, "name": name, "reason": reason} for name, reason in self.batches.images.skipped]
+        self.batches.images.skipped.clear()
         if self.rank == 0:
             self.run.log("metrics", step=step, **line)
 
@@ -190,11 +199,12 @@ class Trainer:
 
     def save(self, steps: int) -> None:
         """Write a checkpoint after so many steps, with every process's position in its images."""
-        positions, skipped = gather_object([self.images.position]), gather_object(self.skipped)
+        positions, skipped = gather_object([self.batches.images.position]), gather_object(self.skipped)
         if self.rank == 0:
             for line in skipped:
                 self.run.log("skipped", **line)
-            self.run.save(steps, self.parameters, self.optimizer.state_dict(), self.seconds, positions)
+            weights = self.parameters | self.kept
+            self.run.save(steps, weights, self.optimizer.state_dict(), self.seconds, positions)
         self.skipped.clear()
 
 
@@ -249,24 +259,15 @@ class Watcher:
         while len(self.batches) <= number:
             self.batches.append(next(self.source).to(trainer.device).float() / 255)
         random = generator("probe", trainer.settings.seed, number)
-        return trainer._step(self.batches[number], random, replace(trainer.settings, **changes))
+        return trainer.new_step(self.batches[number], random, replace(trainer.settings, **changes))
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------
 
 
-def train(
-    run: Run,
-    settings: Settings,
-    encoder: Encoder,
-    conditioner: Conditioner,
-    denoiser: Denoiser,
-    objective: Objective,
-    evaluate: Callable[[], dict[str, float]] | None = None,
-    probe: Probe | None = None,
-) -> Run:
-    """Minimise the objective over all parameters of encoder, conditioner and denoiser that ask for a gradient."""
-    trainer = Trainer(run, settings, encoder, conditioner, denoiser, objective)
+def train(trainer: Trainer, evaluate: Callable[[], dict[str, float]] | None = None, probe: Probe | None = None) -> Run:
+    """Train a run to its last step, with evaluations, probes and checkpoints as its settings say; returns it."""
+    run, settings = trainer.run, trainer.settings
     watcher = Watcher(trainer, evaluate, probe)
     if trainer.first == 0:
         watcher.watch(0)

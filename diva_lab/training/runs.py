@@ -26,7 +26,10 @@ from safetensors.torch import load_file, save_file
 from diva_lab.paths import RUNS
 from diva_lab.provenance import environment
 
-ADDED: dict[str, object] = {}  # setting added since 0.2 -> its default, at which it is left out of a run's id
+ADDED: dict[str, object] = {  # setting added since 0.2 -> its default, at which it is left out of a run's id
+    "anchor": "none", "captions": "", "mentions": 1.0, "anchor_share": 0.5, "anchor_weight": 1.0, "anchor_noise": 0.1,
+    "anchor_shift": True,
+}  # fmt: skip
 RECORDS = {"metrics": 1, "skipped": 1, "evaluations": 0, "probes": 0}  # kind -> its last step less the checkpoint's
 
 

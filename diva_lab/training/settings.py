@@ -13,7 +13,7 @@ from diva_lab.objectives.timesteps import timestep_weights
 from diva_lab.paths import DATA
 from diva_lab.training.runs import Run
 
-SHIPPED = DATA / "tiny" / "projectors"  # what `projector="shipped"` means
+SHIPPED = DATA / "tiny" / "projectors"  # where the projectors lie that `shipped` and `anchored` mean
 PROJECTORS = ("global", "recap")  # conditions whose projectors ship, for the tiny models
 
 
@@ -40,7 +40,7 @@ class Settings:
     # condition and projector
     condition: str = "global"  # a key of CONDITIONS: which visual tokens the denoiser reads
     projection: str = "mlp"  # `mlp` (DCR: LayerNorm, Linear, GELU, Linear) or one `linear` (DIVA)
-    projector: str = "shipped"  # `shipped`, `new`, the folder of a run of stage 1, or its .safetensors file
+    projector: str = "shipped"  # `shipped`, `anchored` (shipped too), `new`, a run of stage 1, or a .safetensors file
     train_projector: bool = False  # in stage 2 too, together with the encoder, as DIVA as published does
 
     # objective
@@ -60,6 +60,15 @@ class Settings:
     negatives: int = 0  # other images that each is contrasted with, drawn anew each step; 0 for all (published)
     negative_gradient: bool = True  # whether the gradient flows through the negatives too (published)
     parts: bool = False  # pull to the truth, pull to the view and push as terms of their own
+
+    # stage 1 anchored in captions
+    anchor: str = "none"  # `captions` of the images, `text` without images, or `shuffled` captions (a placebo)
+    captions: str = ""  # for `text` a file with a prompt a line; of a Hugging Face dataset the column; "" for its own
+    mentions: float = 1.0  # the world's captions mention each detail with p ~ U(0, mentions), drawn for each image
+    anchor_share: float = 0.5  # of a batch's rows that a caption conditions
+    anchor_weight: float = 1.0  # of these rows' loss
+    anchor_noise: float = 0.1  # length of the noise that is added to a caption's embedding
+    anchor_shift: bool = True  # whether a caption's embedding is moved by the gap between the modalities' means
 
     # optimisation
     seed: int = 0  # of every random draw
@@ -91,11 +100,29 @@ class Settings:
         for field in fields(self):
             self._check(field.name, field.type)
         timestep_weights(self.timesteps)
+        self._check_anchor()
         if self.parts and self.rows:
             raise ValueError(f"setting rows={self.rows}: parts=True takes all rows at once, rows=0")
         contrasts = getattr(OBJECTIVES.get(self.objective), "needs_other_images", False)
         if contrasts and self.batch < 2:
             raise ValueError(f"setting batch={self.batch}: {self.objective} contrasts images; expected at least 2")
+
+    def _check_anchor(self) -> None:
+        """Refuse what no anchored stage 1 can do."""
+        if not 0 <= self.anchor_share <= 1 or not 0 <= self.mentions <= 1:
+            raise ValueError(
+                f"settings anchor_share={self.anchor_share}, mentions={self.mentions}: expected parts from 0 to 1"
+            )
+        if self.anchor == "none":
+            return
+        for name, value in (("condition", "global"), ("align_by", "rec")):
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"setting {name}={getattr(self, name)!r}: a caption has one embedding, and only L_rec is anchored; "
+                    f"anchor={self.anchor!r} takes {name}={value!r}"
+                )
+        if self.objective == "genhancer":
+            raise ValueError(f"setting anchor={self.anchor!r}: genhancer's denoiser reads no captions; expected none")
 
     def _check(self, name: str, kind: type) -> None:
         """Refuse a value of the wrong type, out of its range, or not among its choices; a path becomes a string."""
@@ -129,6 +156,7 @@ CHOICES: dict[str, Callable[[], Iterable[str]]] = {  # setting -> its values; re
     "target": lambda: TARGETS,
     "schedule": lambda: SCHEDULES,
     "align_by": lambda: ("rec", "dcr"),
+    "anchor": lambda: ("none", "captions", "text", "shuffled"),
     "denominator": lambda: ("shared", "own"),
     "latent": lambda: ("mean", "sample"),
     "optimizer": lambda: ("adamw", "sgd"),
@@ -136,7 +164,19 @@ CHOICES: dict[str, Callable[[], Iterable[str]]] = {  # setting -> its values; re
 }
 LEAST = dict.fromkeys(("batch", "accumulate", "draws"), 1)  # setting -> its least value
 LEAST |= dict.fromkeys(
-    ("steps", "warmup", "lora_rank", "rows", "negatives", "keep_latents", "evaluate_every", "save_every"), 0
+    (
+        "steps",
+        "warmup",
+        "lora_rank",
+        "rows",
+        "negatives",
+        "keep_latents",
+        "evaluate_every",
+        "save_every",
+        "anchor_weight",
+        "anchor_noise",
+    ),
+    0,
 )
 
 

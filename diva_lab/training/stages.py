@@ -16,10 +16,12 @@ from diva_lab.image_files import find_tars
 from diva_lab.machine import default_device
 from diva_lab.models.encoders import load_encoder
 from diva_lab.objectives import OBJECTIVES
+from diva_lab.objectives.anchored import anchored
 from diva_lab.paths import ROOT, RUNS
 from diva_lab.provenance import source_hash
+from diva_lab.training.batches import estimate_gap
 from diva_lab.training.build import build_conditioner, build_denoiser, build_encoder
-from diva_lab.training.loop import Probe, train
+from diva_lab.training.loop import Probe, Trainer, train
 from diva_lab.training.presets import preset, replace_settings, stages
 from diva_lab.training.runs import Run
 from diva_lab.training.settings import Settings
@@ -42,7 +44,7 @@ def align(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None
         ValueError, FileNotFoundError, FloatingPointError, RuntimeError: as `tune`.
     """
     settings = _stage_one(settings)
-    run = open_run({**portable(settings), "stage": "align"}, root)
+    run = open_run({**portable(settings), "stage": "align"}, root, objective_of(settings))
     if run.done:
         return run
     device = default_device()
@@ -50,7 +52,10 @@ def align(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None
     conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(True)
     denoiser.network.requires_grad_(denoiser.scratch)
     watch = evaluate and (lambda: evaluate(conditioner, encoder, denoiser))
-    return train(run, settings, encoder, conditioner, denoiser, OBJECTIVES[settings.objective], watch)
+    if settings.anchor != "none" and conditioner.gap is None:
+        conditioner.gap = estimate_gap(settings, encoder)
+    trainer = Trainer(run, settings, encoder, conditioner, denoiser, objective_of(settings))
+    return train(trainer, watch)
 
 
 def tune(
@@ -73,7 +78,7 @@ def tune(
     """
     if settings.objective not in (*OBJECTIVES, "none"):
         raise ValueError(f"objective {settings.objective!r} trains nothing; see diva_lab.training.controls.perturb")
-    run = open_run({**portable(settings), "stage": "tune"}, root)
+    run = open_run({**portable(settings), "stage": "tune"}, root, objective_of(settings))
     if run.done:
         return run
     device = default_device()
@@ -88,7 +93,8 @@ def tune(
         )
     conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(settings.train_projector)
     watch = evaluate and (lambda: evaluate(encoder))
-    return train(run, settings, encoder, conditioner, denoiser, OBJECTIVES[settings.objective], watch, probe)
+    trainer = Trainer(run, settings, encoder, conditioner, denoiser, objective_of(settings))
+    return train(trainer, watch, probe)
 
 
 def align_preset(
@@ -127,12 +133,12 @@ def find_run(settings: Settings, root: str | Path = RUNS, stage: str = "tune") -
     return Run.at({**portable(kept), "stage": stage}, root)
 
 
-def open_run(settings: dict, root: str | Path) -> Run:
+def open_run(settings: dict, root: str | Path, objective: Callable | None) -> Run:
     """The run of these settings, its folder made if there is none; of several processes the first one makes it.
 
     Says so where the run was made by another version of its objective's code; the run is returned all the same.
     """
-    code = source_hash(OBJECTIVES.get(settings["objective"]))
+    code = source_hash(objective)
     state = PartialState(cpu=default_device().type == "cpu")
     with state.main_process_first():
         run = Run.open(settings, root, {"objective": code} if code else {})
@@ -152,6 +158,11 @@ def portable(settings: Settings) -> dict:
     for name in ("encoder", "denoiser", "projector", "images"):
         values[name] = values[name].removeprefix(f"{ROOT}/")
     return values
+
+
+def objective_of(settings: Settings) -> Callable | None:
+    """The objective that a run with these settings minimises; None where it trains nothing."""
+    return anchored if settings.anchor != "none" else OBJECTIVES.get(settings.objective)
 
 
 def _stage_one(settings: Settings) -> Settings:

@@ -272,8 +272,8 @@ def run_workbook(
 def _run_all(declared: dict[Path, set[str]], out: Path, parameters: dict, facts: dict) -> tuple[list[Path], str]:
     """Run notebooks up to the first that fails, and add their times to `facts`.
 
-    `declared`: each notebook with the parameters that it declares. Returns the executed notebooks that were written, and
-    the error's text, or "".
+    `declared`: each notebook with its parameters' names. Returns the executed notebooks that were written, and the
+    error's text, or "".
     """
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel before one in the user's home
     os.environ.pop("MPLBACKEND", None)  # figures go into the notebook

@@ -61,7 +61,8 @@ def together(tmp_path_factory) -> tuple[Run, list[Run], str]:
     for rank in range(2):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                "diva_lab.training.loop.open_images", lambda *args, rank=rank: open_images(*args[:5], rank, 2)
+                "diva_lab.training.batches.open_images",
+                lambda *args, rank=rank: open_images(*args[:5], rank, 2, *args[7:]),
             )
             if rank:
                 patch.setattr("diva_lab.training.loop.generator", lambda *parts: generator(*parts, 1))

@@ -1,0 +1,132 @@
+"""Captions: of images in folders, webdataset tars and Hugging Face datasets, and of plain text files."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+
+from diva_lab.image_files import dealt_order, find_images, find_tars, load_dataset, read_tars, text_column
+from diva_lab.world import World, captions, draw_scenes
+
+TABLE = "captions.csv"  # in a folder of images: image,caption
+MOST = 100_000  # captions that are read of tars to train on without their images
+
+
+def folder_captions(folder: Path, files: Sequence[Path]) -> dict[Path, str]:
+    """file -> caption, of `captions.csv` in the folder (image, caption; a row an image) or else of NAME.txt beside it.
+
+    Files without a caption are left out.
+
+    Raises:
+        ValueError: for a table that cannot be understood; names its rows.
+        FileNotFoundError: where no file has a caption; says what was expected.
+    """
+    table = folder / TABLE
+    if table.is_file():
+        found = _read_table(table)
+    else:
+        found = {file: file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()
+                 for file in files if file.with_suffix(".txt").is_file()}  # fmt: skip
+    found = {file: found[file] for file in files if found.get(file)}
+    if not found:
+        raise FileNotFoundError(
+            f"images={str(folder)!r}: no captions; expected {TABLE} with the columns image and caption, or NAME.txt "
+            "beside NAME.jpg"
+        )
+    return found
+
+
+def _read_table(table: Path) -> dict[Path, str]:
+    with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"image", "caption"} <= rows[0].keys():
+        header = ", ".join(map(str, rows[0])) if rows else "no rows"
+        raise ValueError(f"{table}: expected rows under image and caption; found {header}")
+    found: dict[Path, str] = {}
+    wrong = []
+    for number, row in enumerate(rows, 2):
+        image = table.parent / (row["image"] or "")
+        if not row["image"] or not image.is_file():
+            wrong.append(f"row {number}: no image {row['image']!r}")
+        elif image in found:
+            wrong.append(f"row {number}: a second caption of {row['image']!r}")
+        else:
+            found[image] = (row["caption"] or "").strip()
+    if wrong:
+        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"{table}: {'; '.join(wrong[:5])}{more}; expected one row an image")
+    return found
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"captions={str(path)!r}: not UTF-8 ({error}); expected a text file, a prompt a line"
+        ) from error
+    lines = [line for line in lines if line]
+    if not lines:
+        raise ValueError(f"captions={str(path)!r}: empty; expected a text file, a prompt a line")
+    return lines
+
+
+def list_captions(source: str, column: str = "") -> list[str]:
+    """All captions of a source other than the world, without its images; of tars at most `MOST`.
+
+    Args:
+        source: a text file, a prompt a line (.txt); else as `images.open_images`.
+        column: of a Hugging Face dataset; "" for its only text.
+
+    Raises:
+        FileNotFoundError, ValueError: where there is none, or no caption in it.
+    """
+    path = Path(source)
+    if source.startswith("hf:"):
+        rows = load_dataset(source)
+        texts = [(text or "").strip() for text in rows[text_column(source, rows, column)]]
+    elif source.endswith(".tar"):
+        tars = find_tars(source)
+        texts = [text or "" for *_, text in islice(read_tars(tars, epochs=1), MOST)]
+    elif path.is_dir():
+        texts = list(folder_captions(path, find_images(path)).values())
+    elif path.is_file():
+        return _read_lines(path)
+    else:
+        raise FileNotFoundError(f"captions={source!r}: no such file; expected a text file, a prompt a line")
+    texts = [text for text in texts if text]
+    if not texts:
+        raise ValueError(f"captions={source!r}: no caption in it; expected .txt members, or a column of text")
+    return texts
+
+
+def open_captions(
+    source: str, n: int, seed: int, first: int = 0, rank: int = 0, processes: int = 1, mentions: float = 1.0,
+    column: str = "",
+) -> Iterator[list[str]]:  # fmt: skip
+    """Endless batches of `n` captions without images, from the batch `first` on; each process has its own.
+
+    Args:
+        source: `world` or `world:SEED`, whose scenes are others than those that are shown; else as `list_captions`.
+        mentions: the world's captions mention each detail with p ~ U(0, mentions), drawn for each scene.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "world":
+        return _world_captions(World(int(rest or 0)), n, seed, first, rank, mentions)
+    texts = list_captions(source, column)
+    order = dealt_order(len(texts), seed, first * n, rank, processes)
+    return ([texts[i] for i in islice(order, n)] for _ in count())
+
+
+def _world_captions(world: World, n: int, seed: int, first: int, rank: int, mentions: float) -> Iterator[list[str]]:
+    for number in count(first):
+        place = (world.seed, 42, seed, number, *([rank] if rank else []))
+        yield mention_details(draw_scenes(n, place), (*place, 1), mentions)
+
+
+def mention_details(scenes: np.ndarray, seed: Sequence[int], mentions: float) -> list[str]:
+    """A caption a scene that mentions each detail with p ~ U(0, mentions), drawn for each scene."""
+    random = np.random.default_rng(seed)
+    return captions(scenes, mentions * random.random((len(scenes), 1)), random)
