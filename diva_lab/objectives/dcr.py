@@ -116,7 +116,7 @@ def dcr(step: Step, baseline: Callable[[Step, Tensor, Tensor], Tensor] | None = 
     b^2 + b evaluations of the denoiser. L_i depends on the noisy latent of image i alone, so `settings.rows` of them
     are processed at a time, forward and backward as far as the conditions. Two approximations are off by default:
     `settings.negatives` random other images in place of all, and no gradient through the negatives
-    (`settings.negative_gradient`).
+    (`settings.negative_gradient`). The parts may be weighted (`truth_weight`, `view_weight`, `push_weight`): ours.
 
     Args:
         baseline: (step, x_t, t) -> [b, d], subtracted from the truth and from every prediction for x_t.
@@ -138,13 +138,17 @@ def dcr(step: Step, baseline: Callable[[Step, Tensor, Tensor], Tensor] | None = 
     if common is not None:
         truth = truth - common
 
-    def loss(rows: slice, own: Tensor, negatives: Tensor, form: Callable = dcr_loss) -> Tensor:
+    def loss(rows: slice, own: Tensor, negatives: Tensor, form: Callable) -> Tensor:
         predicted = _predict_all(step.denoiser, x_t[rows], t[rows], own, negatives)  # [r, 2 + k, d]
         if common is not None:
             predicted = predicted - common[rows, None]
         anchor_and_negatives = torch.cat([predicted[:, :1], predicted[:, 2:]], dim=1)  # [r, 1 + k, d]
         return form(anchor_and_negatives, predicted[:, 1], truth[rows], settings.tau, settings.denominator)
 
+    weights = torch.tensor([settings.truth_weight, settings.view_weight, settings.push_weight], device=x0.device)
     if settings.parts:
-        return dict(zip(DCR_PARTS, loss(slice(None), own, negatives, dcr_parts).unbind(1), strict=True))
-    return {"dcr": by_rows(loss, settings.rows, own, negatives)}
+        parts = weights * loss(slice(None), own, negatives, dcr_parts)  # [b, 3]
+        return dict(zip(DCR_PARTS, parts.unbind(1), strict=True))
+    published = bool((weights == 1).all())
+    form = dcr_loss if published else lambda *given: (weights * dcr_parts(*given)).sum(1)
+    return {"dcr": by_rows(lambda *given: loss(*given, form), settings.rows, own, negatives)}

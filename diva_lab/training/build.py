@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import reduce
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -94,12 +95,17 @@ def make_step(
     """What an objective is given: images [b, 3, h, w] in [0, 1] and the models, all draws from `random`.
 
     `shift` [b, d], zeros, is added to the global embedding of every view of an image: the gradient with respect to it
-    is that with respect to the embeddings, without a backward pass through the encoder.
+    is that with respect to the embeddings, without a backward pass through the encoder. With `settings.centre` the mean
+    over the batch, of all processes, is taken out of the gradient in the embedding: no step moves all images alike.
     """
 
     def encode(views: Tensor) -> Features:
         features = encoder.features(views)
-        return features if shift is None else replace(features, embedding=features.embedding + shift)
+        if shift is not None:
+            features = replace(features, embedding=features.embedding + shift)
+        if settings.centre and features.embedding.requires_grad:
+            features.embedding.register_hook(lambda gradient: gradient - reduce(gradient.mean(0), "mean"))
+        return features
 
     return Step(
         images=images,

@@ -52,6 +52,7 @@ class Settings:
     lambda_rec: float = 1.0  # weight of the reconstruction term
     tau: float = 0.1  # temperature of both contrasts
     flips: bool = True  # horizontal and vertical flips in the augmentation
+    centre: bool = False  # the batch's mean is taken out of the gradient in the embedding, over all processes
     combine: str = "sum"  # how the terms' gradients become one: `sum`, or surgery by a key of COMBINE
 
     # DCR
@@ -60,6 +61,9 @@ class Settings:
     negatives: int = 0  # other images that each is contrasted with, drawn anew each step; 0 for all (published)
     negative_gradient: bool = True  # whether the gradient flows through the negatives too (published)
     parts: bool = False  # pull to the truth, pull to the view and push as terms of their own
+    truth_weight: float = 1.0  # of the pull to the truth; all three weights are 1 as published
+    view_weight: float = 1.0  # of the pull to the augmented view
+    push_weight: float = 1.0  # of the push from the negatives
 
     # stage 1 anchored in captions
     anchor: str = "none"  # `captions` of the images, `text` without images, or `shuffled` captions (a placebo)
