@@ -93,8 +93,8 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--benchmarks",
         required=True,
-        help="some of mmvp-vlm, zero-shot, clustering, probe, knn, retrieval, world, emoji, by commas; "
-        "NAME:SET for one set",
+        help="some of mmvp-vlm, world-readability, readability, zero-shot, clustering, probe, knn, retrieval, world, "
+        "emoji, by commas; NAME:SET for one set",
     )
     parser.add_argument("--root", type=Path, default=Path(), help="folder of the data (default: here)")
     parser.add_argument("--out", type=Path, default=Path("results.csv"), help="csv to write (default: results.csv)")
@@ -104,6 +104,10 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict-official", action="store_true", help="MMVP-VLM as circulating scripts count it")
     parser.add_argument("--max-images", type=int, default=0, help="of a set's split at most so many, drawn by the seed")
     parser.add_argument("--workers", type=int, help="processes that decode images")
+    parser.add_argument(
+        "--projector", default="shipped", help="readability: shipped, anchored, a run of stage 1, or .safetensors"
+    )
+    parser.add_argument("--denoiser", default="tiny", help="readability: a denoiser, unless the projector is a run")
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -112,7 +116,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
     table = evaluate(
         args.encoder, args.benchmarks.split(","), args.root, args.out, args.seed, args.features, args.precision,
-        args.strict_official, args.max_images, workers=args.workers,
+        args.strict_official, args.max_images, workers=args.workers, projector=args.projector, denoiser=args.denoiser,
     )  # fmt: skip
     shown = table[(table["category"] == "all") | table["category"].str.startswith("against ")]
     print(shown[COLUMNS].to_string(index=False))

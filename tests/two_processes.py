@@ -7,7 +7,7 @@ from itertools import chain, islice
 
 import torch
 
-from diva_lab.training import loop
+from diva_lab.training import batches
 from diva_lab.training.settings import Settings
 from diva_lab.training.stages import tune
 
@@ -21,7 +21,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if "die" in sys.argv:
         settings = replace(SETTINGS, steps=50)
-        opened = loop.open_images
+        opened = batches.open_images
 
         def dying(*args):
             source = opened(*args)
@@ -29,7 +29,7 @@ if __name__ == "__main__":
             return source
 
         if os.environ["RANK"] == "1":
-            loop.open_images = dying
+            batches.open_images = dying
     else:
         settings = replace(SETTINGS, images=sys.argv[2])
     run = tune(settings, sys.argv[1], evaluate=lambda encoder: {"rank": int(os.environ["RANK"])})

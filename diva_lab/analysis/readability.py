@@ -13,7 +13,7 @@ own class's text, less the mean over all classes: what the feedback does to tell
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -34,8 +34,6 @@ from diva_lab.statistics import bootstrap_mean
 from diva_lab.training.build import make_step
 from diva_lab.training.settings import Settings
 from diva_lab.world import CLASSES, DETAILS, PATTERNS, World, caption, draw_pairs
-
-MEASURES = ("known", "readable", "said", "seen", "class")
 
 
 @dataclass(frozen=True)
@@ -60,24 +58,24 @@ class MinimalPairs:
         return len(self.patterns)
 
     def split(self, pairs: int) -> Iterator["MinimalPairs"]:
-        """Parts of at most `pairs` pairs."""
-        for k in range(0, len(self), pairs):
-            part = slice(k, k + pairs)
-            classes = None if self.classes is None else self.classes[part]
-            yield replace(
-                self,
-                patterns=self.patterns[part],
-                images=self.images[part],
-                statements=self.statements[part],
-                classes=classes,
-            )
+        """Parts of at most `pairs` pairs, none of a single one: it could not be contrasted."""
+        starts = [k for k in range(0, len(self), pairs) if k == 0 or len(self) - k > 1]
+        for start, end in zip(starts, [*starts[1:], len(self)], strict=True):
+            part = slice(start, end)
+            members = {name: getattr(self, name)[part] for name in ("patterns", "images", "statements")}
+            yield replace(self, **members, classes=None if self.classes is None else self.classes[part])
+
+
+def world_pair_scenes(each: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The scenes [n, 2] of `each` minimal pairs of every detail, and the details [n]."""
+    scenes = [draw_pairs(detail, each, (seed, k)) for k, detail in enumerate(DETAILS)]
+    return np.concatenate(scenes), np.repeat(list(DETAILS), each)
 
 
 def world_pairs_in_memory(each: int, seed: int, world: World | None = None) -> MinimalPairs:
     """`each` minimal pairs of every detail of the world, under MMVP's names of the nine patterns."""
     world = world or World()
-    scenes = np.concatenate([draw_pairs(detail, each, (seed, k)) for k, detail in enumerate(DETAILS)])  # [n, 2]
-    details = np.repeat(list(DETAILS), each)
+    scenes, details = world_pair_scenes(each, seed)
     images = torch.from_numpy(world.render(scenes.reshape(-1))).permute(0, 3, 1, 2).unflatten(0, (-1, 2))
     statements = [tuple(caption(scene, (name,)) for scene in pair) for pair, name in zip(scenes, details, strict=True)]
     classes = torch.from_numpy(scenes["class"].astype(int))
@@ -94,22 +92,17 @@ def decide(scores: Float[Tensor, "n 2"]) -> Float[np.ndarray, " n"]:
     return right.mean(1).cpu().numpy()
 
 
-def across(direction: Float[Tensor, "m d"], f: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+def across(direction: Float[Tensor, "n 2 d"], f: Float[Tensor, "n 2 d"]) -> Float[Tensor, "n 2 d"]:
     """`direction` without its part along f."""
     u = F.normalize(f, dim=-1)
     return direction - (direction * u).sum(-1, keepdim=True) * u
 
 
 def towards(
-    gradient: Float[Tensor, "m d"], direction: Float[Tensor, "m d"], f: Float[Tensor, "m d"]
-) -> Float[Tensor, " m"]:
+    gradient: Float[Tensor, "n 2 d"], direction: Float[Tensor, "n 2 d"], f: Float[Tensor, "n 2 d"]
+) -> Float[Tensor, "n 2"]:
     """<-g, direction> without the part along f: above zero where a step down the gradient goes that way."""
     return -(gradient * across(direction, f)).sum(-1)
-
-
-def swap(x: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-    """The same of each image's partner: rows 2k and 2k + 1 are a pair."""
-    return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 # --- gradients and losses ---------------------------------------------------------------------------------------
@@ -138,99 +131,111 @@ def statement_margins(
 # --- the report -------------------------------------------------------------------------------------------------
 
 
-def readability(
-    pairs: MinimalPairs,
-    encoder: Encoder,
-    conditioner: Conditioner,
-    denoiser: Denoiser,
-    settings: Settings | None = None,
-    objectives: Sequence[str] = ("diva",),
-    bins: int = 0,
-    batch: int = 32,
-) -> pd.DataFrame:
-    """All decisions on `pairs`, by pattern.
+@dataclass(frozen=True)
+class Instrument:
+    """What is measured with, and how.
+
+    Attributes:
+        encoder, conditioner, denoiser: as training builds them; nothing of them is changed.
+        settings: `draws` of (t, eps) an image in each bin; `parts` of DCR, flips and whatever else an objective reads.
+        objectives: keys of `OBJECTIVES` whose gradients are read; of more than one term each term is.
+        bins: equal parts of the timesteps, each measured alone.
+        used: those whose gradients, and whose margins, are added up for the bin `all`.
+    """
+
+    encoder: Encoder
+    conditioner: Conditioner
+    denoiser: Denoiser
+    settings: Settings = field(default_factory=lambda: Settings(objective="diva", draws=3))
+    objectives: Sequence[str] = ("diva",)
+    bins: int = 5
+    used: Sequence[int] = (2, 3, 4)
+
+    def measure(self, pairs: MinimalPairs, number: int) -> dict[tuple[str, str], np.ndarray]:
+        """(measure, bin) -> its value for each of the pairs [n]; `number` of the batch, for the draws."""
+        images = pairs.images.to(self.encoder.mean.device).float() / 255  # [n, 2, 3, h, w]
+        texts = [[both[side] for both in pairs.statements] for side in (0, 1)]
+        own = torch.stack([self.encoder.encode_text(part) for part in texts], dim=1).to(images.device)  # [n, 2, d]
+        difference = own - own.flip(1)
+        with torch.no_grad():
+            f = torch.stack([self.encoder.features(part).embedding.float() for part in images.unbind(1)], dim=1)
+        out = self._static(images, f, difference, number)
+        by_bin = {str(k): self._one_bin(images, texts, k, number) for k in range(self.bins)}
+        by_bin["all"] = {name: sum(by_bin[str(k)][name] for k in self.used) for name in by_bin["0"]}
+        towards_class = self._class_directions(pairs, images.device)
+        for name, measured in by_bin.items():
+            out["known", name] = decide(measured.pop("known"))
+            for term, gradient in measured.items():
+                out[f"readable: {term}", name] = decide(towards(gradient, difference, f))
+                out[f"norm: {term}", name] = gradient.norm(dim=2).mean(1).cpu().numpy()
+                if towards_class is not None:
+                    out[f"class: {term}", name] = decide(towards(gradient, towards_class, f))
+        return out
+
+    def _static(self, images: Tensor, f: Tensor, difference: Tensor, number: int) -> dict[tuple[str, str], np.ndarray]:
+        """The measures without a timestep."""
+        unit, n = F.normalize(f, dim=2), len(images)
+        views = augment(images.flatten(0, 1), generator("readability", "view", number), flips=False)
+        with torch.no_grad():
+            view = self.encoder.encode_image(views).unflatten(0, (n, 2))
+        return {
+            ("said", "all"): decide((unit * difference).sum(2)),
+            ("seen", "all"): decide((view * (unit - unit.flip(1))).sum(2)),
+            ("distance", "all"): difference.norm(dim=2).mean(1).cpu().numpy(),
+        }
+
+    def _one_bin(self, images: Tensor, texts: list[list[str]], k: int, number: int) -> dict[str, Tensor]:
+        """`known`: the margins [n, 2], and of every term the gradients [n, 2, d]; equal draws for both images."""
+        settings = replace(self.settings, timesteps=",".join(str(int(k == j)) for j in range(self.bins)))
+        contexts = [self.denoiser.encode_text(part) for part in texts]
+        sides = []
+        for side, part in enumerate(images.unbind(1)):  # apart: the images of a contrast are of different pairs
+
+            def start(part: Tensor = part) -> tuple[Step, Tensor]:
+                shift = torch.zeros(len(part), self.encoder.dim, device=part.device, requires_grad=True)
+                random = generator("readability", k, number)
+                models = (self.encoder, self.conditioner, self.denoiser)
+                return make_step(part, *models, random, settings, shift), shift
+
+            found = {"known": statement_margins(self.denoiser, start()[0], contexts[side], contexts[1 - side])}
+            for objective in self.objectives:
+                for term, gradient in embedding_gradients(OBJECTIVES[objective], *start()).items():
+                    found[objective if term in (objective, "rec") else f"{objective} {term}"] = gradient
+            sides.append(found)
+        return {name: torch.stack([found[name] for found in sides], dim=1) for name in sides[0]}
+
+    def _class_directions(self, pairs: MinimalPairs, device: torch.device) -> Float[Tensor, "n 2 d"] | None:
+        """The own class's text less the mean of all classes; None where the classes are not known."""
+        if pairs.classes is None:
+            return None
+        texts = self.encoder.encode_text(list(pairs.class_texts)).to(device)
+        return (texts - texts.mean(0))[pairs.classes.to(device)]
+
+
+def readability(pairs: MinimalPairs, instrument: Instrument, batch: int = 8) -> pd.DataFrame:
+    """All decisions on `pairs`, by pattern and timestep bin.
 
     Args:
         pairs: of the world, EmojiPairs, or an MMVP-VLM folder.
-        encoder, conditioner, denoiser: as training builds them; nothing of them is changed.
-        settings: how t is drawn, `draws` of (t, eps) an image, `parts` of DCR, flips; default: 8 draws, high noise.
-        objectives: keys of `OBJECTIVES` whose gradients are read; of more than one term each term is.
-        bins: equal parts of the timesteps, measured one by one beside `settings.timesteps`; 0 for none.
-        batch: pairs at a time; it is also what a contrast is taken over.
+        batch: pairs at a time; a contrast is taken over as many images of different pairs.
 
     Returns:
         One row a measure, bin and pattern, and `mean`, the mean of the patterns: columns measure (`known`, `said`,
         `seen`, `readable: TERM`, `class: TERM`), bin (`all`, or 0 for the lowest noise), pattern, value, low, high
-        (95 %, bootstrap over pairs), n (pairs). Beside them `norm: TERM`, the median length of the gradient, and
+        (95 %, bootstrap over pairs), n (pairs). Beside them `norm: TERM`, the mean length of the gradient, and
         `distance`, |t_right - t_wrong|: a text tower that hardly parts two statements cannot be helped.
     """
-    settings = settings or Settings(objective="diva", draws=8, timesteps="high-noise")
-    kinds = {"all": settings.timesteps}
-    kinds |= {str(k): ",".join(str(int(k == j)) for j in range(bins)) for k in range(bins)}
-    values: dict[tuple[str, str], list[np.ndarray]] = {}
-    for number, part in enumerate(pairs.split(batch)):
-        for name, kind in kinds.items():
-            changed = replace(settings, timesteps=kind)
-            measured = _measure(part, encoder, conditioner, denoiser, changed, objectives, number, name == "all")
-            for measure, each in measured.items():
-                values.setdefault((measure, name), []).append(each)
+    parts = [instrument.measure(part, number) for number, part in enumerate(pairs.split(batch))]
     rows = []
-    for (measure, name), parts in values.items():
-        rows += _rows(measure, name, pd.Series(np.concatenate(parts)), pd.Series(list(pairs.patterns)))
+    for measure, name in parts[0]:
+        values = np.concatenate([part[measure, name] for part in parts])
+        rows += pair_rows(measure, name, values, pairs.patterns)
     return pd.DataFrame(rows)
 
 
-def _measure(
-    pairs: MinimalPairs,
-    encoder: Encoder,
-    conditioner: Conditioner,
-    denoiser: Denoiser,
-    settings: Settings,
-    objectives: Sequence[str],
-    number: int,
-    whole: bool,
-) -> dict[str, np.ndarray]:
-    """Every measure of one part of the pairs, [n] each; those without a timestep only where `whole`."""
-    device = encoder.mean.device
-    images = pairs.images.flatten(0, 1).to(device).float() / 255  # [2n, 3, h, w]
-    texts = [text for both in pairs.statements for text in both]
-    own = encoder.encode_text(texts).to(device)  # [2n, d]
-    difference = own - swap(own)
-    with torch.no_grad():
-        f = encoder.features(images).embedding.float()
-    out: dict[str, np.ndarray] = {}
-
-    def start(key: str) -> tuple[Step, Tensor]:
-        shift = torch.zeros_like(f, requires_grad=True)
-        random = generator("readability", key, number)
-        return make_step(images, encoder, conditioner, denoiser, random, settings, shift), shift
-
-    if whole:
-        unit = F.normalize(f, dim=-1)
-        with torch.no_grad():
-            view = encoder.encode_image(augment(images, generator("readability", "view", number), flips=False))
-        out["said"] = decide((unit * difference).sum(1).view(-1, 2))
-        out["seen"] = decide((view * (unit - swap(unit))).sum(1).view(-1, 2))
-        out["distance"] = difference.norm(dim=1).view(-1, 2).mean(1).cpu().numpy()
-    step, _ = start("known")
-    contexts = denoiser.encode_text(texts)
-    wrong = contexts.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    out["known"] = decide(statement_margins(denoiser, step, contexts, wrong).view(-1, 2))
-    for objective in objectives:
-        for term, gradient in embedding_gradients(OBJECTIVES[objective], *start("known")).items():
-            label = objective if term in (objective, "rec") else f"{objective} {term}"
-            out[f"readable: {label}"] = decide(towards(gradient, difference, f).view(-1, 2))
-            out[f"norm: {label}"] = gradient.norm(dim=1).view(-1, 2).mean(1).cpu().numpy()
-            if pairs.classes is not None:
-                classes = encoder.encode_text(list(pairs.class_texts)).to(device)
-                centred = (classes - classes.mean(0))[pairs.classes.flatten().to(device)]
-                out[f"class: {label}"] = decide(towards(gradient, centred, f).view(-1, 2))
-    return out
-
-
-def _rows(measure: str, name: str, values: pd.Series, patterns: pd.Series) -> list[dict]:
+def pair_rows(measure: str, name: str, values: Float[np.ndarray, " n"], patterns: Sequence[str]) -> list[dict]:
     """A row a pattern and one for their mean, with intervals over pairs."""
-    groups = {pattern: group.to_numpy() for pattern, group in values.groupby(patterns.to_numpy(), sort=False)}
+    groups = {pattern: values[np.array(patterns) == pattern] for pattern in dict.fromkeys(patterns)}
     rows = []
     for pattern, members in [*((key, [group]) for key, group in groups.items()), ("mean", list(groups.values()))]:
         low, high = bootstrap_mean(members)

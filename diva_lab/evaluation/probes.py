@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from jaxtyping import Float
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -34,13 +34,16 @@ def linear_probes(
         train_labels, test_labels: detail -> its value for each image, as integers [n] and [m].
         strength: sklearn's C, the inverse of the L2 penalty.
     """
-    accuracies = {}
+    return {
+        detail: float(fit_probe(train, labels, strength).score(test.numpy(), test_labels[detail]))
+        for detail, labels in train_labels.items()
+    }
+
+
+def fit_probe(train: Float[Tensor, "n d"], labels: np.ndarray, strength: float = 0.1) -> Pipeline:
+    """The fitted regression of one detail."""
     with threadpool_limits(1 if train.numel() < SMALL else None):
-        for detail, labels in train_labels.items():
-            probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=300))
-            probe.fit(train.numpy(), labels)
-            accuracies[detail] = float(probe.score(test.numpy(), test_labels[detail]))
-    return accuracies
+        return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=300)).fit(train.numpy(), labels)
 
 
 @benchmark(heeds=("max_images",))

@@ -10,6 +10,7 @@ zero-shot, the six of clustering.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from diva_lab.evaluation.clustering import cluster_benchmark
 from diva_lab.evaluation.emoji import emoji_benchmark
 from diva_lab.evaluation.features import FEATURES, PRECISIONS, FeatureStore
+from diva_lab.evaluation.feedback import readability_benchmark, world_readability
 from diva_lab.evaluation.image_sets import CLASSIFICATION_SETS, CLUSTERED, canonical_name, has_captions, is_set
 from diva_lab.evaluation.knn import knn_benchmark
 from diva_lab.evaluation.pairs import compare_pairs, is_pairs, mmvp_vlm
@@ -43,6 +45,8 @@ BENCHMARKS: dict[str, Callable[[Task], Iterator[dict]]] = {
     "retrieval": retrieval_benchmark,
     "world": world_benchmark,
     "emoji": emoji_benchmark,
+    "readability": readability_benchmark,
+    "world-readability": world_readability,
 }
 # benchmark -> the sets of its average, and the metrics that are averaged
 AVERAGES = {"zero-shot": (tuple(CLASSIFICATION_SETS), ("score",)), "clustering": (CLUSTERED, ("nmi", "acc", "ari"))}
@@ -60,6 +64,8 @@ def evaluate(
     max_images: int = 0,
     cache: Path | None = CACHE / "features",
     workers: int | None = None,
+    projector: str = "shipped",
+    denoiser: str = "tiny",
 ) -> pd.DataFrame:
     """One row for each encoder, benchmark, set, metric and category: `COLUMNS` and `FACTS`.
 
@@ -78,6 +84,8 @@ def evaluate(
         precision, cache, workers: see `FeatureStore`. A row says what `auto` was; the tiny world's is always `no`.
         strict: MMVP-VLM as the circulating scripts count it.
         max_images: so many images of a set's split, drawn by the seed, where it has more; 0 for all.
+        projector, denoiser: of `readability`, as in `Settings`; its rows name the projector in `set`. A projector that
+            is a run of stage 1 brings its denoiser.
 
     Raises:
         ValueError: before anything is computed, where no data is there for a benchmark; else at the end, listing
@@ -86,22 +94,11 @@ def evaluate(
     for name, value, known in (("features", features, FEATURES), ("precision", precision, PRECISIONS)):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
-    files, work = ResultFiles(out), _work(Path(root), benchmarks)
-    session = _Session(files, work, {"kind": features, "seed": seed, "strict": strict, "max_images": max_images})
-    for name in map(str, encoders):
-        try:
-            encoder = open_encoder(name, default_device())
-        except (ValueError, OSError) as error:
-            session.failed(len(work), f"{name}: {error}")
-            continue
-        session.measure(name, FeatureStore(encoder, cache, precision, workers=workers))
-    table = pd.DataFrame(session.rows, columns=COLUMNS + FACTS)
-    if session.failures:
-        total = f"{session.failed_tasks} of {len(work) * len(encoders)} failed"
-        error = ValueError("\n- ".join([f"{total}:", *session.failures]))
-        error.table = table
-        raise error
-    return table
+    options = {"kind": features, "seed": seed, "strict": strict, "max_images": max_images}
+    session = _Session(
+        ResultFiles(out), _work(Path(root), benchmarks), options | {"projector": str(projector), "denoiser": denoiser}
+    )
+    return session.run(encoders, partial(FeatureStore, cache=cache, precision=precision, workers=workers))
 
 
 class _Session:
@@ -121,6 +118,23 @@ class _Session:
         self.first_scores: dict[Path, tuple[str, pd.DataFrame]] = {}  # folder -> first encoder, its pairs
         self.provenance = versions_and_git()
 
+    def run(self, encoders: Sequence[str | Path], open_store: Callable[[Encoder], FeatureStore]) -> pd.DataFrame:
+        """The table of all encoders; raises ValueError at the end where something failed."""
+        for name in map(str, encoders):
+            try:
+                encoder = open_encoder(name, default_device())
+            except (ValueError, OSError) as error:
+                self.failed(len(self.work), f"{name}: {error}")
+                continue
+            self.measure(name, open_store(encoder))
+        table = pd.DataFrame(self.rows, columns=COLUMNS + FACTS)
+        if self.failures:
+            total = f"{self.failed_tasks} of {len(self.work) * len(encoders)} failed"
+            error = ValueError("\n- ".join([f"{total}:", *self.failures]))
+            error.table = table
+            raise error
+        return table
+
     def failed(self, tasks: int, message: str) -> None:
         self.failures.append(message)
         self.failed_tasks += tasks
@@ -138,7 +152,8 @@ class _Session:
             facts = self._facts(store, reads_of(BENCHMARKS[benchmark]))
             for scores in task.scores:
                 measured += self._compare_with_first(name, folder, label, scores, facts)
-            place = {"encoder": name, "benchmark": benchmark, "set": _label(label, task.classes)}
+            through = f" through {task.projector}" if reads_of(BENCHMARKS[benchmark]).feedback else ""
+            place = {"encoder": name, "benchmark": benchmark, "set": _label(label, task.classes) + through}
             own += self._add([{**place, **row, **facts} for row in measured])
         self._add(average_rows(own))
         self._report_speed(name, store)

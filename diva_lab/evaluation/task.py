@@ -22,11 +22,13 @@ class Reads:
         data: `pairs` (MMVP-VLM's layout), `classes`, `captions`, or `nothing`: it brings its own images.
         heeds: of the options `strict` and `max_images` those that change its rows.
         fixed: what its rows say of `features` and `precision` whatever the options are.
+        feedback: whether it reads a projector and a denoiser.
     """
 
     data: str = "classes"
     heeds: tuple[str, ...] = ()
     fixed: dict[str, str] = field(default_factory=dict)
+    feedback: bool = False
 
 
 def benchmark(**reads: object) -> Callable:
@@ -56,6 +58,7 @@ class Task:
         seed: of k-means, bootstraps and of the images that `max_images` leaves.
         strict: MMVP-VLM as the circulating scripts count it.
         max_images: of a split; 0 for all.
+        projector, denoiser: through which feedback reaches the encoder, as in `Settings`.
         scores: of pairs; a benchmark leaves them here to have encoders compared.
         classes: how many classes each set has that was read.
     """
@@ -67,6 +70,8 @@ class Task:
     seed: int = 0
     strict: bool = False
     max_images: int = 0
+    projector: str = "shipped"
+    denoiser: str = "tiny"
     scores: list[pd.DataFrame] = field(default_factory=list)
     classes: list[int] = field(default_factory=list)
 

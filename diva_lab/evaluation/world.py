@@ -55,7 +55,7 @@ def _move_unless_there(folder: Path, target: Path) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def _scenes(world: World, key: int) -> tuple[np.ndarray, Tensor]:
+def world_scenes(world: World, key: int) -> tuple[np.ndarray, Tensor]:
     """`SCENES` scenes [n] and their images, uint8 [n, 3, px, px]."""
     scenes = draw_scenes(SCENES, (world.seed, key))
     return scenes, torch.from_numpy(world.render(scenes)).permute(0, 3, 1, 2)
@@ -82,8 +82,8 @@ def world_report(
     summary = summarise(pairs.assign(pattern=pairs["pattern"].map(detail_of)), seed=seed)
     names = [f"{name}{end}" for name in (*DETAILS, "mean") for end in ("", "/low", "/high")]
 
-    scenes, images = _scenes(world, WORLD_SPLITS[split][2])
-    train_scenes, train_images = _scenes(world, PROBE_TRAIN)
+    scenes, images = world_scenes(world, WORLD_SPLITS[split][2])
+    train_scenes, train_images = world_scenes(world, PROBE_TRAIN)
     embeddings, train = embed(encoder, images), embed(encoder, train_images)
     probes = linear_probes(train, {d: train_scenes[d] for d in DETAILS}, embeddings, {d: scenes[d] for d in DETAILS})
     labels = scenes["class"].astype(int)

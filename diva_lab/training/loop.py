@@ -78,7 +78,9 @@ class Trainer:
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.modules = self._trained_modules()
         self.parameters = {name: p for name, p in self.modules.named_parameters() if p.requires_grad}
-        self.kept = {f"conditioner.{name}": value for name, value in conditioner.named_buffers()}  # saved, not trained
+        self.kept = {  # saved with a projector that is trained
+            f"conditioner.{name}": value for name, value in conditioner.named_buffers() if self._trains("conditioner")
+        }
         optimizer = build_optimizer(settings, list(self.parameters.values()))
         self.optimizer = self.accelerator.prepare(optimizer)
         self.first, self.seconds = 0, 0.0  # steps and seconds of training that were done before
@@ -88,6 +90,9 @@ class Trainer:
         number = self.first * settings.accumulate
         self.batches = Batches(settings, self.px, position, number, self.rank, processes)
         self.skipped: list[dict] = []  # images that could not be read since the last checkpoint
+
+    def _trains(self, module: str) -> bool:
+        return any(name.startswith(f"{module}.") for name in self.parameters)
 
     def _trained_modules(self) -> nn.ModuleDict:
         """The modules whose parameters may be trained, on the device; the denoiser's network only where it is."""

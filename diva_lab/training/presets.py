@@ -40,18 +40,30 @@ GENHANCER = DCR | {  # stage 1 trains a light denoiser with the projector; decay
     "objective": "genhancer", "denoiser": "light", "steps": 10_000, "timesteps": "logit-normal",
 }  # fmt: skip
 ALIGN = {"steps": 100_000, "lr": 1e-4, "projector": "new", "save_every": 1000}
-RECIPES = {"diva": DIVA, "dcr": DCR, "genhancer": GENHANCER}
+# ours, not tuned at this size: stage 1 anchored in CC3M's captions, on images of its own; DCR's LoRA and rate
+ANCHOR = {"anchor": "captions", "seed": 10_000}
+DCR_ANCHORED = DCR | {"timesteps": "high-noise"}
+DIVA_ANCHORED = DCR_ANCHORED | {"objective": "diva", "draws": 2}
+RECIPES = {"diva": DIVA, "dcr": DCR, "genhancer": GENHANCER, "diva-anchored": DIVA_ANCHORED,
+           "dcr-anchored": DCR_ANCHORED}  # fmt: skip
 CC3M_SHARDS = "cc3m/cc3m-train-*.tar"
-IMAGES_PER_STEP = {"diva": 640, "dcr": 256, "genhancer": 256}  # a step
+IMAGES_PER_STEP = {"diva": 640} | dict.fromkeys(("dcr", "genhancer", "diva-anchored", "dcr-anchored"), 256)  # a step
 FREE_FIELDS = (  # a run that differs in these only is still of its preset
     "images", "seed", "projector", "accumulate", "rows", "keep_latents", "compile", "evaluate_every", "save_every",
 )  # fmt: skip
-PRESETS = tuple(f"{backbone}-{recipe}" for backbone in BACKBONES for recipe in RECIPES)
+PRESETS = {f"{backbone}-{recipe}": (backbone, recipe) for backbone in BACKBONES for recipe in RECIPES}
 
 
 def stages(name: str) -> tuple[int, ...]:
     """The stages of a preset: DIVA as published trains encoder and projector together, in stage 2 alone."""
-    return (2,) if name.endswith("-diva") else (1, 2)
+    return (2,) if _parts(name)[1] == "diva" else (1, 2)
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """Backbone and recipe of a preset."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 def preset(name: str, stage: int = 2, processes: int = 1) -> Settings:
@@ -65,9 +77,7 @@ def preset(name: str, stage: int = 2, processes: int = 1) -> Settings:
     Raises:
         ValueError: for an unknown name or a stage that the recipe does not have; lists the known ones.
     """
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
-    backbone, _, recipe = name.rpartition("-")
+    backbone, recipe = _parts(name)
     if stage not in stages(name):
         raise ValueError(f"preset {name!r} has no stage {stage}")
     px = PX.get(backbone, 224)
@@ -76,6 +86,8 @@ def preset(name: str, stage: int = 2, processes: int = 1) -> Settings:
         chosen = chosen | {"condition": DIVA_CONDITION[backbone]}
     else:
         chosen = chosen | {"vae_px": px} | (ALIGN if stage == 1 else {})
+    if stage == 1 and recipe.endswith("anchored"):
+        chosen = chosen | {"timesteps": "uniform"} | ANCHOR
     accumulate, rest = divmod(IMAGES_PER_STEP[recipe], chosen["batch"] * processes)
     if rest:
         raise ValueError(
@@ -138,7 +150,8 @@ def preset_parameters(name: str) -> dict:
     chosen = {stage: asdict(preset(name, stage)) for stage in stages(name)}
     found = {"preset": name} | {key: chosen[2][key] for key in ("images", "encoder", "denoiser")}
     for stage, settings in chosen.items():
-        apart = {"encoder", "denoiser", "images", "seed"} | ({"projector"} if stage == 2 and 1 in chosen else set())
+        apart = {"encoder", "denoiser", "images"} | ({"projector"} if stage == 2 and 1 in chosen else set())
+        apart |= {"seed"} if settings["seed"] == Settings.seed else set()  # a stage 1 may have one of its own
         found[f"stage{stage}"] = {key: value for key, value in settings.items() if key not in apart}
     return found
 
@@ -155,5 +168,6 @@ def describe_presets() -> str:
     for name in PRESETS:
         last = preset(name)
         steps = " + ".join(str(preset(name, stage).steps) for stage in stages(name))
-        lines.append(f"{name:28} {steps:14} steps, {last.optimizer}, lr {last.lr:g}, condition {last.condition}")
+        ours = "; ours, not tuned at this size" if PRESETS[name][1].endswith("anchored") else ""
+        lines.append(f"{name:32} {steps:14} steps, {last.optimizer}, lr {last.lr:g}, condition {last.condition}{ours}")
     return "\n".join(lines)

@@ -140,6 +140,11 @@ class Settings:
         elif name in LEAST and value < LEAST[name]:
             raise ValueError(f"setting {name}={value}: expected at least {LEAST[name]}")
 
+    @property
+    def anchored(self) -> bool:
+        """Whether stage 1 reads captions."""
+        return self.anchor != "none" and self.anchor_share > 0
+
     @classmethod
     def of(cls, run: Run) -> "Settings":
         """The settings that a run was made with."""
@@ -147,6 +152,9 @@ class Settings:
         return cls(**{name: value for name, value in run.settings.items() if name in known})
 
 
+CAPTIONED = (  # settings of an anchored stage 1 alone
+    "anchor", "captions", "mentions", "anchor_share", "anchor_weight", "anchor_noise", "anchor_shift",
+)  # fmt: skip
 SCHEDULES = {  # name -> part of lr as a function of the part of the steps that is done
     "constant": lambda done: 1.0,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,

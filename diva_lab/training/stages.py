@@ -7,7 +7,7 @@ Asked for again, a finished run is returned at once, and a stopped one goes on w
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from accelerate import PartialState
@@ -24,7 +24,7 @@ from diva_lab.training.build import build_conditioner, build_denoiser, build_enc
 from diva_lab.training.loop import Probe, Trainer, train
 from diva_lab.training.presets import preset, replace_settings, stages
 from diva_lab.training.runs import Run
-from diva_lab.training.settings import Settings
+from diva_lab.training.settings import CAPTIONED, Settings
 
 Evaluate = Callable[..., dict[str, float]]
 
@@ -52,7 +52,7 @@ def align(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None
     conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(True)
     denoiser.network.requires_grad_(denoiser.scratch)
     watch = evaluate and (lambda: evaluate(conditioner, encoder, denoiser))
-    if settings.anchor != "none" and conditioner.gap is None:
+    if settings.anchored and conditioner.gap is None:
         conditioner.gap = estimate_gap(settings, encoder)
     trainer = Trainer(run, settings, encoder, conditioner, denoiser, objective_of(settings))
     return train(trainer, watch)
@@ -76,6 +76,7 @@ def tune(
         FloatingPointError: where the loss stops being a number.
         RuntimeError: where the device's memory is too small; says what needs less.
     """
+    settings = _stage_two(settings)
     if settings.objective not in (*OBJECTIVES, "none"):
         raise ValueError(f"objective {settings.objective!r} trains nothing; see diva_lab.training.controls.perturb")
     run = open_run({**portable(settings), "stage": "tune"}, root, objective_of(settings))
@@ -129,7 +130,7 @@ def align_preset(
 
 def find_run(settings: Settings, root: str | Path = RUNS, stage: str = "tune") -> Run:
     """The run of `tune` (or of `align`, by `stage`) with these settings: finished, stopped, or not begun."""
-    kept = _stage_one(settings) if stage == "align" else settings
+    kept = _stage_one(settings) if stage == "align" else _stage_two(settings)
     return Run.at({**portable(kept), "stage": stage}, root)
 
 
@@ -162,7 +163,12 @@ def portable(settings: Settings) -> dict:
 
 def objective_of(settings: Settings) -> Callable | None:
     """The objective that a run with these settings minimises; None where it trains nothing."""
-    return anchored if settings.anchor != "none" else OBJECTIVES.get(settings.objective)
+    return anchored if settings.anchored else OBJECTIVES.get(settings.objective)
+
+
+def _stage_two(settings: Settings) -> Settings:
+    """Settings of stage 2 as its run keeps them: it reads no captions."""
+    return replace(settings, **{field.name: field.default for field in fields(Settings) if field.name in CAPTIONED})
 
 
 def _stage_one(settings: Settings) -> Settings:

@@ -52,12 +52,12 @@ def flows(models):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """`world_report` on few scenes and few pairs."""
-    cache, drawn = tmp_path_factory.mktemp("pairs"), functools.cache(world._scenes.__wrapped__)
+    cache, drawn = tmp_path_factory.mktemp("pairs"), functools.cache(world.world_scenes.__wrapped__)
 
     def few(encoder) -> dict[str, float]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(world, "SCENES", 200)
-            patch.setattr(world, "_scenes", drawn)
+            patch.setattr(world, "world_scenes", drawn)
             patch.setitem(world.WORLD_SPLITS, "choose", (4, 2000, 9))
             return world_report(encoder, World(px=8), "choose", cache=cache)
 

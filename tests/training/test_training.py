@@ -9,6 +9,7 @@ import pytest
 import torch
 from one_step import pictures
 from PIL import Image
+from run_checks import Watch, same_records, same_weights
 
 from diva_lab.gradients import COMBINE
 from diva_lab.images import Images, open_images
@@ -24,32 +25,6 @@ from diva_lab.training.controls import perturb
 from diva_lab.training.runs import Run
 from diva_lab.training.settings import Settings
 from diva_lab.training.stages import align, tune
-
-
-def same_weights(one: Run, two: Run) -> bool:
-    a, b = one.weights(), two.weights()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def same_records(one: Run, two: Run) -> None:
-    pd.testing.assert_frame_equal(one.metrics().drop(columns="seconds"), two.metrics().drop(columns="seconds"))
-    pd.testing.assert_frame_equal(one.evaluations(), two.evaluations())
-
-
-class Watch:
-    """An `evaluate` that sums the weights and draws random numbers; stops its run at call number `stop`."""
-
-    def __init__(self, stop: int | None = None):
-        self.calls, self.stop = 0, stop
-
-    def __call__(self, *modules) -> dict[str, float]:
-        self.calls += 1
-        if self.calls == self.stop:
-            raise KeyboardInterrupt
-        torch.rand(100)
-        if len(modules) > 1:
-            modules[2].empty  # noqa: B018, as an evaluation of the alignment does
-        return {"sum": sum(p.double().sum().item() for p in modules[0].parameters())}
 
 
 @pytest.fixture(scope="module")
