@@ -3,6 +3,8 @@
     python -m tools.feedback align [ALIGNMENT ...]    stage 1 of each alignment and seed -> data/results/projectors
     python -m tools.feedback rates [ROW ...]          each row's learning rate, at the full dose on the split `choose`
     python -m tools.feedback run [ROW ...]            each row's seeds, on the split `measure`
+    python -m tools.feedback tables                   data/results/feedback.csv, and what was tried and is missing
+    python -m tools.feedback --models FOLDER PART     the same on other models, as `tools.pretrain` writes them
 
 A row is an objective after an alignment, as `diva/anchored`; `diva` or `/anchored` names several. Every finished run is
 put on record under data/results/records; a run on record is not run again. Parts may run side by side on rows of their
@@ -13,24 +15,26 @@ zero-shot accuracy; if there is none, the one with the highest sum of both. A ra
 """
 
 import argparse
+import json
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from diva_lab.analysis.alignment import alignment_report
-from diva_lab.evaluation.world import world_report
+from diva_lab.evaluation.world import WORLD_MEASURES, world_report
+from diva_lab.models.encoders import Encoder
 from diva_lab.paths import DATA, RUNS
 from diva_lab.training.settings import Settings
 from diva_lab.training.stages import align, find_run, tune
+from diva_lab.world import World
 from tools.records import read_record, write_record
 from tools.study import cache_report
 
-PROJECTORS = DATA / "results" / "projectors"
 STAGE_1 = {
     "projector": "new", "batch": 32, "steps": 1500, "lr": 2e-3, "schedule": "cosine", "draws": 1,
     "timesteps": "0,1,1,1,1", "save_every": 250, "evaluate_every": 500,
@@ -41,21 +45,19 @@ ALIGNMENTS = {  # name -> what differs in stage 1
     "placebo": {"anchor": "shuffled"},
     "unpaired": {"anchor": "text"},
 }
-ALIGN_SEEDS = (10_000, 10_001, 10_002)  # none that stage 2 takes: equal seeds draw equal images
 DIVA = {"objective": "diva", "batch": 16, "steps": 1000, "timesteps": "high-noise"}
 DCR = {"objective": "dcr", "batch": 8, "steps": 2000, "timesteps": "high-noise"}
-ROWS = {  # objective's name -> settings of stage 2; 16,000 images each
+OBJECTIVES = {  # name -> settings of stage 2; 16,000 images each
     "diva": DIVA,
     "dcr": DCR,
     "dcr, bounded": DCR | {"centre": True, "flips": False, "push_weight": 0.1},
 }
 RATES = {"diva": (1e-4, 2e-4, 4e-4, 8e-4)} | dict.fromkeys(("dcr", "dcr, bounded"), (1e-5, 3e-5, 1e-4, 3e-4))
 WIDER = 2  # how often a grid may be widened
-SEEDS = (0, 1, 2, 3, 4)  # seed k starts from the projector of seed ALIGN_SEEDS[k % 3]
 RATE_SEED = 99  # of runs that choose a rate; no seed that is reported
 LOSS_ALLOWED = 0.05  # of zero-shot accuracy, in a run that may be chosen
 DIVERGED = 0.3  # zero-shot accuracy below which a run is stopped
-EVALUATIONS = 8  # of a run, after the one at its start
+Report = Callable[[Encoder], dict[str, float]]
 
 
 class Diverged(Exception):
@@ -72,132 +74,259 @@ class Row:
     def __str__(self) -> str:
         return f"{self.objective}/{self.alignment}"
 
-    def settings(self, lr: float, seed: int, evaluations: int = EVALUATIONS) -> Settings:
-        changes = ROWS[self.objective]
-        projector = projector_file(self.alignment, ALIGN_SEEDS[seed % len(ALIGN_SEEDS)])
-        every = changes["steps"] // evaluations
-        return Settings(**changes, projector=str(projector), lr=lr, seed=seed, evaluate_every=every, save_every=every)
 
-    def trial(self, lr: float) -> Settings:
-        return self.settings(lr, RATE_SEED, 4)
+@dataclass(frozen=True)
+class Plan:
+    """Where the study's runs and records lie, and how much of it is run; the defaults are those of the shipped results.
+
+    Attributes:
+        runs: folder of the runs.
+        results: folder of the records, the projectors and the tables.
+        models: a folder of `tools.pretrain`; None for the shipped models.
+        align_steps: of stage 1.
+        dose: part of each objective's steps.
+        evaluations: of a run, after the one at its start.
+        seeds: of stage 2; seed k starts from the projector of `align_seeds[k % len(align_seeds)]`.
+        align_seeds: of stage 1, none that stage 2 takes: equal seeds draw equal images.
+        rates: tried for each objective; None for `RATES`.
+        report: what is measured of an encoder, on a split of the models' world.
+    """
+
+    runs: Path = RUNS / "feedback"
+    results: Path = DATA / "results"
+    models: Path | None = None
+    align_steps: int = STAGE_1["steps"]
+    dose: float = 1.0
+    evaluations: int = 8
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    align_seeds: tuple[int, ...] = (10_000, 10_001, 10_002)
+    rates: tuple[float, ...] | None = None
+    report: Callable[..., dict[str, float]] = world_report
+
+    @classmethod
+    def of(cls, models: Path) -> "Plan":
+        """The study on the models in a folder."""
+        models = models.resolve()
+        return cls(RUNS / f"feedback-{models.name}", DATA / "results" / models.name, models)
+
+    @cached_property
+    def world(self) -> World:
+        """The world that the models were trained on."""
+        return World(json.loads((self.models / "clip" / "record.json").read_text())["world"] if self.models else 0)
+
+    def reports(self, split: str) -> Report:
+        return cache_report(partial(self.report, world=self.world, split=split))
+
+    def _models(self) -> dict:
+        if self.models is None:
+            return {}
+        folders = {"encoder": self.models / "clip", "denoiser": self.models / "diffusion"}
+        return {name: str(path) for name, path in folders.items()} | {"images": f"world:{self.world.seed}"}
+
+    def projector(self, alignment: str, seed: int) -> Path:
+        return self.results / "projectors" / f"{alignment}-{seed}.safetensors"
+
+    def stage_1(self, alignment: str, seed: int) -> Settings:
+        return Settings(**self._models() | STAGE_1 | {"steps": self.align_steps} | ALIGNMENTS[alignment], seed=seed)
+
+    def stage_2(self, row: Row, lr: float, seed: int, evaluations: int = 0) -> Settings:
+        changes = OBJECTIVES[row.objective]
+        steps = max(1, round(self.dose * changes["steps"]))
+        every = max(1, steps // (evaluations or self.evaluations))
+        projector = self.projector(row.alignment, self.align_seeds[seed % len(self.align_seeds)])
+        return Settings(
+            **self._models() | changes | {"steps": steps}, projector=str(projector), lr=lr, seed=seed,
+            evaluate_every=every, save_every=every,
+        )  # fmt: skip
+
+    def trial(self, row: Row, lr: float) -> Settings:
+        """The run that tries a learning rate."""
+        return self.stage_2(row, lr, RATE_SEED, min(4, self.evaluations))
+
+    def record(self, settings: Settings) -> dict | None:
+        return read_record(find_run(settings, self.runs), self.results / "records")
 
 
-def projector_file(alignment: str, seed: int) -> Path:
-    return PROJECTORS / f"{alignment}-{seed}.safetensors"
+# --- what is run ------------------------------------------------------------------------------------------------
 
 
-def align_all(alignments: Sequence[str], seeds: Sequence[int]) -> None:
+def align_all(plan: Plan, alignments: Sequence[str]) -> None:
     """Stage 1 of each alignment and seed; its projector and its record are kept."""
-    for seed in seeds:
+    for seed in plan.align_seeds:
         for name in alignments:
-            settings = Settings(**STAGE_1 | ALIGNMENTS[name], seed=seed)
-            if projector_file(name, seed).is_file():
+            path = plan.projector(name, seed)
+            if path.is_file():
                 continue
-            run = align(settings, RUNS / "feedback", alignment_report)
-            PROJECTORS.mkdir(parents=True, exist_ok=True)
-            shutil.copy(run.folder / "checkpoint" / "weights.safetensors", projector_file(name, seed))
-            write_record(run, row=f"align/{name}")
+            run = align(plan.stage_1(name, seed), plan.runs, partial(alignment_report, world=plan.world))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(run.folder / "checkpoint" / "weights.safetensors", path)
+            path.chmod(0o644)
+            write_record(run, plan.results / "records", row=f"align/{name}")
             print(f"{name}, seed {seed}: recovered {run.evaluations()['recovered'].iloc[-1]:.3f}", flush=True)
 
 
-def run_once(settings: Settings, report, **facts: object) -> dict:
+def run_once(plan: Plan, settings: Settings, report: Report, **facts: object) -> dict:
     """The record of a run, which is trained if it is on none; one that diverges is recorded as far as it came."""
-    run = find_run(settings, RUNS / "feedback")
-    if record := read_record(run):
+    if record := plan.record(settings):
         return record
 
-    def watch(encoder) -> dict[str, float]:
+    def watch(encoder: Encoder) -> dict[str, float]:
         values = report(encoder)
         if values["zeroshot"] < DIVERGED:
             raise Diverged
         return values
 
     try:
-        tune(settings, RUNS / "feedback", watch)
+        tune(settings, plan.runs, watch)
     except (Diverged, FloatingPointError):
         facts["diverged"] = True
-    write_record(run, **facts)
-    return read_record(run)
+    write_record(find_run(settings, plan.runs), plan.results / "records", **facts)
+    return plan.record(settings)
 
 
-def ended(record: dict, settings: Settings) -> pd.Series | None:
-    """The last evaluation of a run; None where it diverged."""
-    return None if record.get("diverged") else record["evaluations"].iloc[-1]
+def trial_rows(plan: Plan, row: Row, grid: Sequence[float], report: Report | None) -> pd.DataFrame | None:
+    """lr, pair score, zero-shot and whether it is within `LOSS_ALLOWED`, of each rate that did not diverge.
+
+    None without `report`, where a trial is not on record.
+    """
+    lines = []
+    for lr in grid:
+        settings = plan.trial(row, lr)
+        if report is None and plan.record(settings) is None:
+            return None
+        record = run_once(plan, settings, report, row=str(row), split="choose")
+        start, end = record["evaluations"].iloc[0], record["evaluations"].iloc[-1]
+        if not record.get("diverged"):
+            line = {"lr": lr, "pairs": end["pairs/mean"], "zeroshot": end["zeroshot"]}
+            lines.append(line | {"within": end["zeroshot"] >= start["zeroshot"] - LOSS_ALLOWED})
+    return pd.DataFrame(lines, columns=["lr", "pairs", "zeroshot", "within"])
 
 
-def choose_rate(row: Row, report=None) -> float | None:
-    """The row's learning rate by the rule above; without `report` nothing is trained, and None is an open choice."""
-    grid = sorted(RATES[row.objective])
+def choose_rate(plan: Plan, row: Row, report: Report | None = None) -> tuple[float | None, pd.DataFrame]:
+    """The row's learning rate and its trials; without `report` nothing is trained, and the rate may be None."""
+    grid = sorted(plan.rates or RATES[row.objective])
     for _ in range(WIDER + 1):
-        ends = {}
-        for lr in grid:
-            settings = row.trial(lr)
-            record = read_record(find_run(settings, RUNS / "feedback"))
-            if record is None and report is None:
-                return None
-            record = record or run_once(settings, report, row=str(row), split="choose")
-            start, end = record["evaluations"].iloc[0], ended(record, settings)
-            if end is not None:
-                ends[lr] = (end["zeroshot"] >= start["zeroshot"] - LOSS_ALLOWED, end["pairs/mean"], end["zeroshot"])
-            print(f"{row}, lr {lr:g}: {'diverged' if end is None else ends[lr]}", flush=True)
-        if not ends:
+        trials = trial_rows(plan, row, grid, report)
+        if trials is None:
+            return None, pd.DataFrame()
+        if trials.empty:
             grid = [grid[0] / 10, *grid]
             continue
-        within = {lr: pairs for lr, (fine, pairs, _) in ends.items() if fine}
-        chosen = max(within, key=within.get) if within else max(ends, key=lambda lr: sum(ends[lr][1:]))
+        within = trials[trials["within"]]
+        best = within["pairs"] if len(within) else trials["pairs"] + trials["zeroshot"]
+        chosen = float(trials.loc[best.idxmax(), "lr"])
         if chosen == grid[0]:
             grid = [grid[0] / 2, *grid]
         elif chosen == grid[-1]:
             grid = [*grid, 2 * grid[-1]]
         else:
             break
-    return chosen
+    return (None if trials.empty else chosen), trials
 
 
-def run_rows(rows: Sequence[Row], seeds: Sequence[int]) -> None:
+def run_rows(plan: Plan, rows: Sequence[Row]) -> None:
     """Every seed of every row, a seed of all rows before the next one."""
-    choose, measure = (cache_report(partial(world_report, split=split)) for split in ("choose", "measure"))
-    for seed in seeds:
+    choose, measure = plan.reports("choose"), plan.reports("measure")
+    for seed in plan.seeds:
         for row in rows:
-            settings = row.settings(choose_rate(row, choose), seed)
-            last = run_once(settings, measure, row=str(row), split="measure")["evaluations"].iloc[-1]
+            lr, _ = choose_rate(plan, row, choose)
+            if lr is None:
+                print(f"{row}: every rate diverged", flush=True)
+                continue
+            last = run_once(plan, plan.stage_2(row, lr, seed), measure, row=str(row), split="measure")
+            last = last["evaluations"].iloc[-1]
             scores = f"pairs {last['pairs/mean']:.3f}, probes {last['probe/mean']:.3f}"
             scores += f", zero-shot {last['zeroshot']:.3f}, NMI {last['nmi']:.3f}"
-            print(f"{row}, seed {seed}, lr {settings.lr:g}: {scores}", flush=True)
+            print(f"{row}, seed {seed}, lr {lr:g}: {scores}", flush=True)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------
+
+
+def write_tables(plan: Plan) -> None:
+    """feedback.csv: every evaluation of every run; feedback_rates.csv: every rate; feedback_missing.csv: the rest."""
+    curves, tried, missing = [], [], []
+    for row in all_rows():
+        place = {"objective": row.objective, "alignment": row.alignment}
+        lr, trials = choose_rate(plan, row)
+        tried.append(trials.assign(**place, chosen=trials["lr"] == lr) if len(trials) else trials)
+        for seed in plan.seeds:
+            settings = None if lr is None else plan.stage_2(row, lr, seed)
+            record = settings and plan.record(settings)
+            if record is None:
+                missing.append(place | {"seed": seed})
+                continue
+            table = record["evaluations"]
+            facts = place | {"seed": seed, "align_seed": plan.align_seeds[seed % len(plan.align_seeds)], "lr": lr}
+            facts |= {"run": record["run"], "git": record["environment"]["git"]}
+            facts |= {"torch": record["environment"]["versions"]["torch"]}
+            kept = [name for name in WORLD_MEASURES if name in table]
+            curves.append(table[["step", *kept]].assign(images=table["step"] * settings.batch, **facts))
+    tables = {"feedback": curves, "feedback_rates": tried, "feedback_missing": [pd.DataFrame(missing)]}
+    for name, parts in tables.items():
+        parts = [part for part in parts if len(part)]
+        if parts:
+            pd.concat(parts).to_csv(plan.results / f"{name}.csv", index=False, float_format="%.5g")
+        else:
+            (plan.results / f"{name}.csv").unlink(missing_ok=True)
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+SMALL_FOLDER = RUNS / "feedback-small"
+SMALL = Plan(
+    SMALL_FOLDER, SMALL_FOLDER / "results", align_steps=3, dose=0.002, evaluations=1, seeds=(0,), align_seeds=(10_000,),
+    rates=(1e-4,),
+)  # fmt: skip
+
+
+def all_rows() -> list[Row]:
+    return [Row(objective, alignment) for objective in OBJECTIVES for alignment in ALIGNMENTS]
 
 
 def read_rows(names: Sequence[str]) -> Iterator[Row]:
-    """The rows that names such as `diva/anchored`, `diva` and `/anchored` stand for; of none all.
+    """The rows that names such as `diva/anchored`, `diva` and `/anchored` stand for, in this order; of none all.
 
     Raises:
         ValueError: for an unknown name; lists the known ones.
     """
     for name in names or [""]:
         objective, _, alignment = name.partition("/")
-        if objective not in (*ROWS, "") or alignment not in (*ALIGNMENTS, ""):
-            raise ValueError(f"unknown row {name!r}; expected {', '.join(ROWS)} / {', '.join(ALIGNMENTS)}")
-        for o in [objective] if objective else ROWS:
-            yield from (Row(o, a) for a in ([alignment] if alignment else ALIGNMENTS))
+        if objective not in (*OBJECTIVES, "") or alignment not in (*ALIGNMENTS, ""):
+            raise ValueError(f"unknown row {name!r}; expected {', '.join(OBJECTIVES)} / {', '.join(ALIGNMENTS)}")
+        yield from (row for row in all_rows() if row.objective in (objective or row.objective, )
+                    and row.alignment == (alignment or row.alignment))  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.feedback", description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=("align", "rates", "run"))
+    parser.add_argument("part", choices=("align", "rates", "run", "tables", "all"))
     parser.add_argument("names", nargs="*", metavar="NAME", help="alignments, or rows as OBJECTIVE/ALIGNMENT")
-    parser.add_argument("--seeds", type=int, nargs="+", help="only these")
+    parser.add_argument("--models", type=Path, metavar="FOLDER", help="models of `tools.pretrain`")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these; for align of stage 1")
+    parser.add_argument("--small", action="store_true", help="a few steps of one row, in runs/feedback-small")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    if args.part == "align":
-        align_all(args.names or list(ALIGNMENTS), args.seeds or ALIGN_SEEDS)
-        return
-    rows = list(read_rows(args.names))
+    plan = SMALL if args.small else Plan.of(args.models) if args.models else Plan()
+    if args.seeds:
+        plan = replace(plan, **{"align_seeds" if args.part == "align" else "seeds": tuple(args.seeds)})
+    names = ["diva/anchored"] if args.small else args.names
+    try:
+        rows = [] if args.part == "align" else list(read_rows(names))
+    except ValueError as error:
+        parser.error(str(error))
+    if args.part in ("align", "all"):
+        align_all(plan, args.names or list(dict.fromkeys(row.alignment for row in rows)) or list(ALIGNMENTS))
     if args.part == "rates":
-        report = cache_report(partial(world_report, split="choose"))
+        report = plan.reports("choose")
         for row in rows:
-            print(f"{row}: lr {choose_rate(row, report):g}", flush=True)
-    else:
-        run_rows(rows, args.seeds or SEEDS)
+            lr, trials = choose_rate(plan, row, report)
+            print(f"{row}: lr {lr}\n{trials.to_string(index=False)}", flush=True)
+    if args.part in ("run", "all"):
+        run_rows(plan, rows)
+    if args.part in ("tables", "all"):
+        write_tables(plan)
 
 
 if __name__ == "__main__":

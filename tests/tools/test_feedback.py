@@ -1,0 +1,147 @@
+"""The study of alignments: what is run once, how a rate is chosen, and what its tables hold."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from tools import feedback
+from tools.feedback import ALIGNMENTS, OBJECTIVES, RATE_SEED, Plan, Row, all_rows, choose_rate, read_rows
+
+
+@pytest.fixture
+def plan(small_settings, tmp_path, monkeypatch):
+    """Two steps of small models, and a report that counts its calls."""
+    calls = []
+
+    def report(encoder, world, split):
+        calls.append(split)
+        return {"pairs/mean": 0.2, "probe/mean": 0.5, "zeroshot": 0.9, "nmi": 0.8}
+
+    models = {"encoder": small_settings.encoder, "denoiser": small_settings.denoiser, "precision": "no", "batch": 2}
+    monkeypatch.setattr(feedback, "STAGE_1", feedback.STAGE_1 | models)
+    monkeypatch.setattr(feedback, "alignment_report", lambda *modules, world: {"recovered": 0.1})
+    monkeypatch.setattr(feedback, "OBJECTIVES", {"diva": OBJECTIVES["diva"] | models | {"steps": 2, "lora_rank": 2}})
+    monkeypatch.setattr("diva_lab.training.batches.GAP_IMAGES", 64)
+    monkeypatch.setattr(feedback, "WIDER", 0)  # all rates end alike
+    made = Plan(
+        tmp_path / "runs", tmp_path / "results", align_steps=2, evaluations=2, seeds=(0, 1), align_seeds=(10_000,),
+        rates=(1e-4, 2e-4, 4e-4), report=report,
+    )  # fmt: skip
+    object.__setattr__(made, "calls", calls)
+    return made
+
+
+ROW = Row("diva", "anchored")
+
+
+def test_no_image_of_stage_1_is_shown_in_stage_2():
+    made = Plan()
+    assert not set(made.align_seeds) & {*made.seeds, RATE_SEED} and min(made.align_seeds) >= 10_000
+    assert {made.stage_2(row, 1e-4, seed).seed for row in all_rows() for seed in made.seeds} == set(made.seeds)
+
+
+def test_every_row_sees_as_many_images_and_is_evaluated_as_often():
+    made = Plan()
+    for row in all_rows():
+        settings = made.stage_2(row, 1e-4, 0)
+        assert settings.steps * settings.batch == 16_000 and settings.steps // settings.evaluate_every == 8
+
+
+def test_the_controls_differ_from_the_anchored_stage_1_in_the_anchor_alone():
+    made = Plan()
+    ours = made.stage_1("anchored", 10_000)
+    for name in ALIGNMENTS:
+        assert replace(made.stage_1(name, 10_000), anchor="captions") == ours
+
+
+def test_a_finished_run_is_on_record_and_is_not_run_again(plan, monkeypatch):
+    feedback.align_all(plan, ["anchored"])
+    feedback.run_rows(plan, [ROW])
+    assert plan.calls.count("measure") == 1 + 2 * 2  # the original once, each seed twice
+    records = sorted((plan.results / "records").glob("*.json"))
+    assert len(records) == 1 + 3 + 2  # stage 1, the rates, the seeds
+    before = [path.read_bytes() for path in records]
+    monkeypatch.setattr(feedback, "tune", None)
+    monkeypatch.setattr(feedback, "align", None)
+    again = replace(plan, runs=plan.runs / "gone")
+    feedback.align_all(again, ["anchored"])
+    feedback.run_rows(again, [ROW])
+    assert [path.read_bytes() for path in records] == before
+
+
+def test_tables_hold_every_evaluation_and_name_what_is_missing(plan):
+    feedback.align_all(plan, ["anchored"])
+    feedback.run_rows(replace(plan, seeds=(0,)), [ROW])
+    feedback.write_tables(plan)
+    table = pd.read_csv(plan.results / "feedback.csv")
+    assert table["step"].tolist() == [0, 1, 2] and table["images"].tolist() == [0, 2, 4]
+    assert set(table["objective"]) == {"diva"} and set(table["align_seed"]) == {10_000} and table["git"].notna().all()
+    rates = pd.read_csv(plan.results / "feedback_rates.csv")
+    assert rates["lr"].tolist() == [1e-4, 2e-4, 4e-4] and rates["chosen"].sum() == 1
+    missing = pd.read_csv(plan.results / "feedback_missing.csv")
+    assert len(missing) == 2 * len(ALIGNMENTS) - 1
+    assert missing[missing["alignment"] == "anchored"]["seed"].tolist() == [1]
+
+
+# --- the rule by which a rate is chosen -------------------------------------------------------------------------
+
+
+def record(start: float, pairs: float, zeroshot: float, diverged: bool = False) -> dict:
+    table = pd.DataFrame({"pairs/mean": [0.2, pairs], "zeroshot": [start, zeroshot]})
+    return {"evaluations": table, "diverged": diverged}
+
+
+@pytest.mark.parametrize(
+    "ends, chosen, tried",
+    [
+        # the highest pair score within five points of the start's zero-shot
+        ({1e-4: (0.25, 0.95), 2e-4: (0.30, 0.92), 4e-4: (0.40, 0.80)}, 2e-4, 3),
+        # none within: the highest sum
+        ({1e-4: (0.25, 0.80), 2e-4: (0.40, 0.79), 4e-4: (0.45, 0.70)}, 2e-4, 3),
+        # one at the end of the grid widens it, until another is better or twice
+        (
+            {1e-4: (0.25, 0.95), 2e-4: (0.30, 0.95), 4e-4: (0.40, 0.95), 8e-4: (0.50, 0.95), 16e-4: (0.45, 0.95)},
+            8e-4,
+            5,
+        ),
+        ({1e-4: (0.50, 0.95), 2e-4: (0.3, 0.95), 4e-4: (0.2, 0.95), 5e-5: (0.6, 0.95), 25e-6: (0.7, 0.95)}, 25e-6, 5),
+        # a diverged run is no candidate
+        ({1e-4: (0.25, 0.95), 2e-4: (0.30, 0.95), 4e-4: None, 8e-4: None}, 2e-4, 3),
+    ],
+)
+def test_the_rate_is_chosen_by_the_rule(monkeypatch, ends, chosen, tried):
+    asked = []
+
+    def once(plan, settings, report, **facts):
+        asked.append(settings.lr)
+        lr = min(ends, key=lambda known: abs(known - settings.lr))
+        assert lr == pytest.approx(settings.lr)
+        return record(0.97, 0.9, 0.99, True) if ends[lr] is None else record(0.97, *ends[lr])
+
+    monkeypatch.setattr(feedback, "run_once", once)
+    lr, trials = choose_rate(Plan(rates=(1e-4, 2e-4, 4e-4)), ROW, report=lambda encoder: {})
+    assert lr == pytest.approx(chosen) and len(set(asked)) == tried
+    assert len(trials) == sum(end is not None for end in list(ends.values())[:tried])
+
+
+def test_without_records_nothing_is_chosen_and_nothing_trained(tmp_path):
+    assert choose_rate(Plan(tmp_path, tmp_path), ROW)[0] is None and not list(tmp_path.iterdir())
+
+
+def test_a_run_that_diverges_is_recorded_as_far_as_it_came(plan):
+    feedback.align_all(plan, ["anchored"])
+    values = iter([0.9, 0.2])
+    report = lambda encoder: {"pairs/mean": 0.2, "zeroshot": next(values)}  # noqa: E731
+    made = feedback.run_once(plan, plan.stage_2(ROW, 1e-4, 0), report, row=str(ROW))
+    assert made["diverged"] and made["evaluations"]["zeroshot"].tolist() == [0.9]
+    assert feedback.run_once(plan, plan.stage_2(ROW, 1e-4, 0), None)["run"] == made["run"]
+
+
+def test_rows_are_named_by_objective_alignment_or_both():
+    assert list(read_rows(["diva/anchored"])) == [ROW]
+    assert {row.alignment for row in read_rows(["diva"])} == set(ALIGNMENTS)
+    assert {row.objective for row in read_rows(["/anchored"])} == set(OBJECTIVES)
+    assert list(read_rows([])) == all_rows()
+    with pytest.raises(ValueError, match="unknown row 'dvia/anchored'; expected diva"):
+        list(read_rows(["dvia/anchored"]))
