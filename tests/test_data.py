@@ -15,6 +15,8 @@ from diva_lab.models.encoders import load_encoder
 from diva_lab.models.registry import load_denoiser
 from diva_lab.paths import DATA
 from diva_lab.provenance import sha256
+from diva_lab.training.build import build_conditioner
+from diva_lab.training.settings import Settings
 from diva_lab.world import ATTRIBUTES, DETAILS, PATTERNS, World, captions, draw_scenes, vocabulary, write_pairs
 from tools.pretrain import CONTEXT, save_tokenizer
 from tools.study import PLATEAU, ROWS
@@ -36,6 +38,15 @@ def test_a_shipped_projector_is_the_one_that_its_record_names_and_says_something
     assert sha256(DATA / "tiny" / "projectors" / f"{condition}.safetensors") == record["sha256"]
     assert record["settings"]["condition"] == condition
     assert record["rounds"][-1]["recovered"] > 0.15
+
+
+def test_the_anchored_projector_is_the_one_of_its_record_and_reads_captions():
+    path = DATA / "tiny" / "projectors" / "global-anchored.safetensors"
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert sha256(path) == record["sha256"] and record["settings"]["anchor"] == "captions"
+    assert record["evaluations"]["recovered"][-1] > 0.12
+    conditioner = build_conditioner(Settings(projector="anchored"), load_encoder("tiny"), load_denoiser("tiny"))
+    assert 0.1 < conditioner.gap.norm() < 2
 
 
 def test_the_projector_of_the_study_has_converged():

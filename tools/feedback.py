@@ -4,6 +4,8 @@
     python -m tools.feedback rates [ROW ...]          each row's learning rate, at the full dose on the split `choose`
     python -m tools.feedback run [ROW ...]            each row's seeds, on the split `measure`
     python -m tools.feedback tables                   data/results/feedback.csv, and what was tried and is missing
+    python -m tools.feedback readability              the instrument on every projector -> data/results/readability.csv
+    python -m tools.feedback ship                     the first anchored projector -> data/tiny/projectors
     python -m tools.feedback --models FOLDER PART     the same on other models, as `tools.pretrain` writes them
 
 A row is an objective after an alignment, as `diva/anchored`; `diva` or `/anchored` names several. Every finished run is
@@ -17,6 +19,7 @@ zero-shot accuracy; if there is none, the one with the highest sum of both. A ra
 import argparse
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -26,10 +29,14 @@ import pandas as pd
 import torch
 
 from diva_lab.analysis.alignment import alignment_report
-from diva_lab.evaluation.world import WORLD_MEASURES, world_report
-from diva_lab.models.encoders import Encoder
+from diva_lab.analysis.readability import Instrument, readability, world_pairs_in_memory
+from diva_lab.evaluation.world import WORLD_MEASURES, WORLD_SPLITS, world_report
+from diva_lab.models.encoders import Encoder, load_encoder
+from diva_lab.models.registry import load_denoiser
 from diva_lab.paths import DATA, RUNS
-from diva_lab.training.settings import Settings
+from diva_lab.provenance import environment, sha256
+from diva_lab.training.build import build_conditioner
+from diva_lab.training.settings import SHIPPED, Settings
 from diva_lab.training.stages import align, find_run, tune
 from diva_lab.world import World
 from tools.records import read_record, write_record
@@ -271,6 +278,44 @@ def write_tables(plan: Plan) -> None:
             (plan.results / f"{name}.csv").unlink(missing_ok=True)
 
 
+READABILITY_PAIRS = 16  # of a pattern
+
+
+def measure_readability(plan: Plan) -> None:
+    """readability.csv: the instrument on the shipped projector and on those of stage 1 that are not in it yet."""
+    path = plan.results / "readability.csv"
+    table = pd.read_csv(path) if path.is_file() else pd.DataFrame({"projector": []})
+    pairs = world_pairs_in_memory(READABILITY_PAIRS, WORLD_SPLITS["measure"][1] + plan.world.seed, plan.world)
+    projectors = {} if plan.models else {"shipped": "shipped"}
+    projectors |= {file.stem: str(file) for file in sorted((plan.results / "projectors").glob("*.safetensors"))}
+    encoder, denoiser = (load(plan._models().get(name, "tiny")) for name, load in
+                         (("encoder", load_encoder), ("denoiser", load_denoiser)))  # fmt: skip
+    for name, projector in projectors.items():
+        if name in set(table["projector"]):
+            continue
+        start = time.perf_counter()
+        settings = Settings(**plan._models(), projector=projector, objective="diva", draws=3)
+        conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(False)
+        measured = readability(pairs, Instrument(encoder, conditioner, denoiser, settings))
+        facts = {"projector": name, "seconds": time.perf_counter() - start, "git": environment()["git"]}
+        table = pd.concat([table, measured.assign(**facts)])
+        table.to_csv(path, index=False, float_format="%.5g")
+        whole = measured[(measured["pattern"] == "mean") & (measured["bin"] == "all")].set_index("measure")["value"]
+        print(f"{name}: {whole.round(3).to_dict()}", flush=True)
+
+
+def ship_projector(plan: Plan) -> Path:
+    """Copy the first anchored projector to where `projector="anchored"` looks for it, with its record."""
+    settings = plan.stage_1("anchored", plan.align_seeds[0])
+    run = find_run(settings, plan.runs, "align")
+    record = read_record(run, plan.results / "records")
+    path = SHIPPED / "global-anchored.safetensors"
+    shutil.copy(plan.projector("anchored", plan.align_seeds[0]), path)
+    record |= {"sha256": sha256(path), "evaluations": record["evaluations"].to_dict("list")}
+    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
 # --- the command ------------------------------------------------------------------------------------------------
 
 SMALL_FOLDER = RUNS / "feedback-small"
@@ -300,7 +345,7 @@ def read_rows(names: Sequence[str]) -> Iterator[Row]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.feedback", description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=("align", "rates", "run", "tables", "all"))
+    parser.add_argument("part", choices=("align", "rates", "run", "tables", "readability", "ship", "all"))
     parser.add_argument("names", nargs="*", metavar="NAME", help="alignments, or rows as OBJECTIVE/ALIGNMENT")
     parser.add_argument("--models", type=Path, metavar="FOLDER", help="models of `tools.pretrain`")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these; for align of stage 1")
@@ -327,6 +372,10 @@ def main(argv: list[str] | None = None) -> None:
         run_rows(plan, rows)
     if args.part in ("tables", "all"):
         write_tables(plan)
+    if args.part == "readability":
+        measure_readability(plan)
+    if args.part == "ship":
+        print(ship_projector(plan))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diva_lab.models.encoders import Features
 from diva_lab.world import DETAILS, World, caption, draw_scenes
 
 ALIGNMENT_TIMESTEPS = tuple(range(50, 1000, 100))  # the middles of ten equal parts of 0..1000
@@ -100,7 +101,8 @@ def recovered_fraction(
 def alignment_report(conditioner, encoder, denoiser, world: World | None = None, n: int = 256) -> dict[str, float]:
     """The recovered fraction on `n` held-out images of the world with full captions, for `align(evaluate=...)`.
 
-    Returns "recovered", its interval "recovered/low" and "recovered/high", and "recovered/<t>" for each timestep.
+    Returns "recovered", its interval "recovered/low" and "recovered/high", and "recovered/<t>" for each timestep; of a
+    projector that is anchored in captions also "recovered/text", under the captions' own embeddings.
     """
     world = world or World()
     device = denoiser.device
@@ -108,9 +110,14 @@ def alignment_report(conditioner, encoder, denoiser, world: World | None = None,
     images = torch.from_numpy(world.render(scenes)).permute(0, 3, 1, 2).to(device).float() / 255
     with torch.no_grad():
         context = conditioner(encoder.features(images), denoiser.empty)
-        texts = [caption(scene, tuple(DETAILS)) for scene in scenes]
-        table = recovered_fraction(denoiser, context, texts, denoiser.latents(images))
+        texts, latents = [caption(scene, tuple(DETAILS)) for scene in scenes], denoiser.latents(images)
+        table = recovered_fraction(denoiser, context, texts, latents)
     total = table.loc["total"]
     out = {"recovered": total["recovered"], "recovered/low": total["low"], "recovered/high": total["high"]}
     out |= {f"recovered/{t}": table.loc[t, "recovered"] for t in table.index if t != "total"}
+    if conditioner.gap is not None:
+        embedding = encoder.encode_text(texts) + conditioner.gap
+        with torch.no_grad():
+            context = conditioner(Features(embedding, embedding[:, None]), denoiser.empty)
+        out["recovered/text"] = recovered_fraction(denoiser, context, texts, latents).loc["total", "recovered"]
     return {name: float(value) for name, value in out.items()}

@@ -1,0 +1,102 @@
+"""Figures of readable feedback: where a detail is lost before training, and what each alignment gives over the dose."""
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from diva_lab.figures import style
+
+# a colour and a marker for each alignment, in every figure
+ALIGNMENTS = {
+    "anchored": ("#0072B2", "o"),
+    "unpaired": ("#7B4FA3", "D"),
+    "image-only": ("#33383F", "s"),
+    "placebo": ("#B08D57", "X"),
+}
+DECISIONS = {  # measure -> its name and colour
+    "known": ("known by the denoiser", "#009E73"),
+    "readable: diva": ("readable in the feedback", "#0072B2"),
+    "said": ("said by the text match", "#CC79A7"),
+    "seen": ("seen by the image tower", "#E69F00"),
+}
+
+
+@style.apply
+def readability(tables: Mapping[str, pd.DataFrame], source: str = "") -> Figure:
+    """Where is a detail lost: denoiser, projector, words or encoder? A panel a projector, a line a pattern.
+
+    Args:
+        tables: projector -> rows of `analysis.readability`; columns `measure`, `bin`, `pattern`, `value`, `low`,
+            `high`. Those of the bin `all` are drawn.
+    """
+    fig, axes = style.make_panels(len(tables), len(tables), 3.7, sharey=True)
+    for ax, (name, table) in zip(axes, tables.items(), strict=True):
+        style.require_columns(table, ("measure", "bin", "pattern", "value", "low", "high"))
+        table = table[table["bin"] == "all"]
+        patterns = list(dict.fromkeys(table["pattern"]))
+        ax.axvline(0.5, color=style.INK, linewidth=0.9, linestyle=(0, (1, 2)))
+        for k, (measure, (label, colour)) in enumerate(DECISIONS.items()):
+            rows = table[table["measure"] == measure].set_index("pattern")
+            for y, pattern in enumerate(patterns):
+                value, low, high = rows.loc[pattern, ["value", "low", "high"]]
+                style.draw_interval(ax, y + 0.18 * (k - 1.5), value, low, high, colour)
+            ax.plot([], [], "o-", color=colour, markersize=5.5, label=label)
+        ax.set_yticks(range(len(patterns)), ["mean" if name == "mean" else name for name in patterns])
+        ax.set(title=name, xlabel="right decisions, %", xlim=(0, 1.03))
+        ax.xaxis.set_major_formatter(style.PERCENT)
+        ax.grid(False, axis="y")
+    axes[0].invert_yaxis()
+    style.move_legend(fig, "outside upper center", 4)
+    return style.finish(fig, source)
+
+
+@style.apply
+def dose_curves(
+    curves: pd.DataFrame,
+    measures: Sequence[str] = ("pairs/mean", "probe/mean", "zeroshot", "nmi"),
+    source: str = "",
+) -> Figure:
+    """Each measure over the images that were trained on: a thin line a seed, a strong one the mean, by alignment.
+
+    `curves`: columns `alignment`, `seed`, `images` and the measures. Chance of the pair score is dotted.
+    """
+    style.require_columns(curves, ("alignment", "seed", "images", *measures))
+    names = [name for name in ALIGNMENTS if name in set(curves["alignment"])]
+    palette = {name: ALIGNMENTS[name][0] for name in names}
+    look = {"hue": "alignment", "hue_order": names, "palette": palette}
+    columns = 2 if len(measures) > 3 else len(measures)
+    fig, axes = style.make_panels(len(measures), columns, 0.4 + 2.3 * -(-len(measures) // columns), sharex=True)
+    for ax, measure in zip(axes, measures, strict=True):
+        if measure.startswith("pairs"):
+            ax.axhline(style.CHANCE, color=style.INK, linewidth=0.9, linestyle=(0, (1, 2)), label="chance")
+        path = {"x": "images", "y": measure, "estimator": None, "ax": ax}
+        sns.lineplot(curves, units="seed", linewidth=0.6, alpha=0.45, legend=False, **path, **look)
+        means = curves.groupby(["alignment", "images"])[measure].mean().reset_index()
+        sns.lineplot(means, style="alignment", markers={name: ALIGNMENTS[name][1] for name in names}, dashes=False,
+                     markersize=5, markeredgewidth=0.5, **path, **look)  # fmt: skip
+        ax.set(title=style.label_of(measure), ylabel="%", xlabel="images")
+        ax.yaxis.set_major_formatter(style.PERCENT)
+    style.move_legend(fig, "outside upper right", 5)
+    return style.finish(fig, source)
+
+
+@style.apply
+def gain_by_readability(runs: pd.DataFrame, source: str = "") -> Figure:
+    """Readability before training against the change of the pair score after it, one mark a pattern and projector.
+
+    `runs`: columns `alignment`, `readable` (a fraction) and `gain` (points).
+    """
+    style.require_columns(runs, ("alignment", "readable", "gain"))
+    names = [name for name in ALIGNMENTS if name in set(runs["alignment"])]
+    fig, (ax,) = style.make_panels(1, 1, 3.4)
+    ax.axvline(0.5, color=style.INK, linewidth=0.9, linestyle=(0, (1, 2)))
+    ax.axhline(0, color=style.GREY, linewidth=0.8)
+    sns.scatterplot(runs, x="readable", y="gain", hue="alignment", style="alignment", hue_order=names, style_order=names,
+                    palette={name: ALIGNMENTS[name][0] for name in names},
+                    markers={name: ALIGNMENTS[name][1] for name in names}, s=45, ax=ax)  # fmt: skip
+    ax.set(xlabel="readable before training, %", ylabel="change of the pair score, points")
+    ax.xaxis.set_major_formatter(style.PERCENT)
+    style.move_legend(fig, "outside upper right", 5)
+    return style.finish(fig, source)
