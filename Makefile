@@ -24,6 +24,7 @@ run: $(INSTALLED) ## run all notebooks; writes runs/ID/report.html and summary.c
 	    $${IMAGES:+--images "$$IMAGES"} $${SEEDS:+--seeds "$$SEEDS"} $${STEPS:+--steps "$$STEPS"}
 
 test: export HF_HUB_OFFLINE := 1
+test: export DIVA_LAB_FAST := 1
 test: $(INSTALLED) ## lint, run all tests, then all notebooks; lists skipped tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

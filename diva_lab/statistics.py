@@ -50,6 +50,20 @@ def paired_t(differences: Sequence[float] | np.ndarray, level: float = 0.95) -> 
     return float(values.mean()), float(low), float(high)
 
 
+def nested_t(
+    values: Sequence[float] | np.ndarray, groups: Sequence[object], level: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean of the group means and its Student-t interval over the groups: (mean, low, high).
+
+    For runs of stage 2 (`values`) that share a run of stage 1 (`groups`): seeds within a group are no new groups. With
+    one group there is no interval, and its ends are NaN.
+    """
+    means = pd.Series(np.asarray(values, dtype=float)).groupby(np.asarray(groups)).mean()
+    if len(means) < 2:
+        return float(means.mean()), np.nan, np.nan
+    return paired_t(means.to_numpy(), level)
+
+
 def regression(
     x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, level: float = 0.95, points: int = 50
 ) -> tuple[tuple[float, float, float], dict[str, np.ndarray]]:

@@ -30,7 +30,7 @@ import torch
 
 from diva_lab.analysis.alignment import alignment_report
 from diva_lab.analysis.readability import Instrument, readability, world_pairs_in_memory
-from diva_lab.evaluation.world import WORLD_MEASURES, WORLD_SPLITS, world_report
+from diva_lab.evaluation.world import WORLD_MEASURES, WORLD_SPLITS, cache_report, world_report
 from diva_lab.models.encoders import Encoder, load_encoder
 from diva_lab.models.registry import load_denoiser
 from diva_lab.paths import DATA, RUNS
@@ -40,7 +40,6 @@ from diva_lab.training.settings import SHIPPED, Settings
 from diva_lab.training.stages import align, find_run, tune
 from diva_lab.world import World
 from tools.records import read_record, write_record
-from tools.study import cache_report
 
 STAGE_1 = {
     "projector": "new", "batch": 32, "steps": 1500, "lr": 2e-3, "schedule": "cosine", "draws": 1,

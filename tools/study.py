@@ -27,11 +27,11 @@ import torch
 from diva_lab.analysis.alignment import alignment_report
 from diva_lab.analysis.conflict import probe_gradients
 from diva_lab.analysis.theory import theory_report
-from diva_lab.evaluation.world import world_report
+from diva_lab.evaluation.world import cache_report, world_report
 from diva_lab.gradients import COMBINE
 from diva_lab.models.conditions import Conditioner
 from diva_lab.models.denoiser import Denoiser
-from diva_lab.models.encoders import Encoder, embed, load_encoder
+from diva_lab.models.encoders import Encoder, load_encoder
 from diva_lab.paths import DATA, RUNS
 from diva_lab.provenance import sha256
 from diva_lab.training.build import build_conditioner, build_denoiser
@@ -204,20 +204,6 @@ SMALL = Study(
     RUNS / "study-small", RUNS / "study-small" / "results", 6, 3, (1e-5, 1e-4), 2, SMALL_ROWS,
     partial(probe_gradients, batches=2, bins=2), 2, partial(theory_report, timesteps=(400,), n=48, halvings=4), 1,
 )  # fmt: skip
-
-
-def cache_report(report: Callable[[Encoder], dict[str, float]]) -> Callable[[Encoder], dict[str, float]]:
-    """Cache `report` by the embeddings of 64 fixed images: all runs start from the same encoder."""
-    reports: dict[bytes, dict[str, float]] = {}
-    images = torch.from_numpy(World().render(draw_scenes(64, 0))).permute(0, 3, 1, 2)
-
-    def cached(encoder: Encoder) -> dict[str, float]:
-        key = embed(encoder, images).numpy().tobytes()
-        if key not in reports:
-            reports[key] = report(encoder)
-        return reports[key]
-
-    return cached
 
 
 def align_projectors(study: Study, condition: str, rounds: int = 6, steps: int = 500) -> Path:

@@ -3,7 +3,7 @@
 import functools
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +94,20 @@ def world_report(
         "zeroshot": zeroshot_accuracy(encoder, embeddings, torch.from_numpy(labels), CLASSES),
         **cluster_scores(embeddings, labels, seed),
     }
+
+
+def cache_report(report: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
+    """Cache `report` by the embeddings of 64 fixed images: runs that start from one encoder evaluate it once."""
+    reports: dict[bytes, dict[str, float]] = {}
+    images = torch.from_numpy(WORLD.render(draw_scenes(64, 0))).permute(0, 3, 1, 2)
+
+    def cached(encoder) -> dict[str, float]:
+        key = embed(encoder, images).numpy().tobytes()
+        if key not in reports:
+            reports[key] = report(encoder)
+        return reports[key]
+
+    return cached
 
 
 def report_rows(report: Mapping[str, float]) -> Iterator[dict]:

@@ -93,9 +93,9 @@ def gain_by_readability(runs: pd.DataFrame, source: str = "") -> Figure:
     fig, (ax,) = style.make_panels(1, 1, 3.4)
     ax.axvline(0.5, color=style.INK, linewidth=0.9, linestyle=(0, (1, 2)))
     ax.axhline(0, color=style.GREY, linewidth=0.8)
-    sns.scatterplot(runs, x="readable", y="gain", hue="alignment", style="alignment", hue_order=names, style_order=names,
-                    palette={name: ALIGNMENTS[name][0] for name in names},
-                    markers={name: ALIGNMENTS[name][1] for name in names}, s=45, ax=ax)  # fmt: skip
+    markers, palette = ({name: ALIGNMENTS[name][k] for name in names} for k in (1, 0))
+    sns.scatterplot(runs, x="readable", y="gain", hue="alignment", style="alignment", hue_order=names,
+                    style_order=names, palette=palette, markers=markers, s=45, ax=ax)  # fmt: skip
     ax.set(xlabel="readable before training, %", ylabel="change of the pair score, points")
     ax.xaxis.set_major_formatter(style.PERCENT)
     style.move_legend(fig, "outside upper right", 5)

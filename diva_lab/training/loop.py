@@ -245,6 +245,7 @@ class Watcher:
         if trainer.rank == 0:
             trainer.modules.eval()
             if self.evaluate is not None:
+                print(f"{trainer.run.id}: evaluating after {steps} steps ...", flush=True)
                 trainer.run.log("evaluations", step=steps, **self.evaluate())
             if self.probe is not None:
                 self._probe(steps)

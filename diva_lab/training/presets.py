@@ -46,6 +46,10 @@ DCR_ANCHORED = DCR | {"timesteps": "high-noise"}
 DIVA_ANCHORED = DCR_ANCHORED | {"objective": "diva", "draws": 2}
 RECIPES = {"diva": DIVA, "dcr": DCR, "genhancer": GENHANCER, "diva-anchored": DIVA_ANCHORED,
            "dcr-anchored": DCR_ANCHORED}  # fmt: skip
+# what the notebooks train on the tiny world, at a dose that shows; the rate is that of data/results/feedback_rates.csv
+TINY_DIVA = {
+    "objective": "diva", "projector": "anchored", "batch": 16, "timesteps": "high-noise", "steps": 500, "lr": 4e-4,
+}  # fmt: skip
 CC3M_SHARDS = "cc3m/cc3m-train-*.tar"
 IMAGES_PER_STEP = {"diva": 640} | dict.fromkeys(("dcr", "genhancer", "diva-anchored", "dcr-anchored"), 256)  # a step
 FREE_FIELDS = (  # a run that differs in these only is still of its preset

@@ -10,7 +10,7 @@ import pandas as pd
 
 from diva_lab.evaluation.pairs import compare_pairs
 from diva_lab.figures.style import CHANCE, label_of
-from diva_lab.statistics import conflict_rate, paired_t
+from diva_lab.statistics import conflict_rate, nested_t, paired_t
 
 # --- numbers with their interval --------------------------------------------------------------------------------
 
@@ -89,18 +89,52 @@ def state_slope(slope: tuple[float, float, float], runs: int, x: str, y: str) ->
     return f"{text} A rising line was expected: {verdict(*slope[1:])}."
 
 
+# --- alignments over the dose -----------------------------------------------------------------------------------
+
+
+def state_alignment(curves: pd.DataFrame, alignment: str, measures: Sequence[str]) -> str:
+    """What the last evaluation of an alignment's runs changed against the first, seeds of stage 2 within stage 1.
+
+    `curves`: columns `alignment`, `seed`, `align_seed`, `images` and the measures, as in data/results/feedback.csv.
+    """
+    rows = curves[curves["alignment"] == alignment].sort_values("images")
+    if rows.empty:
+        return f"{alignment}: not run."
+    first, last = (part.reset_index() for part in (rows.groupby("seed").first(), rows.groupby("seed").last()))
+    texts = []
+    for name in measures:
+        change = nested_t(last[name] - first[name], last["align_seed"])
+        texts.append(f"{label_of(name)} **{100 * last[name].mean():.1f}**, {points(*change)}")
+    of = f"{len(last)} seeds, {last['align_seed'].nunique()} of stage 1"
+    return f"{alignment} ({of}; {last['images'].max():,} images): {'; '.join(texts)}."
+
+
+def state_readability(table: pd.DataFrame, name: str) -> str:
+    """Known, readable, said and seen of a projector; `table` as `analysis.readability` returns it."""
+    whole = table[(table["pattern"] == "mean") & (table["bin"] == "all")].set_index("measure")
+    words = {"known": "the denoiser knows", "readable: diva": "its gradient says", "said": "CLIP's match says",
+             "seen": "CLIP's image tower sees"}  # fmt: skip
+    parts = [f"{text} **{percent(*whole.loc[key, ['value', 'low', 'high']], 0)}**" for key, text in words.items()]
+    return f"{name}: of the right statements {', '.join(parts)}. Chance is 50 %."
+
+
+def state_against_chance(name: str, report: Mapping[str, float]) -> str:
+    """Whether an encoder's pair score lies above chance; `report` as `world_report` returns it."""
+    score, low, high = (report[f"pairs/mean{end}"] for end in ("", "/low", "/high"))
+    place = "below" if high < CHANCE else "above" if low > CHANCE else "not different from"
+    text = f"{label_of(name)} gets **{percent(score, low, high)}** of the pairs right"
+    return f"{text}, {place} chance ({100 * CHANCE:.0f} %)."
+
+
 # --- the tiny world, its denoiser and its pairs -----------------------------------------------------------------
 
 
 def state_pair_scores(report: Mapping[str, float], ceiling: pd.DataFrame) -> str:
     """An encoder's `world_report` against chance and the supervised ceiling (data/results/ceiling.csv)."""
-    score, low, high = (report[f"pairs/mean{end}"] for end in ("", "/low", "/high"))
-    place = "below chance" if high < CHANCE else "above chance" if low > CHANCE else "not different from chance"
     return (
-        f"The encoder names the class of **{100 * report['zeroshot']:.1f} %** of the images. It gets "
-        f"**{percent(score, low, high)}** of the pairs right, {place} ({100 * CHANCE:.0f} %); the supervised "
-        f"ceiling is {100 * ceiling['after'].mean():.1f} %. A linear probe reads {100 * report['probe/mean']:.1f} % of "
-        "the details from the same embedding."
+        f"The encoder names the class of **{100 * report['zeroshot']:.1f} %** of the images. "
+        f"{state_against_chance('It', report)} The supervised ceiling is {100 * ceiling['after'].mean():.1f} %. A "
+        f"linear probe reads {100 * report['probe/mean']:.1f} % of the details from the same embedding."
     )
 
 
