@@ -119,9 +119,24 @@ AFFINE = pd.DataFrame(
     ]
 )
 AFFINE = AFFINE.assign(**{f"{name}/{end}": AFFINE[name] for name in ("r2", "slope") for end in ("low", "high")})
+READABLE = pd.DataFrame(
+    [(m, b, p, v, v - 0.1, v + 0.05, 8) for b, v in (("all", 0.7), ("0", 0.1))
+     for m in ("known", "readable: diva", "said", "seen") for p in ("Texts", "Quantity and Count", "mean")],
+    columns=["measure", "bin", "pattern", "value", "low", "high", "n"],
+)  # fmt: skip
+DOSE = pd.DataFrame(
+    [(a, s, 10_000 + s, i, 0.2 + g * i / 1000, 0.5, 0.9 - i / 10_000, 0.8)
+     for a, g in (("image-only", 0), ("anchored", 0.1)) for s in (0, 1) for i in (0, 500, 1000)],
+    columns=["alignment", "seed", "align_seed", "images", "pairs/mean", "probe/mean", "zeroshot", "nmi"],
+)  # fmt: skip
+GAINS = pd.DataFrame({"alignment": ["anchored", "anchored", "placebo"], "readable": [0.8, 0.9, 0.5]})
+GAINS = GAINS.assign(gain=[9.0, 20.0, -1.0])
 MAPS = {"global": np.broadcast_to(np.arange(8.0), (4, 4, 8)), "recap": RNG.normal(0, 1, (4, 4, 8))}
 
 DRAWN = {
+    "readability": lambda source="": figures.readability({"before": READABLE, "after": READABLE}, source),
+    "dose_curves": lambda source="": figures.dose_curves(DOSE, source=source),
+    "gain_by_readability": lambda source="": figures.gain_by_readability(GAINS, source),
     "image_grid": lambda source="": figures.image_grid(IMAGES[0], ["one", "two"], source=source),
     "minimal_pairs": lambda source="": figures.minimal_pairs(PAIRS, IMAGES, SCORES, source),
     "drawn_attributes": lambda source="": figures.drawn_attributes(QUALITY, {"class": 0.8}, source),

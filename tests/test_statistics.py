@@ -7,6 +7,7 @@ from diva_lab.statistics import (
     bootstrap_mean,
     compare_rows,
     conflict_rate,
+    nested_t,
     paired_differences,
     paired_t,
     regression,
@@ -90,6 +91,15 @@ def test_paired_t_by_hand():  # three seeds: two degrees of freedom, whose quant
 @pytest.mark.parametrize("value", [0.0, 0.25, -1e-3])
 def test_paired_t_of_equal_differences_is_a_point(value):
     assert paired_t([value] * 4) == (value, value, value)
+
+
+def test_nested_seeds_count_by_their_groups():
+    values, groups = [0.1, 0.3, 0.2, 0.6], ["a", "a", "b", "c"]
+    assert nested_t(values, groups) == pytest.approx(paired_t([0.2, 0.2, 0.6]))
+    mean, low, high = nested_t([0.1, 0.3], ["a", "a"])
+    assert mean == pytest.approx(0.2) and np.isnan([low, high]).all()
+    copies = nested_t(values * 5, groups * 5)  # more seeds of the same groups do not narrow it
+    assert copies == pytest.approx(nested_t(values, groups))
 
 
 def test_paired_t_refuses_a_single_seed():

@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from figure_records import DOSE, READABLE
 
 from diva_lab.statistics import compare_rows, conflict_rate, paired_t
 from diva_lab.workbook import findings
@@ -20,6 +21,30 @@ CHANGES = pd.DataFrame(
      ("perturb-norm", "pairs/text", 0.0, -0.1, 0.1)],
     columns=["objective", "measure", "difference", "low", "high"],
 )  # fmt: skip
+
+
+def test_an_alignment_states_its_end_its_change_and_how_many_seeds_of_both_stages():
+    text = findings.state_alignment(DOSE, "anchored", ["pairs/mean", "zeroshot"])
+    assert text == (
+        "anchored (2 seeds, 2 of stage 1; 1,000 images): pair score (P) **30.0**, +10.0 points (95 % interval +10.0 to "
+        "+10.0); zero-shot (D) **80.0**, -10.0 points (95 % interval -10.0 to -10.0)."
+    )
+    one = findings.state_alignment(DOSE.query("seed == 0"), "anchored", ["pairs/mean"])
+    assert "1 seeds, 1 of stage 1" in one and "one seed, no interval" in one
+    assert findings.state_alignment(DOSE, "placebo", ["pairs/mean"]) == "placebo: not run."
+
+
+def test_readability_states_all_four_decisions_of_the_bin_of_all():
+    text = findings.state_readability(READABLE, "anchored")
+    assert text.count("70 % (95 % interval 60 to 75)") == 4 and text.endswith("Chance is 50 %.")
+
+
+@pytest.mark.parametrize(
+    "low, high, place", [(0.26, 0.3, "above chance"), (0.2, 0.3, "not different from"), (0.1, 0.2, "below")]
+)
+def test_a_pair_score_is_above_below_or_not_different_from_chance(low, high, place):
+    report = {"pairs/mean": (low + high) / 2, "pairs/mean/low": low, "pairs/mean/high": high}
+    assert place in findings.state_against_chance("diva", report)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,35 @@
+"""Readability and doses as drawn."""
+
+import numpy as np
+import pytest
+from figure_records import DOSE, GAINS, READABLE, legend, lines
+
+from diva_lab import figures
+from diva_lab.figures.feedback import ALIGNMENTS, DECISIONS
+
+
+def test_readability_draws_every_decision_of_the_bin_of_all_with_its_interval():
+    fig = figures.readability({"before": READABLE, "after": READABLE.assign(value=0.5, low=0.4, high=0.6)})
+    for ax, value in zip(fig.axes, (0.7, 0.5), strict=True):
+        for _, colour in DECISIONS.values():
+            drawn = [line for line in lines(ax, colour) if len(line)]
+            dots = [line for line in drawn if len(line) == 1]
+            assert len(dots) == 3 and all(x == pytest.approx(value) for ((x, _),) in dots)
+            assert sum(len(line) == 2 for line in drawn) == 3  # intervals
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["Texts", "Quantity and Count", "mean"]
+    assert set(legend(fig)) == {name for name, _ in DECISIONS.values()}
+
+
+def test_dose_curves_have_a_line_a_seed_and_a_mean_for_each_alignment_in_its_own_colour():
+    fig = figures.dose_curves(DOSE.sample(frac=1, random_state=0))
+    for name, gain in (("image-only", 0.0), ("anchored", 0.1)):
+        *seeds, mean = lines(fig.axes[0], ALIGNMENTS[name][0])
+        assert len(seeds) == 2
+        assert mean == pytest.approx(np.array([[i, 0.2 + gain * i / 1000] for i in (0, 500, 1000)]))
+    assert set(legend(fig)) == {"chance", "anchored", "image-only"}
+
+
+def test_gains_are_marked_by_alignment():
+    ax = figures.gain_by_readability(GAINS).axes[0]
+    places = np.concatenate([np.asarray(dots.get_offsets()) for dots in ax.collections])
+    assert places == pytest.approx(GAINS[["readable", "gain"]].to_numpy())
