@@ -25,11 +25,12 @@ run: $(INSTALLED) ## run all notebooks; writes runs/ID/report.html and summary.c
 
 test: export HF_HUB_OFFLINE := 1
 test: export DIVA_LAB_FAST := 1
+test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED) ## lint, run all tests, then all notebooks; lists skipped tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --jaxtyping-packages=diva_lab,beartype.beartype
-	$(FRESH) && $(BIN)/python -m pytest $(NBVAL) notebooks
+	$(BIN)/python -m pytest -n 2 --dist loadfile --jaxtyping-packages=diva_lab,beartype.beartype
+	$(FRESH) && $(BIN)/python -m pytest -n 2 --dist loadscope $(NBVAL) notebooks
 
 lab: $(INSTALLED) ## open the notebooks in JupyterLab [ARGS=...]
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks \

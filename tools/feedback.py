@@ -13,7 +13,9 @@ put on record under data/results/records; a run on record is not run again. Part
 own.
 
 The rate of a row is the one with the highest pair score among those that end within 5 points of the original's
-zero-shot accuracy; if there is none, the one with the highest sum of both. A rate at an end of its grid widens it.
+zero-shot accuracy; if there is none, the one with the highest sum of both. A rate at an end of its grid widens it. The
+rates are chosen after the anchored and after the image-only alignment; an unpaired row takes the anchored one's, a
+placebo the image-only one's. A run whose zero-shot accuracy falls below 70 % has diverged and is stopped.
 """
 
 import argparse
@@ -59,10 +61,11 @@ OBJECTIVES = {  # name -> settings of stage 2; 16,000 images each
     "dcr, bounded": DCR | {"centre": True, "flips": False, "push_weight": 0.1},
 }
 RATES = {"diva": (1e-4, 2e-4, 4e-4, 8e-4)} | dict.fromkeys(("dcr", "dcr, bounded"), (1e-5, 3e-5, 1e-4, 3e-4))
+RATE_FROM = {"unpaired": "anchored", "placebo": "image-only"}  # alignment -> whose learning rate its rows take
 WIDER = 2  # how often a grid may be widened
 RATE_SEED = 99  # of runs that choose a rate; no seed that is reported
 LOSS_ALLOWED = 0.05  # of zero-shot accuracy, in a run that may be chosen
-DIVERGED = 0.3  # zero-shot accuracy below which a run is stopped
+DIVERGED = 0.7  # zero-shot accuracy below which a run is stopped
 Report = Callable[[Encoder], dict[str, float]]
 
 
@@ -210,6 +213,7 @@ def trial_rows(plan: Plan, row: Row, grid: Sequence[float], report: Report | Non
 
 def choose_rate(plan: Plan, row: Row, report: Report | None = None) -> tuple[float | None, pd.DataFrame]:
     """The row's learning rate and its trials; without `report` nothing is trained, and the rate may be None."""
+    row = Row(row.objective, RATE_FROM.get(row.alignment, row.alignment))
     grid = sorted(plan.rates or RATES[row.objective])
     for _ in range(WIDER + 1):
         trials = trial_rows(plan, row, grid, report)
@@ -255,7 +259,8 @@ def write_tables(plan: Plan) -> None:
     for row in all_rows():
         place = {"objective": row.objective, "alignment": row.alignment}
         lr, trials = choose_rate(plan, row)
-        tried.append(trials.assign(**place, chosen=trials["lr"] == lr) if len(trials) else trials)
+        if row.alignment not in RATE_FROM and len(trials):
+            tried.append(trials.assign(**place, chosen=trials["lr"] == lr))
         for seed in plan.seeds:
             settings = None if lr is None else plan.stage_2(row, lr, seed)
             record = settings and plan.record(settings)

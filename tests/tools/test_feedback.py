@@ -131,7 +131,7 @@ def test_without_records_nothing_is_chosen_and_nothing_trained(tmp_path):
 
 def test_a_run_that_diverges_is_recorded_as_far_as_it_came(plan):
     feedback.align_all(plan, ["anchored"])
-    values = iter([0.9, 0.2])
+    values = iter([0.9, 0.6])
     report = lambda encoder: {"pairs/mean": 0.2, "zeroshot": next(values)}  # noqa: E731
     made = feedback.run_once(plan, plan.stage_2(ROW, 1e-4, 0), report, row=str(ROW))
     assert made["diverged"] and made["evaluations"]["zeroshot"].tolist() == [0.9]
