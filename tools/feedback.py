@@ -32,12 +32,13 @@ import torch
 
 from diva_lab.analysis.alignment import alignment_report
 from diva_lab.analysis.readability import Instrument, readability, world_pairs_in_memory
+from diva_lab.evaluation.shift import shift_report
 from diva_lab.evaluation.world import WORLD_MEASURES, WORLD_SPLITS, cache_report, world_report
 from diva_lab.models.encoders import Encoder, load_encoder
 from diva_lab.models.registry import load_denoiser
 from diva_lab.paths import DATA, RUNS
 from diva_lab.provenance import environment, sha256
-from diva_lab.training.build import build_conditioner
+from diva_lab.training.build import build_conditioner, tuned_encoder
 from diva_lab.training.settings import SHIPPED, Settings
 from diva_lab.training.stages import align, find_run, tune
 from diva_lab.world import World
@@ -99,6 +100,7 @@ class Plan:
         align_seeds: of stage 1, none that stage 2 takes: equal seeds draw equal images.
         rates: tried for each objective; None for `RATES`.
         report: what is measured of an encoder, on a split of the models' world.
+        shift: what is measured of the original and the tuned encoder at the end.
     """
 
     runs: Path = RUNS / "feedback"
@@ -111,6 +113,7 @@ class Plan:
     align_seeds: tuple[int, ...] = (10_000, 10_001, 10_002)
     rates: tuple[float, ...] | None = None
     report: Callable[..., dict[str, float]] = world_report
+    shift: Callable[..., dict[str, float]] = shift_report
 
     @classmethod
     def of(cls, models: Path) -> "Plan":
@@ -186,7 +189,8 @@ def run_once(plan: Plan, settings: Settings, report: Report, **facts: object) ->
         return values
 
     try:
-        tune(settings, plan.runs, watch)
+        run = tune(settings, plan.runs, watch)
+        facts["shift"] = plan.shift(load_encoder(settings.encoder), tuned_encoder(run), plan.world, facts["split"])
     except (Diverged, FloatingPointError):
         facts["diverged"] = True
     write_record(find_run(settings, plan.runs), plan.results / "records", **facts)

@@ -26,7 +26,7 @@ def plan(small_settings, tmp_path, monkeypatch):
     monkeypatch.setattr(feedback, "WIDER", 0)  # all rates end alike
     made = Plan(
         tmp_path / "runs", tmp_path / "results", align_steps=2, evaluations=2, seeds=(0, 1), align_seeds=(10_000,),
-        rates=(1e-4, 2e-4, 4e-4), report=report,
+        rates=(1e-4, 2e-4, 4e-4), report=report, shift=lambda *of: {"shift/share": 0.5},
     )  # fmt: skip
     object.__setattr__(made, "calls", calls)
     return made
@@ -133,7 +133,7 @@ def test_a_run_that_diverges_is_recorded_as_far_as_it_came(plan):
     feedback.align_all(plan, ["anchored"])
     values = iter([0.9, 0.6])
     report = lambda encoder: {"pairs/mean": 0.2, "zeroshot": next(values)}  # noqa: E731
-    made = feedback.run_once(plan, plan.stage_2(ROW, 1e-4, 0), report, row=str(ROW))
+    made = feedback.run_once(plan, plan.stage_2(ROW, 1e-4, 0), report, row=str(ROW), split="measure")
     assert made["diverged"] and made["evaluations"]["zeroshot"].tolist() == [0.9]
     assert feedback.run_once(plan, plan.stage_2(ROW, 1e-4, 0), None)["run"] == made["run"]
 
