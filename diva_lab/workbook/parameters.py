@@ -10,6 +10,9 @@ import os
 from types import FunctionType, ModuleType, UnionType
 from typing import Union, get_args, get_origin
 
+from diva_lab.training.presets import TINY_DIVA
+from diva_lab.training.settings import Settings
+
 INJECTED = "# Parameters"  # the first line of papermill's cell
 
 
@@ -41,9 +44,13 @@ def check_parameters(scope: dict, **expected: object) -> None:
         raise ValueError("\n".join(["; ".join(wrong), "the parameters of this notebook:", *allowed]))
 
 
-def live_steps(steps: int) -> int:
-    """`steps`, or a twentieth of them where DIVA_LAB_FAST is set, as in `make test`: there only the way counts."""
-    return max(1, steps // 20) if os.environ.get("DIVA_LAB_FAST") else steps
+def live_settings(steps: int = 0, **changes: object) -> Settings:
+    """`TINY_DIVA` with `changes`, evaluated three times on the way: the run that notebooks 02, 04 and 07 share.
+
+    `steps` is 0 for those of `TINY_DIVA`; where DIVA_LAB_FAST is set, as in `make test`, a twentieth of them.
+    """
+    steps = steps or TINY_DIVA["steps"] // (20 if os.environ.get("DIVA_LAB_FAST") else 1)
+    return Settings(**TINY_DIVA | changes | {"steps": steps}, evaluate_every=max(1, steps // 3))
 
 
 def _fits(value: object, kind: object) -> bool:
