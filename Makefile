@@ -50,6 +50,7 @@ pretrain: $(INSTALLED) ## train data/tiny again from a seed: hours on two cores,
 study: $(INSTALLED) ## run the study in two worlds, write data/results: hours, continues where it was stopped [SMALL=1: minutes]
 	$(BIN)/python -m tools.study $${SMALL:+--small}
 	$(BIN)/python -m tools.tables $${SMALL:+--small}
+	$(BIN)/python -m tools.feedback all $${SMALL:+--small}
 	@test -n "$$SMALL" || { set -ex; test -e runs/world-1/diffusion/record.json || \
 	    $(BIN)/python -m tools.pretrain models --world 1 --out runs/world-1; \
 	    $(BIN)/python -m tools.study --models runs/world-1; \

@@ -63,7 +63,6 @@ OBJECTIVES = {  # name -> settings of stage 2; 16,000 images each
 }
 RATES = {"diva": (1e-4, 2e-4, 4e-4, 8e-4)} | dict.fromkeys(("dcr", "dcr, bounded"), (1e-5, 3e-5, 1e-4, 3e-4))
 RATE_FROM = {"unpaired": "anchored", "placebo": "image-only"}  # alignment -> whose learning rate its rows take
-WIDER = 2  # how often a grid may be widened
 RATE_SEED = 99  # of runs that choose a rate; no seed that is reported
 LOSS_ALLOWED = 0.05  # of zero-shot accuracy, in a run that may be chosen
 DIVERGED = 0.7  # zero-shot accuracy below which a run is stopped
@@ -99,6 +98,7 @@ class Plan:
         seeds: of stage 2; seed k starts from the projector of `align_seeds[k % len(align_seeds)]`.
         align_seeds: of stage 1, none that stage 2 takes: equal seeds draw equal images.
         rates: tried for each objective; None for `RATES`.
+        wider: how often a grid of rates may be widened.
         report: what is measured of an encoder, on a split of the models' world.
         shift: what is measured of the original and the tuned encoder at the end.
     """
@@ -112,6 +112,7 @@ class Plan:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     align_seeds: tuple[int, ...] = (10_000, 10_001, 10_002)
     rates: tuple[float, ...] | None = None
+    wider: int = 2
     report: Callable[..., dict[str, float]] = world_report
     shift: Callable[..., dict[str, float]] = shift_report
 
@@ -219,7 +220,7 @@ def choose_rate(plan: Plan, row: Row, report: Report | None = None) -> tuple[flo
     """The row's learning rate and its trials; without `report` nothing is trained, and the rate may be None."""
     row = Row(row.objective, RATE_FROM.get(row.alignment, row.alignment))
     grid = sorted(plan.rates or RATES[row.objective])
-    for _ in range(WIDER + 1):
+    for _ in range(plan.wider + 1):
         trials = trial_rows(plan, row, grid, report)
         if trials is None:
             return None, pd.DataFrame()
@@ -329,7 +330,7 @@ def ship_projector(plan: Plan) -> Path:
 SMALL_FOLDER = RUNS / "feedback-small"
 SMALL = Plan(
     SMALL_FOLDER, SMALL_FOLDER / "results", align_steps=3, dose=0.002, evaluations=1, seeds=(0,), align_seeds=(10_000,),
-    rates=(1e-4,),
+    rates=(1e-4,), wider=0,
 )  # fmt: skip
 
 

@@ -3,7 +3,8 @@ import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-from diva_lab.workbook.parameters import check_parameters
+from diva_lab.training.presets import TINY_DIVA
+from diva_lab.workbook.parameters import check_parameters, live_settings
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,8 @@ def notebook(tmp_path_factory):
         nbformat.v4.new_code_cell("import sys\nfrom diva_lab.world import DETAILS"),
         nbformat.v4.new_code_cell("steps = 4\nlr = 0.1", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(
-            "from diva_lab.workbook.parameters import check_parameters\n"
+            "from diva_lab.training.presets import TINY_DIVA
+from diva_lab.workbook.parameters import check_parameters, live_settings\n"
             "check_parameters(globals(), steps=int, lr=float)"
         ),
     ]
@@ -134,3 +136,16 @@ def test_papermill_fails_on_a_parameter_that_is_unknown_or_of_a_wrong_type(noteb
         notebook(**parameters)
     assert error.value.ename == "ValueError" and message in error.value.evalue
     assert "steps: int = 4" in error.value.evalue
+
+
+# --- the live run -----------------------------------------------------------------------------------------------
+
+
+def test_the_live_run_is_the_same_for_every_notebook_and_short_where_only_the_way_counts(monkeypatch):
+    monkeypatch.delenv("DIVA_LAB_FAST", raising=False)
+    whole = live_settings()
+    assert whole == live_settings(0, images="world", encoder="tiny", denoiser="tiny", projector="anchored")
+    assert whole.steps == TINY_DIVA["steps"] and whole.steps // whole.evaluate_every == 3
+    assert live_settings(7).steps == 7 and live_settings(1).evaluate_every == 1
+    monkeypatch.setenv("DIVA_LAB_FAST", "1")
+    assert live_settings().steps == TINY_DIVA["steps"] // 20 and live_settings(7).steps == 7
