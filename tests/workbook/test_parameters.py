@@ -104,8 +104,7 @@ def notebook(tmp_path_factory):
         nbformat.v4.new_code_cell("import sys\nfrom diva_lab.world import DETAILS"),
         nbformat.v4.new_code_cell("steps = 4\nlr = 0.1", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(
-            "from diva_lab.training.presets import TINY_DIVA
-from diva_lab.workbook.parameters import check_parameters, live_settings\n"
+            "from diva_lab.workbook.parameters import check_parameters\n"
             "check_parameters(globals(), steps=int, lr=float)"
         ),
     ]
