@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from diva_lab.analysis.readability import common_shift
 from diva_lab.evaluation.world import WORLD, WORLD_SPLITS, world_report, world_scenes
-from diva_lab.models.encoders import Encoder, embed
+from diva_lab.models.encoders import embed
 from diva_lab.world import World
 
 
 class Shifted(nn.Module):
     """An encoder of which a vector is subtracted from every image embedding of unit length; texts are as they were."""
 
-    def __init__(self, encoder: Encoder, shift: Float[Tensor, " d"]):
+    def __init__(self, encoder: nn.Module, shift: Float[Tensor, " d"]):
         super().__init__()
         self.encoder = encoder
         self.register_buffer("shift", shift)
@@ -26,7 +26,7 @@ class Shifted(nn.Module):
         return self.encoder.encode_text(texts)
 
 
-def take_back_shift(original: Encoder, tuned: Encoder, images: UInt8[Tensor, "n 3 h w"]) -> tuple[float, Shifted]:
+def take_back_shift(original: nn.Module, tuned: nn.Module, images: UInt8[Tensor, "n 3 h w"]) -> tuple[float, Shifted]:
     """The share of the squared shift of n images' embeddings that is common to all, and `tuned` without it."""
     before, after = embed(original, images), embed(tuned, images)
     share, shift = common_shift(before, after)
@@ -34,7 +34,9 @@ def take_back_shift(original: Encoder, tuned: Encoder, images: UInt8[Tensor, "n 
 
 
 @torch.no_grad()
-def shift_report(original: Encoder, tuned: Encoder, world: World = WORLD, split: str = "measure") -> dict[str, float]:
+def shift_report(
+    original: nn.Module, tuned: nn.Module, world: World = WORLD, split: str = "measure"
+) -> dict[str, float]:
     """`shift/share`, and `shift/pairs`, `shift/probes`, `shift/zeroshot`, `shift/nmi` with the common shift taken back.
 
     The shift is measured on 1000 scenes of the world that the scores do not use.

@@ -262,7 +262,10 @@ def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encode
 
 
 @torch.no_grad()
-def embed(encoder: Encoder, images: UInt8[Tensor, "n 3 h w"], batch: int = 256) -> Float[Tensor, "n d"]:
-    """Unit-length global embeddings of uint8 images, `batch` at a time, in float32 on the CPU; without gradient."""
+def embed(encoder: nn.Module, images: UInt8[Tensor, "n 3 h w"], batch: int = 256) -> Float[Tensor, "n d"]:
+    """Unit-length global embeddings of uint8 images, `batch` at a time, in float32 on the CPU; without gradient.
+
+    `encoder` is an `Encoder`, or a module that has its `encode_image`.
+    """
     device = next(encoder.parameters()).device
     return torch.cat([encoder.encode_image(part.to(device).float() / 255).cpu() for part in images.split(batch)])

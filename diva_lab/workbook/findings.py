@@ -103,7 +103,7 @@ def state_alignment(curves: pd.DataFrame, alignment: str, measures: Sequence[str
     first, last = (part.reset_index() for part in (rows.groupby("seed").first(), rows.groupby("seed").last()))
     texts = []
     for name in measures:
-        change = nested_t(last[name] - first[name], last["align_seed"])
+        change = nested_t((last[name] - first[name]).to_numpy(), last["align_seed"].tolist())
         texts.append(f"{label_of(name)} **{100 * last[name].mean():.1f}**, {points(*change)}")
     of = f"{len(last)} seeds, {last['align_seed'].nunique()} of stage 1"
     return f"{alignment} ({of}; {last['images'].max():,} images): {'; '.join(texts)}."
