@@ -50,7 +50,7 @@ def live_settings(steps: int = 0, **changes: object) -> Settings:
     `steps` is 0 for those of `TINY_DIVA`; where DIVA_LAB_FAST is set, as in `make test`, a twentieth of them.
     """
     steps = steps or TINY_DIVA["steps"] // (20 if os.environ.get("DIVA_LAB_FAST") else 1)
-    return Settings(**TINY_DIVA | changes | {"steps": steps}, evaluate_every=max(1, steps // 3))
+    return Settings(**TINY_DIVA | changes | {"steps": steps}, evaluate_every=-(-steps // 3))
 
 
 def _fits(value: object, kind: object) -> bool:
