@@ -101,6 +101,7 @@ class Plan:
         wider: how often a grid of rates may be widened.
         report: what is measured of an encoder, on a split of the models' world.
         shift: what is measured of the original and the tuned encoder at the end.
+        align_report: what is measured of a projector.
     """
 
     runs: Path = RUNS / "feedback"
@@ -115,6 +116,7 @@ class Plan:
     wider: int = 2
     report: Callable[..., dict[str, float]] = world_report
     shift: Callable[..., dict[str, float]] = shift_report
+    align_report: Callable[..., dict[str, float]] = alignment_report
 
     @classmethod
     def of(cls, models: Path) -> "Plan":
@@ -170,7 +172,7 @@ def align_all(plan: Plan, alignments: Sequence[str]) -> None:
             path = plan.projector(name, seed)
             if path.is_file():
                 continue
-            run = align(plan.stage_1(name, seed), plan.runs, partial(alignment_report, world=plan.world))
+            run = align(plan.stage_1(name, seed), plan.runs, partial(plan.align_report, world=plan.world))
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(run.folder / "checkpoint" / "weights.safetensors", path)
             path.chmod(0o644)
@@ -330,7 +332,7 @@ def ship_projector(plan: Plan) -> Path:
 SMALL_FOLDER = RUNS / "feedback-small"
 SMALL = Plan(
     SMALL_FOLDER, SMALL_FOLDER / "results", align_steps=3, dose=0.002, evaluations=1, seeds=(0,), align_seeds=(10_000,),
-    rates=(1e-4,), wider=0,
+    rates=(1e-4,), wider=0, shift=lambda *models: {}, align_report=partial(alignment_report, n=16),
 )  # fmt: skip
 
 

@@ -164,7 +164,7 @@ def state_changed_pairs(before: pd.DataFrame, after: pd.DataFrame, name: str) ->
     """Pairs that an encoder gained and lost, by their first id, with McNemar's test; scores as of `score_pairs`."""
     changes = compare_pairs(before, after)
     gained, lost = (", ".join(map(str, changes[key])) or "none" for key in ("gained", "lost"))
-    test = f"McNemar's exact test of gains against losses: p = {changes['p']:.2f}"
+    test = f"McNemar's exact test of gains against losses: p = {changes['p']:.2g}"
     return f"{label_of(name)}: pairs gained {gained}; lost {lost}. {test}."
 
 

@@ -130,7 +130,7 @@ def test_changed_pairs_are_listed_with_mcnemars_test():
     before = pd.DataFrame({"id_1": [1, 3, 5], "correct": [True, False, False]})
     after = before.assign(correct=[False, True, True])
     text = findings.state_changed_pairs(before, after, "dcr")
-    assert text == "DCR: pairs gained 3, 5; lost 1. McNemar's exact test of gains against losses: p = 1.00."
+    assert text == "DCR: pairs gained 3, 5; lost 1. McNemar's exact test of gains against losses: p = 1."
 
 
 def test_scores_have_an_interval_where_there_is_one_and_the_note():
