@@ -24,7 +24,8 @@ def plan(small_settings, tmp_path, monkeypatch):
     monkeypatch.setattr("diva_lab.training.batches.GAP_IMAGES", 64)
     made = Plan(
         tmp_path / "runs", tmp_path / "results", align_steps=2, evaluations=2, seeds=(0, 1), align_seeds=(10_000,),
-        rates=(1e-4, 2e-4, 4e-4), wider=0, report=report, shift=lambda *of: {"shift/share": 0.5}, align_report=lambda *of, world: {"recovered": 0.1},
+        rates=(1e-4, 2e-4, 4e-4), wider=0, report=report, shift=lambda *of: {"shift/share": 0.5},
+        align_report=lambda *of, world: {"recovered": 0.1},
     )  # fmt: skip
     object.__setattr__(made, "calls", calls)
     return made
