@@ -275,7 +275,7 @@ def test_the_readmes_example_and_the_examples_of_extensions_run(tmp_path):
     for measure in ("pairs", "probe", "zeroshot", "nmi", "acc", "ari"):
         assert re.search(rf"^{measure} +\S+ +\S+$", printed, re.MULTILINE), printed
     assert sorted(path.name.rpartition("-s0-")[0] for path in (tmp_path / "runs").iterdir()) == [
-        "align-diva", "tune-cosine-diva", "tune-dcr",
+        "align-diva", "tune-cosine-diva", "tune-diva",
     ]  # fmt: skip
 
 

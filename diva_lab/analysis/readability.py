@@ -240,6 +240,7 @@ def pair_rows(measure: str, name: str, values: Float[np.ndarray, " n"], patterns
     for pattern, members in [*((key, [group]) for key, group in groups.items()), ("mean", list(groups.values()))]:
         low, high = bootstrap_mean(members)
         value = float(np.mean([member.mean() for member in members]))
+        low, high = min(low, value), max(high, value)  # where all are equal, rounding may put it outside
         rows.append({"measure": measure, "bin": name, "pattern": pattern, "value": value, "low": low, "high": high,
                      "n": sum(map(len, members))})  # fmt: skip
     return rows

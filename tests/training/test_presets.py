@@ -27,7 +27,6 @@ from diva_lab.models.flow import Light
 from diva_lab.models.layers import block_name
 from diva_lab.models.lora import make_trainable
 from diva_lab.models.registry import LIGHT
-from diva_lab.objectives import COMPARED
 from diva_lab.paths import DATA
 from diva_lab.training.presets import (
     BACKBONES,
@@ -300,8 +299,8 @@ def run_notebook(tmp_path, **parameters) -> pd.DataFrame:
     """Notebook 02 with papermill's cell, up to where it shows what it trained; few pictures, no report."""
     parameters = {"runs_root": str(tmp_path)} | parameters
     given = "\n".join([INJECTED, *(f"{name} = {value!r}" for name, value in parameters.items())])
-    few = "draw_scenes, world_report = lambda n, seed: scenes(8, seed), lambda encoder: report"
-    scope = {"In": [], "scenes": draw_scenes, "report": dict.fromkeys(figures.MEASURES, 0.5)}
+    few = "draw_scenes, world_report = lambda n, seed: scenes(8, seed), lambda encoder: scores"
+    scope = {"In": [], "scenes": draw_scenes, "scores": dict.fromkeys(figures.MEASURES, 0.5)}
     cells = [cell.source for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"]
     (last,) = (i for i, source in enumerate(cells) if '"02_live"' in source)
     for source in (cells[0], given, cells[1], few, *cells[2 : last + 1]):
@@ -323,11 +322,11 @@ def test_the_notebook_runs_a_file_s_recipe_with_what_is_given_beside_it(tmp_path
     }  # fmt: skip
 
 
-def test_the_notebook_without_a_preset_compares_all_objectives_of_the_tiny_models(tmp_path):
+def test_the_notebook_without_a_preset_tunes_the_tiny_model_by_diva_through_the_anchored_projector(tmp_path):
     runs = run_notebook(tmp_path, steps=1)
-    assert set(runs["objective"]) == {"none", *COMPARED, "perturb-norm", "perturb-drift"}
+    assert set(runs["objective"]) == {"none", "diva", "perturb-norm", "perturb-drift"}
     assert runs[["encoder", "denoiser", "projector", "steps"]].drop_duplicates().values.tolist() == [
-        ["tiny", "tiny", "shipped", 1]
+        ["tiny", "tiny", "anchored", 1]
     ]
 
 

@@ -70,7 +70,7 @@ def test_an_unknown_choice_is_refused_and_every_choice_that_the_error_lists_is_t
         for choice in listed if name != "timesteps" else TIMESTEPS:
             assert getattr(Settings(**{name: choice}), name) == choice
     else:
-        assert name in ("encoder", "denoiser", "images", "projector", "prompt")  # open: a folder, a text
+        assert name in ("encoder", "denoiser", "images", "projector", "prompt", "captions")  # open: a folder, a text
 
 
 def test_every_setting_has_its_line_of_help():
