@@ -97,7 +97,7 @@ ROWS: dict[str, dict[str, dict]] = {
         "diva, batch 64": {"objective": "diva", "batch": 64, "steps": 100},
     },
 }  # fmt: skip
-SMALL_ROWS = ("naive", "dcr", "naive, upgrad", "dcr-guidance, τ .3")  # every kind of record
+SMALL_ROWS = ("naive", "dcr", "naive, upgrad")  # every kind of record
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Study:
 
 
 SMALL = Study(
-    RUNS / "study-small", RUNS / "study-small" / "results", 6, 3, (1e-5, 1e-4), 2, SMALL_ROWS,
+    RUNS / "study-small", RUNS / "study-small" / "results", 6, 3, (1e-5,), 2, SMALL_ROWS,
     partial(probe_gradients, batches=2, bins=2), 2, partial(theory_report, timesteps=(400,), n=48, halvings=4), 1,
 )  # fmt: skip
 
