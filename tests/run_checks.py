@@ -1,9 +1,14 @@
 """What tests compare of two runs, and an evaluation that stops one."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pandas as pd
+import pytest
 import torch
 
 from diva_lab.training.runs import Run
+from diva_lab.training.settings import Settings
 
 
 def same_weights(one: Run, two: Run) -> bool:
@@ -14,6 +19,14 @@ def same_weights(one: Run, two: Run) -> bool:
 def same_records(one: Run, two: Run) -> None:
     pd.testing.assert_frame_equal(one.metrics().drop(columns="seconds"), two.metrics().drop(columns="seconds"))
     pd.testing.assert_frame_equal(one.evaluations(), two.evaluations())
+
+
+def kill_and_resume(train: Callable[..., Run], settings: Settings, root: Path, stop: int) -> tuple[Run, Run]:
+    """An uninterrupted run of `align` or `tune`, and one that was killed at evaluation number `stop` and went on."""
+    whole = train(settings, root / "whole", Watch())
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, root / "killed", Watch(stop=stop))
+    return whole, train(settings, root / "killed", Watch())
 
 
 class Watch:

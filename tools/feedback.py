@@ -31,7 +31,7 @@ import pandas as pd
 import torch
 
 from diva_lab.analysis.alignment import alignment_report
-from diva_lab.analysis.readability import Instrument, readability, world_pairs_in_memory
+from diva_lab.analysis.readability import DRAWS, Instrument, readability, world_pairs_in_memory
 from diva_lab.evaluation.shift import shift_report
 from diva_lab.evaluation.world import WORLD_MEASURES, WORLD_SPLITS, cache_report, world_report
 from diva_lab.models.encoders import Encoder, load_encoder
@@ -43,6 +43,7 @@ from diva_lab.training.settings import SHIPPED, Settings
 from diva_lab.training.stages import align, find_run, tune
 from diva_lab.world import World
 from tools.records import read_record, write_record
+from tools.study import find_models, name_models, world_of
 
 STAGE_1 = {
     "projector": "new", "batch": 32, "steps": 1500, "lr": 2e-3, "schedule": "cosine", "draws": 1,
@@ -120,29 +121,24 @@ class Plan:
 
     @classmethod
     def of(cls, models: Path) -> "Plan":
-        """The study on the models in a folder."""
-        models = models.resolve()
+        """The study on the models in a folder; raises FileNotFoundError if the folder holds none."""
+        models = find_models(models)
         return cls(RUNS / f"feedback-{models.name}", DATA / "results" / models.name, models)
 
     @cached_property
     def world(self) -> World:
         """The world that the models were trained on."""
-        return World(json.loads((self.models / "clip" / "record.json").read_text())["world"] if self.models else 0)
+        return world_of(self.models)
 
     def reports(self, split: str) -> Report:
         return cache_report(partial(self.report, world=self.world, split=split))
-
-    def _models(self) -> dict:
-        if self.models is None:
-            return {}
-        folders = {"encoder": self.models / "clip", "denoiser": self.models / "diffusion"}
-        return {name: str(path) for name, path in folders.items()} | {"images": f"world:{self.world.seed}"}
 
     def projector(self, alignment: str, seed: int) -> Path:
         return self.results / "projectors" / f"{alignment}-{seed}.safetensors"
 
     def stage_1(self, alignment: str, seed: int) -> Settings:
-        return Settings(**self._models() | STAGE_1 | {"steps": self.align_steps} | ALIGNMENTS[alignment], seed=seed)
+        recipe = STAGE_1 | {"steps": self.align_steps} | ALIGNMENTS[alignment]
+        return Settings(**name_models(self.models) | recipe, seed=seed)
 
     def stage_2(self, row: Row, lr: float, seed: int, evaluations: int = 0) -> Settings:
         changes = OBJECTIVES[row.objective]
@@ -150,7 +146,7 @@ class Plan:
         every = max(1, steps // (evaluations or self.evaluations))
         projector = self.projector(row.alignment, self.align_seeds[seed % len(self.align_seeds)])
         return Settings(
-            **self._models() | changes | {"steps": steps}, projector=str(projector), lr=lr, seed=seed,
+            **name_models(self.models) | changes | {"steps": steps}, projector=str(projector), lr=lr, seed=seed,
             evaluate_every=every, save_every=every,
         )  # fmt: skip
 
@@ -158,8 +154,8 @@ class Plan:
         """The run that tries a learning rate."""
         return self.stage_2(row, lr, RATE_SEED, min(4, self.evaluations))
 
-    def record(self, settings: Settings) -> dict | None:
-        return read_record(find_run(settings, self.runs), self.results / "records")
+    def record(self, settings: Settings, stage: str = "tune") -> dict | None:
+        return read_record(find_run(settings, self.runs, stage), self.results / "records")
 
 
 # --- what is run ------------------------------------------------------------------------------------------------
@@ -208,9 +204,9 @@ def trial_rows(plan: Plan, row: Row, grid: Sequence[float], report: Report | Non
     lines = []
     for lr in grid:
         settings = plan.trial(row, lr)
-        if report is None and plan.record(settings) is None:
+        record = run_once(plan, settings, report, row=str(row), split="choose") if report else plan.record(settings)
+        if record is None:
             return None
-        record = run_once(plan, settings, report, row=str(row), split="choose")
         start, end = record["evaluations"].iloc[0], record["evaluations"].iloc[-1]
         if not record.get("diverged"):
             line = {"lr": lr, "pairs": end["pairs/mean"], "zeroshot": end["zeroshot"]}
@@ -299,13 +295,13 @@ def measure_readability(plan: Plan) -> None:
     pairs = world_pairs_in_memory(READABILITY_PAIRS, WORLD_SPLITS["measure"][1] + plan.world.seed, plan.world)
     projectors = {} if plan.models else {"shipped": "shipped"}
     projectors |= {file.stem: str(file) for file in sorted((plan.results / "projectors").glob("*.safetensors"))}
-    encoder, denoiser = (load(plan._models().get(name, "tiny")) for name, load in
-                         (("encoder", load_encoder), ("denoiser", load_denoiser)))  # fmt: skip
+    models = Settings(**name_models(plan.models), objective="diva", draws=DRAWS)
+    encoder, denoiser = load_encoder(models.encoder), load_denoiser(models.denoiser)
     for name, projector in projectors.items():
         if name in set(table["projector"]):
             continue
         start = time.perf_counter()
-        settings = Settings(**plan._models(), projector=projector, objective="diva", draws=3)
+        settings = replace(models, projector=projector)
         conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(False)
         measured = readability(pairs, Instrument(encoder, conditioner, denoiser, settings))
         facts = {"projector": name, "seconds": time.perf_counter() - start, "git": environment()["git"]}
@@ -317,9 +313,7 @@ def measure_readability(plan: Plan) -> None:
 
 def ship_projector(plan: Plan) -> Path:
     """Copy the first anchored projector to where `projector="anchored"` looks for it, with its record."""
-    settings = plan.stage_1("anchored", plan.align_seeds[0])
-    run = find_run(settings, plan.runs, "align")
-    record = read_record(run, plan.results / "records")
+    record = plan.record(plan.stage_1("anchored", plan.align_seeds[0]), "align")
     path = SHIPPED / "global-anchored.safetensors"
     shutil.copy(plan.projector("anchored", plan.align_seeds[0]), path)
     record |= {"sha256": sha256(path), "evaluations": record["evaluations"].to_dict("list")}
@@ -364,16 +358,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    plan = SMALL if args.small else Plan.of(args.models) if args.models else Plan()
+    names = [f"/{name}" for name in args.names] if args.part == "align" else args.names
+    try:
+        plan = SMALL if args.small else Plan.of(args.models) if args.models else Plan()
+        rows = list(read_rows(["diva/anchored"] if args.small else names))
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
     if args.seeds:
         plan = replace(plan, **{"align_seeds" if args.part == "align" else "seeds": tuple(args.seeds)})
-    names = ["diva/anchored"] if args.small else args.names
-    try:
-        rows = [] if args.part == "align" else list(read_rows(names))
-    except ValueError as error:
-        parser.error(str(error))
     if args.part in ("align", "all"):
-        align_all(plan, args.names or list(dict.fromkeys(row.alignment for row in rows)) or list(ALIGNMENTS))
+        align_all(plan, list(dict.fromkeys(row.alignment for row in rows)))
     if args.part == "rates":
         report = plan.reports("choose")
         for row in rows:

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from diva_lab.paths import DATA
 from diva_lab.provenance import sha256
 from diva_lab.training.runs import Run
 
-RECORDS = DATA / "results" / "records"
 DIGITS = 5  # of a score on record
 
 
-def write_record(run: Run, folder: Path = RECORDS, **facts: object) -> Path:
+def write_record(run: Run, folder: Path, **facts: object) -> Path:
     """Put a run on record, with other facts beside; its evaluations are kept in columns."""
     metrics, evaluations = run.metrics(), run.evaluations()
     weights = run.folder / "checkpoint" / "weights.safetensors"
@@ -34,7 +32,7 @@ def write_record(run: Run, folder: Path = RECORDS, **facts: object) -> Path:
     return path
 
 
-def read_record(run: Run, folder: Path = RECORDS) -> dict | None:
+def read_record(run: Run, folder: Path) -> dict | None:
     """The record of a run, `evaluations` as a table; None if there is none."""
     path = folder / f"{run.id}.json"
     if not path.is_file():

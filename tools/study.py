@@ -100,6 +100,29 @@ ROWS: dict[str, dict[str, dict]] = {
 SMALL_ROWS = ("naive", "dcr", "naive, upgrad")  # every kind of record
 
 
+def find_models(models: Path) -> Path:
+    """The absolute path of a folder of models; raises FileNotFoundError if it holds none."""
+    missing = [part for part in ("clip/record.json", "diffusion/model_index.json") if not (models / part).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"models {models}: no {missing[0]}; expected a folder that `python -m tools.pretrain models` wrote"
+        )
+    return models.resolve()
+
+
+def world_of(models: Path | None) -> World:
+    """The world that the models in a folder of `tools.pretrain` were trained on; the shipped one's for None."""
+    return World(json.loads((models / "clip" / "record.json").read_text())["world"] if models else 0)
+
+
+def name_models(models: Path | None) -> dict[str, str]:
+    """The settings that name the models in a folder and their world; none for the shipped models."""
+    if models is None:
+        return {}
+    folders = {"encoder": str(models / "clip"), "denoiser": str(models / "diffusion")}
+    return folders | {"images": f"world:{world_of(models).seed}"}
+
+
 @dataclass(frozen=True)
 class Study:
     """Where a study's runs and tables lie, and how much of it is run; the defaults are those of the shipped results."""
@@ -123,19 +146,14 @@ class Study:
 
         Raises FileNotFoundError if the folder holds none.
         """
-        missing = [part for part in ("clip/record.json", "diffusion/model_index.json") if not (models / part).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"models {models}: no {missing[0]}; expected a folder that `python -m tools.pretrain models` wrote"
-            )
-        models = models.resolve()
+        models = find_models(models)
         root, results = RUNS / f"study-{models.name}", RESULTS / models.name
         return cls(root, results, rows=tuple(ROWS["objectives"]), models=models)
 
     @cached_property
     def world(self) -> World:
         """The world that the models were trained on."""
-        return World(json.loads((self.models / "clip" / "record.json").read_text())["world"] if self.models else 0)
+        return world_of(self.models)
 
     def render(self, n: int, stream: int) -> torch.Tensor:
         """Images of `n` scenes of the world, uint8 [n, 3, h, w]; `stream` separates them from other draws."""
@@ -145,9 +163,7 @@ class Study:
         """The settings that name the study's models; empty for the shipped models."""
         if self.models is None:
             return {}
-        folders = {"encoder": self.models / "clip", "denoiser": self.models / "diffusion",
-                   "projector": self.models / "projectors" / f"{condition}.safetensors"}  # fmt: skip
-        return {name: str(path) for name, path in folders.items()} | {"images": f"world:{self.world.seed}"}
+        return name_models(self.models) | {"projector": str(self.models / "projectors" / f"{condition}.safetensors")}
 
     def each_row(self) -> Iterator[tuple[str, str, dict]]:
         """Tier, name and changed settings of every row of the study."""

@@ -112,12 +112,11 @@ def alignment_report(conditioner, encoder, denoiser, world: World | None = None,
         context = conditioner(encoder.features(images), denoiser.empty)
         texts, latents = [caption(scene, tuple(DETAILS)) for scene in scenes], denoiser.latents(images)
         table = recovered_fraction(denoiser, context, texts, latents)
-    total = table.loc["total"]
-    out = {"recovered": total["recovered"], "recovered/low": total["low"], "recovered/high": total["high"]}
-    out |= {f"recovered/{t}": table.loc[t, "recovered"] for t in table.index if t != "total"}
-    if conditioner.gap is not None:
-        embedding = encoder.encode_text(texts) + conditioner.gap
-        with torch.no_grad():
+        total = table.loc["total"]
+        out = {"recovered": total["recovered"], "recovered/low": total["low"], "recovered/high": total["high"]}
+        out |= {f"recovered/{t}": table.loc[t, "recovered"] for t in table.index if t != "total"}
+        if conditioner.gap is not None:
+            embedding = encoder.encode_text(texts) + conditioner.gap
             context = conditioner(Features(embedding, embedding[:, None]), denoiser.empty)
-        out["recovered/text"] = recovered_fraction(denoiser, context, texts, latents).loc["total", "recovered"]
+            out["recovered/text"] = recovered_fraction(denoiser, context, texts, latents).loc["total", "recovered"]
     return {name: float(value) for name, value in out.items()}

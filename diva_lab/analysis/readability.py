@@ -35,6 +35,8 @@ from diva_lab.training.build import make_step
 from diva_lab.training.settings import Settings
 from diva_lab.world import CLASSES, DETAILS, PATTERNS, World, caption, draw_pairs
 
+DRAWS = 3  # of (t, eps) an image in each bin of the timesteps
+
 
 @dataclass(frozen=True)
 class MinimalPairs:
@@ -146,7 +148,7 @@ class Instrument:
     encoder: Encoder
     conditioner: Conditioner
     denoiser: Denoiser
-    settings: Settings = field(default_factory=lambda: Settings(objective="diva", draws=3))
+    settings: Settings = field(default_factory=lambda: Settings(objective="diva", draws=DRAWS))
     objectives: Sequence[str] = ("diva",)
     bins: int = 5
     used: Sequence[int] = (2, 3, 4)

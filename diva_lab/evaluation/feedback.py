@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from diva_lab.analysis.readability import (
+    DRAWS,
     Instrument,
     MinimalPairs,
     pair_rows,
@@ -27,7 +28,6 @@ from diva_lab.training.runs import Run
 from diva_lab.training.settings import Settings
 
 PAIRS = 32  # of a pattern at most: the first ones
-DRAWS = 3  # of (t, eps) an image in each bin of the timesteps
 
 
 def open_instrument(task: Task) -> Instrument:
@@ -67,11 +67,16 @@ def instrument_rows(pairs: MinimalPairs, instrument: Instrument) -> Iterator[dic
     table = readability(pairs, instrument)
     seconds = time.perf_counter() - start
     print(f"readability: {len(pairs)} pairs, {instrument.bins * instrument.settings.draws} draws each, {seconds:.0f} s")
-    for row in table.itertuples():
-        name = row.measure if row.bin == "all" else f"{row.measure}, bin {int(row.bin) + 1} of {instrument.bins}"
-        chance = np.nan if row.measure.startswith(("norm", "distance")) else 0.5
-        category = "all" if row.pattern == "mean" else row.pattern
-        yield score_row(name, row.value, row.n, row.low, row.high, chance, category)
+    for row in table.to_dict("records"):
+        place = "" if row["bin"] == "all" else f", bin {int(row['bin']) + 1} of {instrument.bins}"
+        yield _score(row, row["measure"] + place)
+
+
+def _score(row: dict, metric: str) -> dict:
+    """A row of `readability` as one of the table."""
+    chance = np.nan if metric.startswith(("norm", "distance")) else 0.5
+    category = "all" if row["pattern"] == "mean" else row["pattern"]
+    return score_row(metric, row["value"], row["n"], row["low"], row["high"], chance, category)
 
 
 @benchmark(data="pairs", fixed={"features": "global", "precision": "no"}, feedback=True)
@@ -90,8 +95,7 @@ def world_readability(task: Task) -> Iterator[dict]:
     pairs = world_pairs_in_memory(PAIRS, seed)
     yield from instrument_rows(pairs, open_instrument(task))
     for row in pair_rows("probe", "all", probe_pairs(task.encoder, pairs, seed), pairs.patterns):
-        category = "all" if row["pattern"] == "mean" else row["pattern"]
-        yield score_row("probe", row["value"], row["n"], row["low"], row["high"], 0.5, category)
+        yield _score(row, "probe")
 
 
 def probe_pairs(encoder, pairs: MinimalPairs, seed: int) -> np.ndarray:

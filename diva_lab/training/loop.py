@@ -7,8 +7,9 @@ before anything is measured or clipped, and the first process alone writes.
 
 import atexit
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -74,13 +75,13 @@ class Trainer:
     ):
         self.run, self.settings, self.objective = run, settings, objective
         self.encoder, self.conditioner, self.denoiser = encoder, conditioner, denoiser
+        self.new_step = partial(make_step, encoder=encoder, conditioner=conditioner, denoiser=denoiser)
         self.accelerator = start_accelerator(settings.precision)
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.modules = self._trained_modules()
         self.parameters = {name: p for name, p in self.modules.named_parameters() if p.requires_grad}
-        self.kept = {  # saved with a projector that is trained
-            f"conditioner.{name}": value for name, value in conditioner.named_buffers() if self._trains("conditioner")
-        }
+        aligns = any(p.requires_grad for p in conditioner.parameters())
+        self.kept = {f"conditioner.{n}": b for n, b in conditioner.named_buffers() if aligns}  # saved, not trained
         optimizer = build_optimizer(settings, list(self.parameters.values()))
         self.optimizer = self.accelerator.prepare(optimizer)
         self.first, self.seconds = 0, 0.0  # steps and seconds of training that were done before
@@ -90,9 +91,6 @@ class Trainer:
         number = self.first * settings.accumulate
         self.batches = Batches(settings, self.px, position, number, self.rank, processes)
         self.skipped: list[dict] = []  # images that could not be read since the last checkpoint
-
-    def _trains(self, module: str) -> bool:
-        return any(name.startswith(f"{module}.") for name in self.parameters)
 
     def _trained_modules(self) -> nn.ModuleDict:
         """The modules whose parameters may be trained, on the device; the denoiser's network only where it is."""
@@ -146,7 +144,9 @@ class Trainer:
             torch.manual_seed(random.initial_seed())  # LoRA's dropout draws from the global generator
             try:
                 with self.accelerator.autocast():
-                    terms = self.objective(self.new_step(images, random, settings, shift[micro], captions))
+                    terms = self.objective(
+                        self.new_step(images, random=random, settings=settings, shift=shift[micro], captions=captions)
+                    )
                 gradients = term_gradients(terms, self.parameters | {EMBEDDINGS: shift})
             except torch.OutOfMemoryError as error:
                 raise RuntimeError(
@@ -158,16 +158,6 @@ class Trainer:
                 _add(total.setdefault(name, {}), gradient, settings.accumulate)
             del gradients, terms
         return total, losses
-
-    def new_step(
-        self,
-        images: Tensor,
-        random: torch.Generator,
-        settings: Settings,
-        shift: Tensor | None = None,
-        captions: Sequence[str] = (),
-    ) -> Step:
-        return make_step(images, self.encoder, self.conditioner, self.denoiser, random, settings, shift, captions)
 
     def _average_over_processes(
         self, gradients: dict[str, Gradient], losses: dict[str, float]
@@ -265,7 +255,8 @@ class Watcher:
         while len(self.batches) <= number:
             self.batches.append(next(self.source).to(trainer.device).float() / 255)
         random = generator("probe", trainer.settings.seed, number)
-        return trainer.new_step(self.batches[number], random, replace(trainer.settings, **changes))
+        settings = replace(trainer.settings, **changes)
+        return trainer.new_step(self.batches[number], random=random, settings=settings)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------

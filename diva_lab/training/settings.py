@@ -176,20 +176,9 @@ CHOICES: dict[str, Callable[[], Iterable[str]]] = {  # setting -> its values; re
 }
 LEAST = dict.fromkeys(("batch", "accumulate", "draws"), 1)  # setting -> its least value
 LEAST |= dict.fromkeys(
-    (
-        "steps",
-        "warmup",
-        "lora_rank",
-        "rows",
-        "negatives",
-        "keep_latents",
-        "evaluate_every",
-        "save_every",
-        "anchor_weight",
-        "anchor_noise",
-    ),
-    0,
-)
+    ("steps", "warmup", "lora_rank", "rows", "negatives", "keep_latents", "evaluate_every", "save_every",
+     "anchor_weight", "anchor_noise"), 0,
+)  # fmt: skip
 
 
 def learning_rate(settings: Settings, step: int) -> float:

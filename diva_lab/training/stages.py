@@ -7,7 +7,7 @@ Asked for again, a finished run is returned at once, and a stopped one goes on w
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from accelerate import PartialState
@@ -23,7 +23,7 @@ from diva_lab.training.batches import estimate_gap
 from diva_lab.training.build import build_conditioner, build_denoiser, build_encoder
 from diva_lab.training.loop import Probe, Trainer, train
 from diva_lab.training.presets import preset, replace_settings, stages
-from diva_lab.training.runs import Run
+from diva_lab.training.runs import ADDED, Run
 from diva_lab.training.settings import CAPTIONED, Settings
 
 Evaluate = Callable[..., dict[str, float]]
@@ -168,7 +168,7 @@ def objective_of(settings: Settings) -> Callable | None:
 
 def _stage_two(settings: Settings) -> Settings:
     """Settings of stage 2 as its run keeps them: it reads no captions."""
-    return replace(settings, **{field.name: field.default for field in fields(Settings) if field.name in CAPTIONED})
+    return replace(settings, **{name: ADDED[name] for name in CAPTIONED})
 
 
 def _stage_one(settings: Settings) -> Settings:

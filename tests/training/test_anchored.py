@@ -7,7 +7,7 @@ import pytest
 import torch
 from one_step import pictures
 from PIL import Image
-from run_checks import Watch, same_records, same_weights
+from run_checks import kill_and_resume, same_records, same_weights
 
 from diva_lab.captions import open_captions
 from diva_lab.images import open_images
@@ -57,10 +57,7 @@ def test_a_killed_anchored_run_resumes_to_the_bit(settings, captioned, tmp_path_
     settings = replace(settings, anchor=anchor, steps=5, save_every=2, evaluate_every=1)
     if source == "folder":
         settings = replace(settings, images=str(captioned))
-    whole = align(settings, root / "whole", Watch())
-    with pytest.raises(KeyboardInterrupt):
-        align(settings, root / "killed", Watch(stop=4))
-    resumed = align(settings, root / "killed", Watch())
+    whole, resumed = kill_and_resume(align, settings, root, stop=4)
     assert same_weights(whole, resumed)
     same_records(whole, resumed)
     if source == "folder":

@@ -9,7 +9,7 @@ import pytest
 import torch
 from one_step import pictures
 from PIL import Image
-from run_checks import Watch, same_records, same_weights
+from run_checks import Watch, kill_and_resume, same_records, same_weights
 
 from diva_lab.gradients import COMBINE
 from diva_lab.images import Images, open_images
@@ -250,10 +250,7 @@ def test_a_checkpoint_without_positions_is_resumed_by_its_step(small_settings, f
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_killed_and_resumed_alignment_equals_the_uninterrupted_one_bit_for_bit(small_settings, tmp_path, precision):
     settings = replace(small_settings, steps=5, save_every=2, evaluate_every=3, lr=1e-2, precision=precision)
-    whole = align(settings, tmp_path / "whole", Watch())
-    with pytest.raises(KeyboardInterrupt):
-        align(settings, tmp_path / "killed", Watch(stop=2))
-    resumed = align(settings, tmp_path / "killed", Watch())
+    whole, resumed = kill_and_resume(align, settings, tmp_path, stop=2)
     assert same_weights(whole, resumed)
     same_records(whole, resumed)
 
