@@ -31,6 +31,7 @@ MAX_BYTES = 300 * 2**20  # of an image's file
 LARGE = 2**24  # pixels, from which on threads decode one image at a time
 MAX_TARS = 100_000  # names that a brace range may stand for
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+END = "its end"  # stands for a member where a tar does not end as it should
 CC3M = "pixparse/cc3m-wds"  # 576 tars to train on, cc3m-train-0000.tar ..., and 16 of validation
 
 
@@ -203,13 +204,16 @@ def find_tars(source: str) -> list[str]:
         place /= rest.pop(0)
     if not rest:
         return [str(place)]
+    pattern, names = "/".join(rest), []
     try:
-        names = list(islice(braceexpand.braceexpand("/".join(rest)), MAX_TARS + 1))
+        if all(abs(int(a) - int(b)) < MAX_TARS for a, b in re.findall(r"{(-?\d+)\.\.(-?\d+)", pattern)):
+            names = list(islice(braceexpand.braceexpand(pattern), MAX_TARS + 1))
     except ValueError as error:
         raise ValueError(f"images={source!r}: {error}; expected a brace range such as {{0000..0575}}") from error
-    if len(names) > MAX_TARS:
+    if not 0 < len(names) <= MAX_TARS:
         raise ValueError(f"images={source!r}: more than {MAX_TARS} names; expected a smaller range, or *.tar")
-    found = [path for name in names for path in sorted(glob.glob(os.path.join(glob.escape(str(place)), name)))]
+    root = glob.escape(str(place)) if place.parts else ""
+    found = [path for name in names for path in sorted(glob.glob(os.path.join(root, name)))]
     if not found:
         whole, fetch = Path(source), ""
         if whole.name.startswith("cc3m-"):
@@ -231,20 +235,24 @@ def tar_members(file: BinaryIO) -> Iterator[tuple[str, Place | ValueError]]:
     file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # they would be kept until the end
-                if member.isdir() or re.match(r"__[^/]*__($|/)", member.name):
-                    continue
-                file.seek(member.offset_data + max(0, member.size - 1))
-                if member.isreg() and not member.issparse() and member.size and not file.read(1):
-                    raise tarfile.ReadError("cut off")
-                yield member.name, _member_place(file.name, member)
-            file.seek(tar.offset)
-            end = file.read(2 * tarfile.RECORDSIZE)
-            if not end or end.strip(b"\0"):  # cut between two members; a broken header; a second tar behind it
-                raise tarfile.ReadError("no end")
+            yield from _whole_members(tar, file)
     except Exception as error:  # of tarfile, whatever a broken header makes it raise
         raise ValueError(f"{type(error).__name__}: not a whole tar") from error
+
+
+def _whole_members(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tuple[str, Place | ValueError]]:
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # they would be kept until the end
+        if member.isdir() or re.match(r"__[^/]*__($|/)", member.name):
+            continue
+        file.seek(member.offset_data + max(0, member.size - 1))
+        if member.isreg() and not member.issparse() and member.size and not file.read(1):
+            raise tarfile.ReadError("cut off")
+        yield member.name, _member_place(file.name, member)
+    file.seek(tar.offset)
+    end = file.read(2 * tarfile.RECORDSIZE)
+    if not end or end.strip(b"\0"):  # cut between two members; a broken header; a second tar behind it
+        yield END, ValueError("no mark of a tar's end; the tar is cut off, or what follows is not read")
 
 
 def _member_place(path: str, member: tarfile.TarInfo) -> Place | ValueError:
@@ -255,12 +263,6 @@ def _member_place(path: str, member: tarfile.TarInfo) -> Place | ValueError:
     if member.size > MAX_BYTES:
         return ValueError(f"{member.size} bytes; expected at most {MAX_BYTES}")
     return Place(path, member.offset_data, member.size)
-
-
-def split_member(name: str) -> tuple[str, str] | None:
-    """Key and ending of a member's name, split at the first dot behind its folder, as webdataset does; or None."""
-    match = re.match(r"((?:.*/)?[^.]+)[.]([^/]*)$", name)
-    return match and (match[1], match[2].lower())
 
 
 class TarImage(NamedTuple):
@@ -303,7 +305,7 @@ def _tar_items(tar: str, read: bool) -> Iterator[Sample | LeftOut]:
     aside: list[LeftOut] = []
     try:
         with open_regular(tar) as file:
-            for key, group in groupby(_keyed_members(file, aside), key=lambda member: member[0]):
+            for key, group in groupby(keyed_members(file, aside), key=lambda member: member[0]):
                 images, beside = choose_images(key, [member[1:] for member in group])
                 yield from (_tar_sample(file, image, read) for image in images)
                 yield from (LeftOut(f"{tar}: {name}", reason) for name, reason in aside + beside)
@@ -313,16 +315,19 @@ def _tar_items(tar: str, read: bool) -> Iterator[Sample | LeftOut]:
         yield Sample(ValueError(str(error)), tar)
 
 
-def _keyed_members(file: BinaryIO, aside: list[LeftOut]) -> Iterator[tuple[str, str, Place]]:
-    """Key, ending and place of each member; images that are not to be read go to `aside`."""
+def keyed_members(file: BinaryIO, aside: list[LeftOut]) -> Iterator[tuple[str, str, Place]]:
+    """Key, ending and place of each member of a tar, split at the first dot of its name, as webdataset does.
+
+    Images that are not to be read go to `aside`. Raises ValueError as `tar_members`.
+    """
     for name, place in tar_members(file):
         reason = _why_left_out(name)
-        if reason is not None and isinstance(place, ValueError):
+        if isinstance(place, ValueError) and (reason is not None or name == END):
             aside.append(LeftOut(name, str(place)))
         elif reason:
             aside.append(LeftOut(name, reason))
-        elif isinstance(place, Place) and (parts := split_member(name)):
-            yield *parts, place
+        elif isinstance(place, Place) and (parts := re.match(r"((?:.*/)?[^.]+)[.]([^/]*)$", name)):
+            yield parts[1], parts[2].lower(), place
 
 
 def _tar_sample(file: BinaryIO, image: TarImage, read: bool) -> Sample:
