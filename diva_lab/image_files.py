@@ -156,7 +156,9 @@ def open_picture(
             if pixels > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels; expected at most {MAX_PIXELS} in all")
             with (large if pixels > LARGE else None) or nullcontext():
-                yield _to_rgb(ImageOps.exif_transpose(image) if upright else image)
+                if upright:
+                    ImageOps.exif_transpose(image, in_place=True)
+                yield _to_rgb(image)
     except Exception as error:  # Pillow's readers let through whatever a broken file makes them raise
         reason = str(error).partition(" <_io.")[0]  # without an address in memory
         raise ValueError(f"{type(error).__name__}: {reason}") from error
@@ -167,7 +169,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"32 bits a pixel (mode {image.mode}), in a range that is not known; expected 8 or 16")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # without a copy: large images fill the memory
 
 
 def decode_square(
