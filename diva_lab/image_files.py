@@ -156,15 +156,15 @@ def open_picture(
             if pixels > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels; expected at most {MAX_PIXELS} in all")
             with (large if pixels > LARGE else None) or nullcontext():
-                if upright:
-                    ImageOps.exif_transpose(image, in_place=True)
-                yield _to_rgb(image)
+                yield _to_rgb(image, upright)
     except Exception as error:  # Pillow's readers let through whatever a broken file makes them raise
         reason = str(error).partition(" <_io.")[0]  # without an address in memory
         raise ValueError(f"{type(error).__name__}: {reason}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, upright: bool) -> Image.Image:
+    if upright:
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):  # Pillow would cut at 255. Of 16-bit RGB it takes the upper byte, as here
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):

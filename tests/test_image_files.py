@@ -301,9 +301,9 @@ def test_of_large_images_one_is_decoded_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     whole, busy, most = image_files._to_rgb, [], []
 
-    def watch(image: Image.Image) -> Image.Image:
+    def watch(image: Image.Image, upright: bool) -> Image.Image:
         busy.append(image)
-        found = whole(image)
+        found = whole(image, upright)
         most.append(len(busy))
         busy.pop()
         return found
