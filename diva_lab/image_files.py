@@ -115,13 +115,13 @@ def find_images(folder: Path) -> tuple[list[Path], list[LeftOut]]:
                 left_out.append(LeftOut(here, f"the same folder as {same}, which is read once"))
                 folders.clear()
                 continue
-            left_out += [LeftOut(os.path.join(here, name), "hidden") for name in sorted(folders) if is_clutter(name)]
+            left_out += [LeftOut(os.path.join(here, name), "hidden") for name in folders if is_clutter(name)]
             folders[:] = sorted(name for name in folders if not is_clutter(name))
             starts += filter(os.path.islink, (os.path.join(here, name) for name in folders))
-            reasons = {os.path.join(here, name): _why_left_out(name) for name in sorted(files)}
+            reasons = {os.path.join(here, name): _why_left_out(name) for name in files}
             found += [Path(path) for path, reason in reasons.items() if reason == ""]
             left_out += [LeftOut(path, reason) for path, reason in reasons.items() if reason]
-    return sorted(found), left_out
+    return sorted(found), sorted(left_out)
 
 
 def _why_left_out(name: str) -> str | None:
@@ -292,15 +292,14 @@ def choose_images(key: str, members: Sequence[tuple[str, Place]]) -> tuple[list[
     plain = [image for image in images if not image[0]]
     chosen = [min(plain, key=lambda image: SUFFIXES.index(f".{image[1]}"))] if plain else images
     names = {image: ".".join(filter(None, (key, *image))) for image in images}
-    found = []
+    found, left_out = [], []
     for stem, kind in chosen:
         wrong = ValueError("stands twice in this tar; expected every name once") if stem in repeated else None
         found.append(TarImage(names[stem, kind], wrong or stems[stem][kind], stems[""] | stems[stem]))
-    return found, [
-        LeftOut(names[image], f"beside {found[0].name}, which is taken for the image")
-        for image in images
-        if image not in chosen
-    ]
+    if plain:
+        reason = f"beside {found[0].name}, which is taken for the image"
+        left_out = [LeftOut(names[image], reason) for image in images if image != chosen[0]]
+    return found, left_out
 
 
 def _tar_items(tar: str, read: bool) -> Iterator[Sample | LeftOut]:
@@ -312,9 +311,9 @@ def _tar_items(tar: str, read: bool) -> Iterator[Sample | LeftOut]:
                 yield from (_tar_sample(file, image, read) for image in images)
                 yield from (LeftOut(f"{tar}: {name}", reason) for name, reason in aside + beside)
                 aside.clear()
-            yield from (LeftOut(f"{tar}: {name}", reason) for name, reason in aside)
     except (ValueError, OSError) as error:
         yield Sample(ValueError(str(error)), tar)
+    yield from (LeftOut(f"{tar}: {name}", reason) for name, reason in aside)
 
 
 def keyed_members(file: BinaryIO, aside: list[LeftOut]) -> Iterator[tuple[str, str, Place]]:

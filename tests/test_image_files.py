@@ -170,6 +170,9 @@ def test_a_tar_that_does_not_end_as_a_whole_one_gives_what_it_has_and_says_so(tm
         assert names_of(tar) == [f"{k}.png" for k in range(4 if name == "two" else 2)]
         assert "cut off, or what follows is not read" in left_out_of(tar)["its end"]
     assert left_out_of(whole) == {}
+    write_tar(whole, {"0.png": png(0), "._1.png": b"x", "1.png": png(1)})
+    whole.write_bytes(whole.read_bytes()[:third])  # cut within the last member
+    assert len(names_of(whole)) == 1 and left_out_of(whole) == {"._1.png": "hidden"}
 
 
 def test_a_compressed_tar_is_refused_unread(tmp_path):
