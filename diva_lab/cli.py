@@ -78,7 +78,7 @@ def train(args: argparse.Namespace) -> int:
     from diva_lab.training.stages import align_preset, tune
 
     processes = int(os.environ.get("WORLD_SIZE", 1))  # as `accelerate launch` sets it
-    both = ({"images": args.shards} if args.shards else {}) | parse_changes(args.set)
+    both = ({} if args.shards is None else {"images": args.shards}) | parse_changes(args.set)
     projector = {"projector": args.projector} if args.projector else {}
     print(tune(align_preset(args.preset, args.out, processes, both, both | projector), args.out).folder)
     return 0

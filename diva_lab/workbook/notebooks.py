@@ -216,10 +216,10 @@ def resolve_images(images: str) -> str:
     from diva_lab.images import open_images
 
     kind, _, rest = images.partition(":")
-    if kind == "hf" and Path(rest.partition(":")[0]).expanduser().is_dir():
+    if kind == "hf" and rest and Path(rest.partition(":")[0]).expanduser().is_dir():
         source = f"hf:{Path(rest).expanduser().absolute()}"
     else:
-        source = images if kind in ("world", "hf") else str(Path(images).expanduser().absolute())
+        source = images if not images or kind in ("world", "hf") else str(Path(images).expanduser().absolute())
     next(open_images(source, px=32, n=1, seed=0))
     return source
 

@@ -354,6 +354,9 @@ def test_a_folder_of_images_reaches_the_notebooks_with_its_absolute_path(noteboo
     (settings,) = (tmp_path / "out").glob("*/settings.json")
     assert json.loads(settings.read_text())["images"] == str(tmp_path / "photos")
     assert resolve_images("world:3") == "world:3"
+    for source in ("", "hf:"):  # neither is the working directory
+        with pytest.raises((ValueError, FileNotFoundError), match=f"images='{source}'"):
+            resolve_images(source)
     Dataset.from_dict({"image": [Image.new("RGB", (40, 40))]}).save_to_disk(tmp_path / "dataset")
     for source in ("hf:dataset", "hf:dataset:train"):
         assert resolve_images(source) == source.replace("dataset", str(tmp_path / "dataset"))
