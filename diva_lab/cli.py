@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
@@ -233,7 +234,8 @@ def _shorten_lines(text: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns 0, or 2 after a line that says what was wrong with the input."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter shows its number
+        if isinstance(stream, TextIOWrapper):  # a terminal that cannot show a letter shows its number
+            stream.reconfigure(errors="backslashreplace")
     parser = Parser(prog="diva-lab", description=sys.modules["diva_lab"].__doc__.split("\n")[0])
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, (text, add, _) in VERBS.items():

@@ -1,6 +1,8 @@
 """Where data, runs and caches lie."""
 
+import atexit
 import os
+import shutil
 import tempfile
 import warnings
 from functools import cache
@@ -36,8 +38,9 @@ def _find_cache() -> Path:
     warnings.warn(
         f"no cache: {folder} cannot be written; name a folder in the environment variable DIVA_LAB_CACHE", stacklevel=3
     )
-    _find_cache.folder = tempfile.TemporaryDirectory(prefix="diva-lab-", ignore_cleanup_errors=True)
-    return Path(_find_cache.folder.name)
+    folder = Path(tempfile.mkdtemp(prefix="diva-lab-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def check_writable(folder: Path) -> None:

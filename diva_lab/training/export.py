@@ -122,5 +122,5 @@ def export(run: Run, folder: str | Path, scores: str | Path | None = None) -> Pa
     folder = _free(Path(folder))
     measured = read_scores(run, scores) if scores else None
     written = save_encoder(tuned_encoder(run), folder)
-    (folder / "README.md").write_text(model_card(run, list(written), measured))
+    (folder / "README.md").write_text(model_card(run, list(written), measured), encoding="utf-8")
     return folder

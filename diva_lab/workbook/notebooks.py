@@ -263,7 +263,9 @@ def run_workbook(
     facts["torch"] = facts.pop("versions")["torch"]
     executed, failure = _run_all(declared, out, parameters, facts)
     summary, errors = _gather(out, facts)
-    (out / "workbook.json").write_text(json.dumps(facts | {"failure": failure or "\n".join(errors)}, indent=1) + "\n")
+    (out / "workbook.json").write_text(
+        json.dumps(facts | {"failure": failure or "\n".join(errors)}, indent=1) + "\n", encoding="utf-8"
+    )
     write_report(out / "report.html", executed, summary, facts, executed[-1].name if failure and executed else "")
     print(out / "evaluation.csv", out / "summary.csv", out / "report.html", sep="\n")
     return 1 if failure or errors else 0
