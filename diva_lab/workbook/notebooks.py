@@ -21,11 +21,11 @@ import nbformat
 import numpy as np
 import pandas as pd
 
-from diva_lab.evaluation.results import COLUMNS, FACTS
+from diva_lab.evaluation.results import COLUMNS, FACTS, write_csv
 from diva_lab.evaluation.world import WORLD_MEASURES, report_rows
 from diva_lab.models.conditions import CONDITIONS
 from diva_lab.objectives import OBJECTIVES
-from diva_lab.paths import ROOT, RUNS
+from diva_lab.paths import ROOT, RUNS, check_writable
 from diva_lab.provenance import environment
 from diva_lab.training.runs import Run
 from diva_lab.training.settings import CONTROLS
@@ -258,6 +258,7 @@ def run_workbook(
         parameters["images"] = resolve_images(images)
 
     out = (out or RUNS / time.strftime("%Y%m%d-%H%M%S")).absolute()
+    check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     facts = {"run": out.name, **environment(), **parameters}
     facts["torch"] = facts.pop("versions")["torch"]
@@ -302,8 +303,8 @@ def _gather(out: Path, facts: dict) -> tuple[pd.DataFrame, list[str]]:
     table, errors = evaluate_runs(out)
     facts["evaluation"] = f"{time.time() - start:.0f} s"
     summary = summarise_runs(out, table)
-    table.to_csv(out / "evaluation.csv", index=False, float_format="%.6g")
-    summary.to_csv(out / "summary.csv", index=False, float_format="%.6g")
+    write_csv(out / "evaluation.csv", table)
+    write_csv(out / "summary.csv", summary)
     if errors:
         print("FAILED: evaluation\n" + "\n".join(errors), file=sys.stderr, flush=True)
     return summary, errors
