@@ -90,8 +90,8 @@ def train(args: argparse.Namespace) -> int:
     from diva_lab.training.stages import align_preset, tune
 
     check_writable(args.out)
-    both = ({"images": args.shards} if args.shards else {}) | parse_changes(args.set)
-    projector = {"projector": args.projector} if args.projector else {}
+    both = ({} if args.shards is None else {"images": args.shards}) | parse_changes(args.set)
+    projector = {} if args.projector is None else {"projector": args.projector}
     print(tune(align_preset(args.preset, args.out, count_processes(), both, both | projector), args.out).folder)
     return 0
 
@@ -201,7 +201,7 @@ def add_presets(parser: argparse.ArgumentParser) -> None:
 def presets(args: argparse.Namespace) -> int:
     from diva_lab.training.presets import describe_presets, preset_yaml
 
-    print(preset_yaml(args.name) if args.name else describe_presets())
+    print(describe_presets() if args.name is None else preset_yaml(args.name))
     return 0
 
 

@@ -200,7 +200,7 @@ def select_notebooks(notebooks: Path, only: str | None) -> list[Path]:
     numbers = [path.name[:2] for path in paths]
     if not paths:
         raise ValueError(f"no notebook in {notebooks}; expected files like 00_tiny_world.ipynb")
-    selected = only.split(",") if only else numbers
+    selected = numbers if only is None else only.split(",")
     for number in selected:
         if number not in numbers:
             raise ValueError(f"no notebook {number!r}; expected one of {', '.join(numbers)}")
@@ -216,6 +216,8 @@ def resolve_images(images: str) -> str:
     from diva_lab.images import open_images
 
     kind, _, rest = images.partition(":")
+    if not images.strip() or (kind == "hf" and not rest.strip()):
+        raise ValueError(f"--images {images!r}: expected a folder of images, webdataset tars, hf:DATASET or world")
     if kind == "hf" and Path(rest.partition(":")[0]).expanduser().is_dir():
         source = f"hf:{Path(rest).expanduser().absolute()}"
     else:

@@ -9,7 +9,7 @@ import ast
 import math
 import os
 from contextlib import suppress
-from types import FunctionType, ModuleType, UnionType
+from types import FunctionType, GenericAlias, ModuleType, UnionType
 from typing import Union, get_args, get_origin
 
 from diva_lab.training.presets import TINY_DIVA
@@ -17,6 +17,7 @@ from diva_lab.training.settings import Settings
 
 INJECTED = "# Parameters"  # the first line of papermill's cell
 MOST = 2**32 - 1  # of a whole number: no seed is larger
+KINDS = (range, type, GenericAlias)  # in a tuple of choices these are not values
 
 
 def check_parameters(scope: dict, **expected: object) -> None:
@@ -27,8 +28,9 @@ def check_parameters(scope: dict, **expected: object) -> None:
     Args:
         scope: the notebook's `globals()`.
         **expected: for each parameter its type (`int`, `list[int]`, `str | None`), a range, or a tuple of the allowed
-            values. An int is a valid float, a bool is no valid int; a list is a valid tuple, and the reverse. An int
-            lies in 0..`MOST`, a float is finite. A number in a text becomes a float: YAML reads `2e-5` as a text.
+            values, types and ranges. An int is a valid float, a bool is no valid int; a list is a valid tuple, and the
+            reverse. An int lies in 0..`MOST`, a float is finite. A number in a text becomes a float: YAML reads `2e-5`
+            as a text.
 
     Raises:
         ValueError: one error with everything that is wrong, and the right names, types and defaults.
@@ -76,7 +78,10 @@ def _fits(value: object, kind: object) -> bool:
     if isinstance(kind, range):
         return type(value) is int and value in kind
     if isinstance(kind, tuple):
-        return any(type(value) is type(choice) and value == choice for choice in kind)
+        return any(
+            _fits(value, choice) if isinstance(choice, KINDS) else type(value) is type(choice) and value == choice
+            for choice in kind
+        )
     if get_origin(kind) in (Union, UnionType):
         return any(_fits(value, option) for option in get_args(kind))
     if kind is None or kind is type(None):
@@ -95,7 +100,7 @@ def _name(kind: object) -> str:
     if isinstance(kind, range):
         return f"int from {kind[0]} to {kind[-1]}"
     if isinstance(kind, tuple):
-        return "one of " + ", ".join(map(repr, kind))
+        return "one of " + ", ".join(_name(choice) if isinstance(choice, KINDS) else repr(choice) for choice in kind)
     return kind.__name__ if isinstance(kind, type) else str(kind)
 
 

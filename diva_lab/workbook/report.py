@@ -33,9 +33,9 @@ blockquote { margin: 1rem 0; padding-left: 1rem; border-left: 3px solid #d8dde6;
 .failed { color: #a3261b; font-weight: 600; } .output_error pre { background: #fdf1ef; }
 """
 TAGS = bleach.ALLOWED_TAGS | {  # of a notebook's page; none that styles, runs, loads, asks or moves the base of links
-    "br", "caption", "dd", "del", "details", "div", "dl", "dt", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "img",
-    "main", "p", "pre", "q", "s", "section", "small", "span", "sub", "summary", "sup", "table", "tbody", "td", "tfoot",
-    "th", "thead", "tr", "u",
+    "br", "caption", "dd", "del", "details", "div", "dl", "dt", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "hr",
+    "img", "main", "p", "pre", "q", "s", "section", "small", "span", "sub", "summary", "sup", "table", "tbody", "td",
+    "tfoot", "th", "thead", "tr", "u",
 }  # fmt: skip
 REPORT_COLUMNS = {
     "objective": "objective",
