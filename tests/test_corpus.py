@@ -362,6 +362,7 @@ SLOW = [
     Case("real command", ("evaluate", "--encoder", "tiny", "--benchmarks", "emoji", "--out", "é $.csv")),
     Case("real command", ("export", "nowhere", "out"), "no run here"),
 ]
+SLOW += [case for k, case in enumerate(SETTINGS) if k % 3]
 SLOW += [Case(door, text) for door in ("figures", "report") for k, text in enumerate(TEXTS) if k % 4]
 DOORS: dict[str, Callable[[object], None]] = {
     "settings": open_settings,
@@ -374,7 +375,7 @@ DOORS: dict[str, Callable[[object], None]] = {
     "real command": run_real_command,
 }
 CASES = [
-    *SETTINGS, *YAML, *CHECKED, *COMMANDS,
+    *SETTINGS[::3], *YAML, *CHECKED, *COMMANDS,
     *(Case("csv", text) for text in TEXTS),
     *(Case(door, text) for door in ("figures", "report") for text in TEXTS[::4]),
     *(Case("report", text) for text in ACTIVE),
