@@ -2,7 +2,7 @@
 
 A case is an entry of a list below: the door through which it comes, what is given, and words of the error that is
 expected, or "" where the right result is. A door is a function that takes what is given, in an empty working folder; it
-asserts that a result is right. No case may run code that is planted in it, take 30 seconds, or 4 GB.
+asserts that a result is right. No case may run code that is planted in it, take 30 seconds of a processor, or 4 GB.
 
 To add cases, add entries to a list; to add an entry point, add a function to `DOORS` and a list to `CASES`. What is
 given may be a function of the working folder, which makes a file there and returns what the door takes. Cases of `SLOW`
@@ -14,7 +14,6 @@ import re
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from html.parser import HTMLParser
@@ -40,6 +39,7 @@ from diva_lab.workbook.report import write_report
 
 matplotlib.use("agg")
 SECONDS, KILOBYTES = 30, 4 * 2**20
+WAIT = 300  # seconds for a process of its own, on a machine that does other work too
 PLANTED = "__import__('pathlib').Path('pwned').touch()"  # leaves a file where it is run
 LONG = "x" * 200_000
 NAN, INF = float("nan"), float("inf")
@@ -189,7 +189,7 @@ COMMANDS = [
     Case("command", (*TRAIN, "--set", "lr=1", "--set", "clip=-1"), "setting clip=-1"),
     Case("command", (*TRAIN, "--set", "clip=-1", "--set", "lr=1"), "setting clip=-1"),
     Case("command", (*TRAIN, "--set", "objective=" + PLANTED), "unknown objective"),
-    Case("command", (*TRAIN, "--out", "a.txt/runs"), "a.txt is no folder; "[:15]),
+    Case("command", (*TRAIN, "--out", "a.txt/runs"), "a.txt is no folder"),
     Case("command", ("train",), "--preset"),
     *(Case("command", ("train", "--preset", value, "--shards", "world"), "unknown preset") for value in ("", "dcr", LONG)),
     Case("command", ("train", "--preset", "openai-l14-dcr", "--shards", ""), "setting images=''"),
@@ -342,10 +342,10 @@ def report_on(text: str) -> None:
 
 
 def run_real_command(argv: tuple[str, ...]) -> None:
-    """Run `python -m diva_lab` as a process of its own, with at most `KILOBYTES` of memory that it writes to."""
+    """Run `python -m diva_lab` as a process of its own."""
     root = str(Path(__file__).resolve().parent.parent)
     done = subprocess.run(
-        [sys.executable, "-m", "diva_lab", *argv], capture_output=True, encoding="utf-8", timeout=2 * SECONDS,
+        [sys.executable, "-m", "diva_lab", *argv], capture_output=True, encoding="utf-8", timeout=WAIT,
         env=os.environ | {"PYTHONPATH": root, "DIVA_LAB_CACHE": os.getcwd()},
     )  # fmt: skip
     report_exit(done.returncode, done.stdout, done.stderr)
@@ -358,7 +358,7 @@ SLOW = [
     Case("real command", (*TRAIN, "--set", "lr=nan"), "--set"),
     Case("real command", (*TRAIN, "--out", "runs", "--set", *ONE_STEP)),
     Case("real command", (*EVALUATE, "--seed", "-1"), "argument --seed"),
-    Case("real command", (*EVALUATE, "--encoder", "nowhere/model"), "nowhere/model"),
+    Case("real command", ("evaluate", "--encoder", "nowhere/model", "--benchmarks", "emoji"), "nowhere/model"),
     Case("real command", ("evaluate", "--encoder", "tiny", "--benchmarks", "emoji", "--out", "é $.csv")),
     Case("real command", ("export", "nowhere", "out"), "no run here"),
 ]
@@ -394,6 +394,12 @@ def end_of(case: Case, folder: Path) -> tuple[str, str]:
     return "right result", ""
 
 
+def used() -> tuple[float, int]:
+    """Seconds of a processor and the most kilobytes that this process and its children have used so far."""
+    each = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in each), max(one.ru_maxrss for one in each)
+
+
 @pytest.fixture
 def without_annotations():
     """What a user has: in tests alone, annotations are checked, and a wrong type would not reach our own error."""
@@ -410,14 +416,14 @@ def test_an_odd_input_ends_in_the_right_result_or_in_one_clear_error(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Case, "capture", capsys, raising=False)
-    start = time.perf_counter()
+    before = used()
     end, error = end_of(case, tmp_path)
-    taken, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    taken, grown = (after - first for first, after in zip(before, used(), strict=True))
     record_property("outcome", f"{case.door}, {end}")
     assert case.error in error and bool(case.error) == bool(error), error or f"no error; expected: {case.error}"
     assert case.door == "command" or "\n" not in error.strip("\n").replace("\n- ", "")
     assert not Path("pwned").exists(), "planted code was run"
-    assert taken < SECONDS and peak < KILOBYTES
+    assert taken < SECONDS and grown < KILOBYTES
 
 
 def test_the_corpus_has_400_cases_and_every_number_of_the_settings_has_a_range():
