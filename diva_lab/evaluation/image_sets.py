@@ -370,7 +370,7 @@ def read_set(folder: str | Path, split: str = "test") -> ImageSet:
         raise FileNotFoundError(f"{folder}: no such folder; expected a set of images")
     name = canonical_name(folder.resolve().name)
     kind = folder / "dataset_type.txt"
-    if "multilabel" in name or (kind.is_file() and "multilabel" in kind.read_text(errors="replace")):
+    if "multilabel" in name or (kind.is_file() and "multilabel" in kind.read_text(errors="replace", encoding="utf-8")):
         raise ValueError(f"{folder}: {MULTILABEL}")
     if name == "voc2007" and any(any(folder.glob(f"{deep}JPEGImages")) for deep in ("", "*/", "*/*/")):
         raise ValueError(f"{folder}: VOC's own layout, {MULTILABEL}")

@@ -25,6 +25,7 @@ from diva_lab.models.encoders import embed
 from diva_lab.statistics import bootstrap_mean, wilson
 from diva_lab.world import PATTERNS
 
+csv.field_size_limit(2**31 - 1)  # Python's own limit, 128 kB, ends in an error that names no file
 PAIR_SUFFIXES = (".jpg", ".jpeg", ".png")
 PREFIX = "a photo of "
 EXPECTED = (

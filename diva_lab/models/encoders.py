@@ -217,7 +217,7 @@ def _load_open_clip(label: str, name: str, repository: str | None, released: str
         load_released(model, released)
     schema, _, folder = model_name.partition(":")
     if schema == "local-dir":
-        config = json.loads(Path(folder, "open_clip_config.json").read_text())
+        config = json.loads(Path(folder, "open_clip_config.json").read_text(encoding="utf-8"))
     else:
         config = {"model_cfg": open_clip.get_model_config(model_name)}
         config["preprocess_cfg"] = open_clip.get_model_preprocess_cfg(model)

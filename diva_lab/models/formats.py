@@ -469,7 +469,7 @@ def write_open_clip(folder: Path, state: State, config: dict, tokenizer: object)
     save_file({name: value.contiguous() for name, value in state.items()}, folder / "open_clip_model.safetensors")
     text_cfg = {**config["model_cfg"]["text_cfg"], "hf_tokenizer_name": "tokenizer"}
     config = config | {"model_cfg": {**config["model_cfg"], "text_cfg": text_cfg}}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     transformers_tokenizer(tokenizer).save_pretrained(folder)
     return folder
 

@@ -57,8 +57,10 @@ class Run:
         run = cls.at(settings, root)
         if not (run.folder / "settings.json").exists():
             run.folder.mkdir(parents=True, exist_ok=True)
-            (run.folder / "environment.json").write_text(json.dumps(environment() | (facts or {}), indent=1) + "\n")
-            (run.folder / "settings.json").write_text(_text(settings) + "\n")
+            (run.folder / "environment.json").write_text(
+                json.dumps(environment() | (facts or {}), indent=1) + "\n", encoding="utf-8"
+            )
+            (run.folder / "settings.json").write_text(_text(settings) + "\n", encoding="utf-8")
         return run
 
     @property
@@ -67,11 +69,11 @@ class Run:
 
     @property
     def settings(self) -> dict:
-        return json.loads((self.folder / "settings.json").read_text())
+        return json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
 
     @property
     def environment(self) -> dict:
-        return json.loads((self.folder / "environment.json").read_text())
+        return json.loads((self.folder / "environment.json").read_text(encoding="utf-8"))
 
     @property
     def source(self) -> str:
@@ -89,12 +91,14 @@ class Run:
 
     def log(self, kind: str, **values: float | int | str) -> None:
         """Append one line to `metrics`, `evaluations`, `probes` or `skipped`."""
-        with open(self.folder / f"{kind}.jsonl", "a") as file:
+        with open(self.folder / f"{kind}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def _table(self, kind: str) -> pd.DataFrame:
         path = self.folder / f"{kind}.jsonl"
-        return pd.DataFrame([json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [])
+        return pd.DataFrame(
+            [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        )
 
     def metrics(self) -> pd.DataFrame:
         """One row a step: step, loss, each term, gradients, seconds."""
@@ -158,9 +162,9 @@ class Run:
         for kind, behind in RECORDS.items():
             path, last = self.folder / f"{kind}.jsonl", state["step"] - behind
             if path.exists():
-                lines = path.read_text().splitlines()
+                lines = path.read_text(encoding="utf-8").splitlines()
                 kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= last]
-                path.write_text("".join(f"{line}\n" for line in kept))
+                path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         return state
 
 
