@@ -63,9 +63,11 @@ class Denoiser(nn.Module):
             signal, sigma = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
             self.native = "noise" if kind == "epsilon" else "velocity"
         if not (signal.isfinite() & sigma.isfinite()).all() or len(signal) < 2 or (signal.diff() > 0).any():
+            names = "num_train_timesteps", "beta_start", "beta_end", "beta_schedule"
+            settings = ", ".join(f"{name} = {scheduler.config.get(name)}" for name in names)
             raise ValueError(
-                f"scheduler {dict(scheduler.config)}: its signal must fall from at most 1 to at least 0 with the "
-                "timestep; expected betas in [0, 1], as beta_start = 0.00085, beta_end = 0.012"
+                f"scheduler: betas in [0, 1) expected, as from beta_start = 0.00085 to beta_end = 0.012; the signal does "
+                f"not fall with the timestep at {settings}"
             )
         self.register_buffer("signal", signal, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)

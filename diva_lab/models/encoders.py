@@ -194,9 +194,8 @@ def _fetch_folder(name: str) -> tuple[str, str | None]:
 
 def encoder_hint(model_name: str, tag: str | None) -> str:
     """For error messages: what to do where open_clip finds no weights or no tokenizer for a model."""
-    schema, _, folder = model_name.partition(":")
-    if schema == "local-dir":
-        return f"expected {folder} to hold open_clip_config.json, open_clip_model.safetensors and the tokenizer's files"
+    if model_name.startswith("local-dir:"):
+        return "expected open_clip_config.json, open_clip_model.safetensors and the tokenizer's files"
     weights = open_clip.get_pretrained_cfg(model_name, tag or "").get("hf_hub", "").rpartition("/")[0]
     if not weights:
         return f'fetch with network: python -c "import open_clip; open_clip.create_model{model_name, tag}"'
@@ -235,12 +234,12 @@ def _read_folder(
         return read_open_clip(folder, weights) if ours else read_transformers(folder)
     except OSError as error:
         hint = fetch_hint(repository) if repository else encoder_hint(f"local-dir:{folder}", None) if ours else ""
-        raise FileNotFoundError(f"encoder {label!r}: no weights: {error}; {hint}".removesuffix("; ")) from error
+        raise FileNotFoundError(f"encoder {label!r}: {error}; {hint}".removesuffix("; ")) from error
     except ValueError as error:
         raise ValueError(f"encoder {label!r}: {error}") from error
 
 
-def _activation(name: str, folder: bool, config: dict) -> str:
+def describe_activation(name: str, folder: bool, config: dict) -> str:
     """Which activation an encoder computes with, which a file of weights does not say, and how to have the other."""
     quick = bool(config["model_cfg"].get("quick_gelu"))
     used, other = ("QuickGELU", "GELU") if quick else ("GELU", "QuickGELU")
@@ -300,7 +299,7 @@ def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encode
         check_finite(model.state_dict(), f"encoder {label!r}")
         encoder = Encoder(model, tokenizer, config)
     if released:
-        print(f"{name}: {_activation(folder if local else model_name, local, config)}", flush=True)
+        print(f"{name}: {describe_activation(folder if local else model_name, local, config)}", flush=True)
     return encoder.to(device)
 
 

@@ -433,13 +433,17 @@ def read_open_clip(folder: str | Path, weights: bool = True) -> tuple[nn.Module,
     name = f"local-dir:{folder}"
     with reading(folder):
         model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
-        safe = {"trust_remote_code": False} if text_cfg.get("hf_tokenizer_name") else {}  # SimpleTokenizer is its own
-        tokenizer = open_clip.get_tokenizer(name, **safe)
     if weights:
         state = read_folder(folder, _OPEN_CLIP_STEMS)
         if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
             state = convert_to_custom_text_state_dict(state)  # the text tower's names as they were at first
         load_weights(model, state, folder)
+    safe = {}
+    if text_cfg.get("hf_tokenizer_name"):  # else OpenAI's, which open_clip brings
+        _check_beside(folder, "tokenizer")
+        safe["trust_remote_code"] = False
+    with reading(folder):
+        tokenizer = open_clip.get_tokenizer(name, **safe)
     check_tokenizer(tokenizer, text_cfg.get("vocab_size", CLIPTextCfg.vocab_size), folder)
     return use_activation(model, config), tokenizer, config
 
@@ -448,8 +452,18 @@ _KINDS = {"clip": CLIPModel, "siglip": SiglipModel}  # model_type of a config.js
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, which image processors use
 _BESIDE = {  # what a transformers folder must hold beside the weights -> the files, any of which will do
     "image processor": ("preprocessor_config.json", "processor_config.json"),
-    "tokenizer": ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model"),
-}
+    "tokenizer": (
+        "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
+    ),
+}  # fmt: skip
+
+
+def _check_beside(folder: str | Path, part: str) -> None:
+    """Raise FileNotFoundError where a folder has none of the files of a part in `_BESIDE`."""
+    if not any(Path(folder, file).exists() for file in _BESIDE[part]):
+        raise FileNotFoundError(
+            f"{folder} has no {part}: none of {', '.join(_BESIDE[part])}; copy it from the model that was tuned"
+        )
 
 
 def _preprocessing(folder: str | Path, px: int) -> dict:
@@ -485,13 +499,10 @@ def read_transformers(folder: str | Path) -> tuple[nn.Module, HFTokenizer, dict]
             processor and the tokenizer; both are those of the model that was tuned.
     """
     kind = read_json(Path(folder, "config.json")).get("model_type")
-    if kind not in _KINDS:
+    if kind not in tuple(_KINDS):  # a list has no hash
         raise ValueError(f"{folder}/config.json: model_type = {kind!r}; expected {' or '.join(_KINDS)}")
-    for part, files in _BESIDE.items():
-        if not any(Path(folder, file).exists() for file in files):
-            raise FileNotFoundError(
-                f"{folder} has no {part}: none of {', '.join(files)}; copy it from the model that was tuned"
-            )
+    for part in _BESIDE:
+        _check_beside(folder, part)
     source = load_transformers(_KINDS[kind], folder)
     model_cfg = open_clip_config(source.config)
     preprocess = _preprocessing(folder, model_cfg["vision_cfg"]["image_size"])

@@ -3,11 +3,13 @@
 import csv
 import io
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from damage import change_weights
 from image_writers import png, write_folders, write_tar
 from PIL import Image
 from scipy.stats import binomtest
@@ -35,6 +37,7 @@ from diva_lab.evaluation.table import (
 from diva_lab.evaluation.zeroshot import class_embeddings
 from diva_lab.image_files import Place
 from diva_lab.models.encoders import Encoder, Features, load_encoder
+from diva_lab.paths import DATA
 from diva_lab.training.settings import Settings
 from diva_lab.training.stages import tune
 from diva_lab.world import DETAILS, World, write_pairs
@@ -163,6 +166,22 @@ def test_what_fails_is_told_at_the_end_and_has_no_row(root, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "3 of 4 failed" in said and "1.png" in said and said.count("no train split") == 2
     assert set(pd.read_csv(tmp_path / "r.csv").set) == {"whole"}
+
+
+@pytest.mark.parametrize(("weight", "kind"), [("visual.proj", "images"), ("text_projection", "texts")])
+def test_an_encoder_whose_embeddings_are_not_finite_has_no_row(weight, kind, root, tmp_path, capsys):
+    folder = shutil.copytree(DATA / "tiny" / "clip", tmp_path / "huge")
+    change_weights(folder / "open_clip_model.safetensors", lambda state: state | {weight: state[weight].sign() * 3e38})
+    images_only = ["clustering", "probe", "knn", "feedback"]
+    names = [name for name in BENCHMARKS if kind == "images" or name not in (*images_only, "world", "readability")]
+    names = [name for name in names if name != "world-readability" or kind == "texts"]  # once, for it is slow
+    out = tmp_path / "r.csv"
+    arguments = ["--encoder", str(folder), "--benchmarks", ",".join(names), "--root", str(root), "--out", str(out)]
+    assert main(["evaluate", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert not out.exists()
+    for line in [line for line in said.splitlines() if line.startswith("- ")]:
+        assert line.startswith(f"- {folder}, ") and f"{kind} are NaN or infinite, the first of" in line, line
 
 
 def test_one_command_prints_and_writes_the_table(root, tmp_path, capsys):
