@@ -66,8 +66,8 @@ class Denoiser(nn.Module):
             names = "num_train_timesteps", "beta_start", "beta_end", "beta_schedule"
             settings = ", ".join(f"{name} = {scheduler.config.get(name)}" for name in names)
             raise ValueError(
-                f"scheduler: betas in [0, 1) expected, as from beta_start = 0.00085 to beta_end = 0.012; the signal does "
-                f"not fall with the timestep at {settings}"
+                f"scheduler: the signal does not fall with the timestep at {settings}; expected betas in [0, 1), as "
+                "beta_start = 0.00085, beta_end = 0.012"
             )
         self.register_buffer("signal", signal, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)
