@@ -233,15 +233,28 @@ def _timm_name(vision: PretrainedConfig) -> str:
     )
 
 
+_COMPUTED = {  # model_type -> the hidden_act and layer_norm_eps that open_clip can compute with
+    "clip": (("quick_gelu", "gelu"), (1e-5,)),
+    "siglip": (("gelu", "gelu_pytorch_tanh"), (1e-6,)),
+}
+
+
 def open_clip_config(config: PretrainedConfig) -> dict:
     """open_clip's `model_cfg` for the configuration of a transformers CLIP or SigLIP.
 
     Raises:
-        ValueError: for another kind of model.
+        ValueError: for another kind of model, and for an activation or a norm that open_clip does not have.
     """
     if config.model_type not in PART_NAMES:
         raise ValueError(f"model_type {config.model_type!r}; expected {' or '.join(PART_NAMES)}")
     text, vision = config.text_config, config.vision_config
+    acts, eps = _COMPUTED[config.model_type]
+    for name, part in (("text_config", text), ("vision_config", vision)):
+        for key, value, known in (("hidden_act", part.hidden_act, acts), ("layer_norm_eps", part.layer_norm_eps, eps)):
+            if value not in known:
+                raise ValueError(f"{name}.{key} = {value!r}; expected {' or '.join(map(str, known))}")
+    if config.model_type == "clip" and text.hidden_act != vision.hidden_act:
+        raise ValueError(f"hidden_act = {text.hidden_act!r} and {vision.hidden_act!r}; expected one for both towers")
     text_cfg = {
         "context_length": text.max_position_embeddings, "vocab_size": text.vocab_size, "width": text.hidden_size,
         "heads": text.num_attention_heads, "layers": text.num_hidden_layers,
@@ -504,7 +517,8 @@ def read_transformers(folder: str | Path) -> tuple[nn.Module, HFTokenizer, dict]
     for part in _BESIDE:
         _check_beside(folder, part)
     source = load_transformers(_KINDS[kind], folder)
-    model_cfg = open_clip_config(source.config)
+    with reading(f"{folder}/config.json"):
+        model_cfg = open_clip_config(source.config)
     preprocess = _preprocessing(folder, model_cfg["vision_cfg"]["image_size"])
     config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
     if kind == "siglip" and source.config.vision_config.hidden_act == "gelu_pytorch_tanh":

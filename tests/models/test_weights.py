@@ -235,6 +235,26 @@ def test_a_configuration_of_another_kind_is_refused_by_name(text, ours, theirs):
         assert str(folder) in refusal(load_encoder, folder)
 
 
+@pytest.mark.parametrize(("key", "value"), [("hidden_act", "relu"), ("hidden_act", "gelu"), ("layer_norm_eps", 1e-3)])
+def test_a_text_tower_that_open_clip_would_compute_otherwise_is_refused(key, value, tmp_path):
+    folder = write_transformers_clip(tmp_path / "clip", "clip", "quick_gelu")
+    settings = json.loads((folder / "config.json").read_text())
+    change_json(folder / "config.json", text_config=settings["text_config"] | {key: value})
+    text = refusal(load_encoder, folder)
+    assert key in text and str(value) in text and f"{folder}/config.json" in text
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGE if name not in ("other names", "no weights")])
+def test_a_projector_whose_weights_do_not_fit_is_refused(damage, small_clip, small_settings, tmp_path):
+    encoder, denoiser = load_encoder(small_clip), load_denoiser(small_settings.denoiser)
+    projector = build_conditioner(small_settings, encoder, denoiser).state_dict()
+    change, message = DAMAGE[damage]
+    save_file({f"conditioner.{n}": w for n, w in change(projector).items()}, tmp_path / "p.safetensors")
+    settings = replace(small_settings, projector=str(tmp_path / "p.safetensors"))
+    text = refusal(build_conditioner, settings, encoder, denoiser)
+    assert any(part in text for part in message.split("|")) and "p.safetensors" in text
+
+
 # --- NAME@FILE --------------------------------------------------------------------------------------------------
 
 
