@@ -26,7 +26,7 @@ from diva_lab.machine import fetch_hint, fetch_repository
 from diva_lab.models.formats import load_released, read_open_clip, read_transformers
 from diva_lab.models.layers import fuse_attention, split_attention
 from diva_lab.models.lora import merge_lora
-from diva_lab.models.weights import check_finite, reading
+from diva_lab.models.weights import check_finite
 from diva_lab.paths import DATA
 
 ENCODERS = {  # name -> (open_clip model, pretrained tag); a `local-dir:` folder holds weights and tokenizer
@@ -245,7 +245,9 @@ def describe_activation(name: str, folder: bool, config: dict) -> str:
     used, other = ("QuickGELU", "GELU") if quick else ("GELU", "QuickGELU")
     model = name.partition(":")[0]
     twin = model.removesuffix("-quickgelu") if quick else f"{model}-quickgelu"
-    if folder and Path(name, "open_clip_config.json").exists():
+    if config["model_cfg"].get("custom_text"):  # as SigLIP's and EVA's, whose image tower is a timm model
+        how = "this architecture has no other"
+    elif folder and Path(name, "open_clip_config.json").exists():
         how = f'"quick_gelu": {str(not quick).lower()} in model_cfg of {name}/open_clip_config.json'
     elif folder:
         how = f'"hidden_act": "{"gelu" if quick else "quick_gelu"}" for both towers in {name}/config.json'
@@ -295,12 +297,10 @@ def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encode
     if released and not load_released(model, released, prefix):  # without a text tower: use the original model's
         model, tokenizer, config = load(weights=True)
         load_released(model, released, prefix)
-    with reading(f"encoder {label!r}"):
-        check_finite(model.state_dict(), f"encoder {label!r}")
-        encoder = Encoder(model, tokenizer, config)
+    check_finite(model.state_dict(), f"encoder {label!r}")
     if released:
         print(f"{name}: {describe_activation(folder if local else model_name, local, config)}", flush=True)
-    return encoder.to(device)
+    return Encoder(model, tokenizer, config).to(device)
 
 
 @torch.no_grad()

@@ -419,12 +419,12 @@ def _open_clip_config(folder: str | Path) -> dict:
     options = towers["text_cfg"].get("tokenizer_kwargs") or {}
     check_known(options, ("clean", "strip_sep_token", "language"), f"{path}, text_cfg.tokenizer_kwargs")
     configs = map(open_clip.get_model_config, open_clip.list_models())
-    texts = {None, *(known["text_cfg"].get("hf_model_name") for known in configs)}
-    trunk, text = (towers["vision_cfg"].get("timm_model_name"), towers["text_cfg"].get("hf_model_name"))
+    texts = ["", *sorted({known["text_cfg"].get("hf_model_name") or "" for known in configs} - {""})]
+    trunk, text = towers["vision_cfg"].get("timm_model_name"), towers["text_cfg"].get("hf_model_name") or ""
     if trunk and not timm.is_model(str(trunk)):  # timm would fetch what a name as hf-hub:owner/name says
         raise ValueError(f"{path}: timm_model_name = {trunk!r}; expected a name that timm.list_models() has")
     if text not in texts:
-        raise ValueError(f"{path}: hf_model_name = {text!r}; expected one of {', '.join(sorted(texts - {None}))}")
+        raise ValueError(f"{path}: hf_model_name = {text!r}; expected one of {', '.join(texts[1:])}")
     return config
 
 

@@ -216,7 +216,8 @@ def test_parts_of_two_models_are_refused(diffusion, tmp_path):
     [
         ("model_cfg", {"multimodal_cfg": {}}), ("vision_cfg", {"pretrained_path": "x"}), ("text_cfg", {"width": "x"}),
         ("text_cfg", {"tokenizer_kwargs": {"trust_remote_code": True}}), ("text_cfg", {"tokenizer_kwargs": [1]}),
-        ("text_cfg", {"hf_model_name": "evil/model"}), ("vision_cfg", {"timm_model_name": "hf-hub:evil/model"}),
+        ("text_cfg", {"hf_model_name": "evil/model"}), ("text_cfg", {"hf_model_name": ["a"]}),
+        ("vision_cfg", {"timm_model_name": "hf-hub:evil/model"}),
         ("vision_cfg", {"layers": None}), ("vision_cfg", {"width": -1}), ("model_cfg", {"text_cfg": None}),
     ],
     ids=str,
@@ -368,7 +369,8 @@ AUTO = ("Config", "Model", "Tokenizer", "ImageProcessor", "Processor", "FeatureE
 EVIL = """
 import os
 os.makedirs({marker!r}, exist_ok=True)
-from transformers import CLIPTokenizer as Evil
+from transformers import CLIPTokenizer
+class Evil(CLIPTokenizer): pass
 """
 
 
