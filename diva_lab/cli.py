@@ -101,7 +101,9 @@ def train(args: argparse.Namespace) -> int:
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EVALUATE_EXAMPLE
-    parser.add_argument("--encoder", action="append", required=True, help="name, folder, NAME@FILE, or run; repeatable")
+    parser.add_argument(
+        "--encoder", action="append", required=True, help="name, folder, NAME@FILE, run or RUN:MIX; repeatable"
+    )
     parser.add_argument(
         "--benchmarks",
         required=True,
