@@ -261,6 +261,31 @@ def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encode
     return Encoder(model, tokenizer, config).to(device)
 
 
+def weight_files(folder: Path) -> dict[str, Path]:
+    """The files of weights in a folder, by name: .safetensors, or .bin where there is none; no variants (.fp16.)."""
+    files = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
+    return {file.name: file for file in sorted(files) if "." not in file.stem}
+
+
+def encoder_files(name: str) -> dict[str, Path]:
+    """The files of weights that `load_encoder` reads, by name.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_encoder`.
+    """
+    label, _, released = name.partition("@")
+    source, _ = _fetch_folder(label)
+    tag = None
+    if source in ENCODERS or not Path(source).is_dir():
+        source, tag = _open_clip_name(source)
+    if tag is None:
+        files = weight_files(Path(source.removeprefix("local-dir:")))
+    else:
+        file = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(source, tag)))
+        files = {file.name: file}
+    return files | ({Path(released).name: Path(released)} if released else {})
+
+
 @torch.no_grad()
 def embed(encoder: nn.Module, images: UInt8[Tensor, "n 3 h w"], batch: int = 256) -> Float[Tensor, "n d"]:
     """Unit-length global embeddings of uint8 images, `batch` at a time, in float32 on the CPU; without gradient.

@@ -404,8 +404,10 @@ def test_the_gradient_is_clipped_to_the_norm_asked_for(small_settings, tmp_path)
     assert moved(1e-3) == pytest.approx(1e-3, rel=1e-2) and moved(0.0) > 2e-3
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(small_settings, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"the loss is not a number at step \d; try a smaller lr"):
+def test_weights_that_stop_being_finite_stop_the_run(small_settings, tmp_path):
+    with pytest.raises(
+        FloatingPointError, match=r"a weight is not finite at step \d, of which nothing is saved; try a"
+    ):
         tune(replace(small_settings, lr=1e30, lora_rank=0), tmp_path)
 
 
