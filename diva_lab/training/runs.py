@@ -190,6 +190,15 @@ class Run:
         return f"run {self.id} · git {facts['git']} · torch {facts['versions']['torch']}"
 
     @property
+    def error(self) -> str | None:
+        """What is damaged in its settings, environment and records; None where all can be read."""
+        try:
+            _ = self.settings, self.environment, [self._records(kind) for kind in RECORDS]
+        except (ValueError, OSError) as error:
+            return str(error)
+        return None
+
+    @property
     def done(self) -> bool:
         return (self.folder / "done").exists()
 
@@ -328,8 +337,9 @@ class Run:
                 shutil.rmtree(rest, ignore_errors=True)
         state = self.state()
         if state is None:
-            for kind in RECORDS:
-                (self.folder / f"{kind}.jsonl").unlink(missing_ok=True)
+            with self._writing():
+                for kind in RECORDS:
+                    (self.folder / f"{kind}.jsonl").unlink(missing_ok=True)
             return None
         path = current / "weights.safetensors"
         if "weights" in state and not (path.is_file() and sha256(path) == state["weights"]):
@@ -352,11 +362,8 @@ def _save_state(state: dict, path: Path) -> None:
 
 
 def list_runs(root: str | Path = RUNS) -> pd.DataFrame:
-    """Every run under `root`: its id, whether it is done, and its settings as columns; `error` of what is damaged."""
-    rows = []
-    for run in (Run(path.parent) for path in sorted(Path(root).glob("*/settings.json"))):
-        try:
-            rows.append({"run": run.id, "done": run.done, **run.settings})
-        except (ValueError, OSError) as error:
-            rows.append({"run": run.id, "done": False, "error": str(error)})
+    """Every run under `root`: its id, whether it is done, its settings as columns; `error` of one that is damaged."""
+    runs = [Run(path.parent) for path in sorted(Path(root).glob("*/settings.json"))]
+    rows = [{"run": run.id, "done": run.done, "error": run.error} for run in runs]
+    rows = [row | ({} if row["error"] else run.settings) for row, run in zip(rows, runs, strict=True)]
     return pd.DataFrame(rows)
