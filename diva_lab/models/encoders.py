@@ -283,7 +283,7 @@ def encoder_files(name: str) -> dict[str, Path]:
     else:
         file = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(source, tag)))
         files = {file.name: file}
-    return files | ({Path(released).name: Path(released)} if released else {})
+    return files | ({f"@{Path(released).name}": Path(released)} if released else {})
 
 
 @torch.no_grad()

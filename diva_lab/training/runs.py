@@ -319,7 +319,8 @@ class Run:
             step = int(state["step"])
         except Exception as error:  # torch has many
             raise self._damage(path, f"cannot be read ({type(error).__name__})") from error
-        if not 0 <= step <= (steps := self.settings.get("steps", step)):
+        steps = self.settings.get("steps", step)
+        if not 0 <= step <= steps:
             raise self._damage(path, f"it is of step {step}, the run has {steps}")
         return state
 

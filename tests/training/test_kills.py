@@ -1,4 +1,4 @@
-"""A run that is killed, cut off, or out of disk at any moment goes on to the same bits, with records that can be read."""
+"""A run that is killed, cut off or out of disk at any moment goes on to the same bits; its records can be read."""
 
 import errno
 import multiprocessing
@@ -128,7 +128,7 @@ def number_of(function: Callable, root: Path) -> int:
 
 
 def cut_off(function: Callable, root: Path, at: int, error: BaseException | None = None) -> BaseException | None:
-    """The error that comes out of a function whose operation number `at` is cut off; None where it ends all the same."""
+    """What a function raises whose operation number `at` is cut off; None where it ends all the same."""
     try:
         with Cut(root, at, error):
             function(root)
@@ -143,7 +143,7 @@ def test_a_run_that_is_cut_off_twice_at_any_operation_goes_on_to_the_same_bits(t
     count = number_of(train_toy, tmp_path / "whole")
     assert count > 40 and not left_over(tmp_path / "whole")
     for first in range(1, count + 1):
-        for second in range(1, 12 if first > 2 * count // 3 else 2):  # `resume` with a checkpoint; without it does nothing
+        for second in range(1, 12 if first > 2 * count // 3 else 2):  # all of `resume`, where there is a checkpoint
             root = tmp_path / f"{first}-{second}"
             assert cut_off(train_toy, root, first)
             cut_off(train_toy, root, second)
@@ -241,7 +241,8 @@ def test_a_second_process_on_a_run_is_told_which_one_holds_it(settings, tmp_path
     while not ((run.folder / "lock").exists() and (run.folder / "lock").read_text()):
         assert child.is_alive()
         time.sleep(0.01)
-    with pytest.raises(RuntimeError, match=rf"{run.id} is being trained by process {child.pid} on {os.uname().nodename};"):
+    told = rf"{run.id} is being trained by process {child.pid} on {os.uname().nodename};"
+    with pytest.raises(RuntimeError, match=told):
         align(settings, tmp_path)
     child.kill()
     child.join()
