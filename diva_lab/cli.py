@@ -129,18 +129,23 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="folder of a finished run of stage 2")
+    parser.add_argument(
+        "run",
+        help="folder of a finished run of stage 2; RUN:MIX, as runs/ID:0.6, for original + MIX (tuned - original)",
+    )
     parser.add_argument("folder", type=Path, help="new folder to write")
     parser.add_argument("--scores", type=Path, help="csv of `diva-lab evaluate`: its rows of this run go on the card")
 
 
 def export(args: argparse.Namespace) -> int:
+    from diva_lab.training.build import split_mix
     from diva_lab.training.export import export
     from diva_lab.training.runs import Run
 
-    if not (args.run / "settings.json").is_file():
-        raise FileNotFoundError(f"{args.run}: no run here; expected a folder with settings.json, as runs/ID")
-    print(export(Run(args.run), args.folder, args.scores))
+    run, mix = split_mix(args.run)
+    if not (run / "settings.json").is_file():
+        raise FileNotFoundError(f"{run}: no run here; expected a folder with settings.json, as runs/ID")
+    print(export(Run(run), args.folder, args.scores, mix))
     return 0
 
 

@@ -129,6 +129,15 @@ DOSE = pd.DataFrame(
      for a, g in (("image-only", 0), ("anchored", 0.1)) for s in (0, 1) for i in (0, 500, 1000)],
     columns=["alignment", "seed", "align_seed", "images", "pairs/mean", "probe/mean", "zeroshot", "nmi"],
 )  # fmt: skip
+MIXES = pd.DataFrame(
+    [(o, a, s, 10_000 + s, m, m == best, 0.2 + gain * m + s / 100, 0.9 - m / 10, 0.8 - m / 10)
+     for o, a, gain, best in (("diva", "anchored", 0.2, 1.0), ("diva, mixed", "anchored", 0.4, 0.5),
+                              ("caption-contrast", "none", 0.3, 1.0))
+     for s in (0, 1) for m in (0.0, 0.5, 1.0)],
+    columns=["objective", "alignment", "seed", "align_seed", "mix", "chosen", "pairs/mean", "zeroshot", "nmi"],
+)  # fmt: skip
+MIXES.loc[MIXES["alignment"] == "none", "align_seed"] = np.nan
+PUSHES = pd.DataFrame({"pairs/mean": [0.19, 0.18], "zeroshot": [0.85, 0.88], "nmi": [0.7, 0.75]})
 GAINS = pd.DataFrame({"alignment": ["anchored", "anchored", "placebo"], "readable": [0.8, 0.9, 0.5]})
 GAINS = GAINS.assign(gain=[9.0, 20.0, -1.0])
 MAPS = {"global": np.broadcast_to(np.arange(8.0), (4, 4, 8)), "recap": RNG.normal(0, 1, (4, 4, 8))}
@@ -137,6 +146,7 @@ DRAWN = {
     "readability": lambda source="": figures.readability({"before": READABLE, "after": READABLE}, source),
     "dose_curves": lambda source="": figures.dose_curves(DOSE, source=source),
     "gain_by_readability": lambda source="": figures.gain_by_readability(GAINS, source),
+    "front": lambda source="": figures.front(MIXES, PUSHES, source=source),
     "image_grid": lambda source="": figures.image_grid(IMAGES[0], ["one", "two"], source=source),
     "minimal_pairs": lambda source="": figures.minimal_pairs(PAIRS, IMAGES, SCORES, source),
     "drawn_attributes": lambda source="": figures.drawn_attributes(QUALITY, {"class": 0.8}, source),

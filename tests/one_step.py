@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from diva_lab.objectives import OBJECTIVES
 from diva_lab.objectives.step import Step
 from diva_lab.training.build import build_conditioner, build_encoder, make_step
 from diva_lab.training.settings import Settings
-from diva_lab.world import World, draw_scenes
+from diva_lab.world import World, captions, draw_scenes
 
 shared_denoiser = functools.cache(load_denoiser)  # frozen, so that tests may share it
 
@@ -56,13 +57,19 @@ class OneStep:
         """The step's images, in [0, 1]."""
         return pictures(self.settings.batch, self.settings.seed).float() / 255
 
+    def captions(self) -> list[str]:
+        """Those of its images."""
+        scenes = draw_scenes(self.settings.batch, self.settings.seed)
+        return captions(scenes, 0.5, np.random.default_rng(self.settings.seed))
+
     def terms(
         self, objective: str | None = None, random: torch.Generator | None = None, **changes
     ) -> dict[str, Tensor]:
         """The terms of `objective` (that of the settings if None), with another generator or other settings."""
         settings = replace(self.settings, **changes)
         random = random or generator("a test", settings.seed)
-        step = make_step(self.images(), self.encoder, self.conditioner, self.denoiser, random, settings)
+        models = (self.encoder, self.conditioner, self.denoiser)
+        step = make_step(self.images(), *models, random, settings, captions=self.captions())
         return OBJECTIVES[objective or settings.objective](step)
 
     def loss(self) -> Tensor:

@@ -8,14 +8,18 @@
     python -m tools.feedback ship                     the first anchored projector -> data/tiny/projectors
     python -m tools.feedback --models FOLDER PART     the same on other models, as `tools.pretrain` writes them
 
-A row is an objective after an alignment, as `diva/anchored`; `diva` or `/anchored` names several. Every finished run is
-put on record under data/results/records; a run on record is not run again. Parts may run side by side on rows of their
-own.
+A row is an objective after an alignment, as `diva/anchored`; `diva` or `/anchored` names several. `caption-contrast`
+has no projector: its row is `caption-contrast/none`. Every finished run is put on record under data/results/records; a
+run on record is not run again. Parts may run side by side on rows of their own.
 
 The rate of a row is the one with the highest pair score among those that end within 5 points of the original's
 zero-shot accuracy; if there is none, the one with the highest sum of both. A rate at an end of its grid widens it. The
 rates are chosen after the anchored and after the image-only alignment; an unpaired row takes the anchored one's, a
 placebo the image-only one's. A run whose zero-shot accuracy falls below 70 % has diverged and is stopped.
+
+At its end each run is measured at `MIXES` too: between the original's weights and its own (`mix_weights`). The row
+`diva, mixed` chooses rate and mix together: the highest pair score within 2 points of the original's zero-shot accuracy
+and 5 points of its NMI.
 """
 
 import argparse
@@ -33,16 +37,19 @@ import torch
 from diva_lab.analysis.alignment import alignment_report
 from diva_lab.analysis.readability import DRAWS, Instrument, readability, world_pairs_in_memory
 from diva_lab.evaluation.shift import shift_report
-from diva_lab.evaluation.world import WORLD_MEASURES, WORLD_SPLITS, cache_report, world_report
+from diva_lab.evaluation.world import WORLD_MEASURES, WORLD_SPLITS, cache_report, world_report, world_scenes
 from diva_lab.models.encoders import Encoder, load_encoder
+from diva_lab.models.lora import mix_weights
 from diva_lab.models.registry import load_denoiser
 from diva_lab.paths import DATA, RUNS
 from diva_lab.provenance import environment, sha256
 from diva_lab.training.build import build_conditioner, tuned_encoder
+from diva_lab.training.controls import perturb
+from diva_lab.training.runs import Run
 from diva_lab.training.settings import SHIPPED, Settings
 from diva_lab.training.stages import align, find_run, tune
 from diva_lab.world import World
-from tools.records import read_record, write_record
+from tools.records import DIGITS, read_record, write_record
 from tools.study import find_models, name_models, world_of
 
 STAGE_1 = {
@@ -55,17 +62,29 @@ ALIGNMENTS = {  # name -> what differs in stage 1
     "placebo": {"anchor": "shuffled"},
     "unpaired": {"anchor": "text"},
 }
+NO_PROJECTOR = "none"  # the alignment of an objective that reads no projector
 DIVA = {"objective": "diva", "batch": 16, "steps": 1000, "timesteps": "high-noise"}
 DCR = {"objective": "dcr", "batch": 8, "steps": 2000, "timesteps": "high-noise"}
 OBJECTIVES = {  # name -> settings of stage 2; 16,000 images each
     "diva": DIVA,
     "dcr": DCR,
+    "diva, mixed": DIVA,
     "dcr, bounded": DCR | {"centre": True, "flips": False, "push_weight": 0.1},
+    "naive, equal norms": DIVA | {"objective": "naive", "combine": "equal-norms"},
+    "dcr, guided": DCR | {"objective": "dcr-guidance"},
+    "caption-contrast": {"objective": "caption-contrast", "batch": 16, "steps": 1000, "tau": 0.01},
 }
-RATES = {"diva": (1e-4, 2e-4, 4e-4)} | dict.fromkeys(("dcr", "dcr, bounded"), (1e-5, 3e-5, 1e-4))
+MIXED = ("diva, mixed",)  # objectives whose mix is chosen too
+RATES = {name: (1e-4, 2e-4, 4e-4) for name in ("diva", "naive, equal norms", "caption-contrast")}
+RATES |= {name: (1e-5, 3e-5, 1e-4) for name in ("dcr", "dcr, bounded", "dcr, guided")} | {
+    "diva, mixed": (4e-4, 8e-4, 1.6e-3)
+}
+MIXES = (0.15, 0.3, 0.45, 0.6, 0.8)
 RATE_FROM = {"unpaired": "anchored", "placebo": "image-only"}  # alignment -> whose learning rate its rows take
 RATE_SEED = 99  # of runs that choose a rate; no seed that is reported
-LOSS_ALLOWED = 0.05  # of zero-shot accuracy, in a run that may be chosen
+LOSS_ALLOWED = {"zeroshot": 0.05}  # in a run that may be chosen, from its start
+MIX_ALLOWED = {"zeroshot": 0.02, "nmi": 0.05}  # at a mix that may be chosen
+TRIED = ["lr", "mix", "pairs", "zeroshot", "nmi", "within"]  # columns of feedback_rates.csv
 DIVERGED = 0.7  # zero-shot accuracy below which a run is stopped
 Report = Callable[[Encoder], dict[str, float]]
 
@@ -101,6 +120,8 @@ class Plan:
         rates: tried for each objective; None for `RATES`.
         wider: how often a grid of rates may be widened.
         report: what is measured of an encoder, on a split of the models' world.
+        mixes: at which a run's encoder is measured at the end.
+        pushes: random pushes that are measured beside a run, by what they match.
         shift: what is measured of the original and the tuned encoder at the end.
         align_report: what is measured of a projector.
     """
@@ -115,6 +136,8 @@ class Plan:
     align_seeds: tuple[int, ...] = (10_000, 10_001, 10_002)
     rates: tuple[float, ...] | None = None
     wider: int = 2
+    mixes: tuple[float, ...] = MIXES
+    pushes: tuple[str, ...] = ("norm", "drift")
     report: Callable[..., dict[str, float]] = world_report
     shift: Callable[..., dict[str, float]] = shift_report
     align_report: Callable[..., dict[str, float]] = alignment_report
@@ -144,7 +167,9 @@ class Plan:
         changes = OBJECTIVES[row.objective]
         steps = max(1, round(self.dose * changes["steps"]))
         every = max(1, steps // (evaluations or self.evaluations))
-        projector = self.projector(row.alignment, self.align_seeds[seed % len(self.align_seeds)])
+        projector = "new"  # of which an objective without projector makes no use
+        if row.alignment != NO_PROJECTOR:
+            projector = self.projector(row.alignment, self.align_seeds[seed % len(self.align_seeds)])
         return Settings(
             **name_models(self.models) | changes | {"steps": steps}, projector=str(projector), lr=lr, seed=seed,
             evaluate_every=every, save_every=every,
@@ -176,6 +201,22 @@ def align_all(plan: Plan, alignments: Sequence[str]) -> None:
             print(f"{name}, seed {seed}: recovered {run.evaluations()['recovered'].iloc[-1]:.3f}", flush=True)
 
 
+def measure_mixes(plan: Plan, settings: Settings, report: Report) -> dict[str, list[float]]:
+    """What `report` finds at each of `plan.mixes`, in columns."""
+    original, lines = load_encoder(settings.encoder), []
+    for mix in plan.mixes:
+        mixed = mix_weights(tuned_encoder(find_run(settings, plan.runs)), original, mix)
+        lines.append({"mix": mix} | {name: round(value, DIGITS) for name, value in report(mixed).items()})
+    return pd.DataFrame(lines).to_dict("list")
+
+
+def measure_pushes(plan: Plan, run: Run, report: Report) -> dict[str, dict[str, float]]:
+    """What `report` finds after random pushes as far as a run went, by how they are matched."""
+    _, images = world_scenes(plan.world, max(key for *_, key in WORLD_SPLITS.values()) + 1)
+    pushed = {match: perturb(run, images[:64], match, plan.runs, report).evaluations() for match in plan.pushes}
+    return {match: table.iloc[-1].drop("step").round(DIGITS).to_dict() for match, table in pushed.items()}
+
+
 def run_once(plan: Plan, settings: Settings, report: Report, **facts: object) -> dict:
     """The record of a run, which is trained if it is on none; one that diverges is recorded as far as it came."""
     if record := plan.record(settings):
@@ -189,6 +230,9 @@ def run_once(plan: Plan, settings: Settings, report: Report, **facts: object) ->
 
     try:
         run = tune(settings, plan.runs, watch)
+        facts["mixes"] = measure_mixes(plan, settings, report)
+        if facts["split"] == "measure":
+            facts["pushes"] = measure_pushes(plan, run, report)
         facts["shift"] = plan.shift(load_encoder(settings.encoder), tuned_encoder(run), plan.world, facts["split"])
     except (Diverged, FloatingPointError):
         facts["diverged"] = True
@@ -197,27 +241,31 @@ def run_once(plan: Plan, settings: Settings, report: Report, **facts: object) ->
 
 
 def trial_rows(plan: Plan, row: Row, grid: Sequence[float], report: Report | None) -> pd.DataFrame | None:
-    """lr, pair score, zero-shot and whether it is within `LOSS_ALLOWED`, of each rate that did not diverge.
+    """lr, mix, scores and whether the losses are allowed, of each rate (of `MIXED` and mix) that did not diverge.
 
     None without `report`, where a trial is not on record.
     """
-    lines = []
+    tables, mixed = [], row.objective in MIXED
     for lr in grid:
         settings = plan.trial(row, lr)
         record = run_once(plan, settings, report, row=str(row), split="choose") if report else plan.record(settings)
         if record is None:
             return None
-        start, end = record["evaluations"].iloc[0], record["evaluations"].iloc[-1]
-        if not record.get("diverged"):
-            line = {"lr": lr, "pairs": end["pairs/mean"], "zeroshot": end["zeroshot"]}
-            lines.append(line | {"within": end["zeroshot"] >= start["zeroshot"] - LOSS_ALLOWED})
-    return pd.DataFrame(lines, columns=["lr", "pairs", "zeroshot", "within"])
+        if record.get("diverged"):
+            continue
+        ends, start = record["evaluations"].iloc[[-1]].assign(mix=1.0), record["evaluations"].iloc[0]
+        if mixed:
+            ends = pd.concat([pd.DataFrame(record["mixes"]), ends])
+        allowed = MIX_ALLOWED if mixed else LOSS_ALLOWED
+        within = pd.DataFrame({name: ends[name] >= start[name] - loss for name, loss in allowed.items()}).all(axis=1)
+        tables.append(ends.assign(lr=lr, pairs=ends["pairs/mean"], within=within))
+    return pd.concat(tables)[TRIED].reset_index(drop=True) if tables else pd.DataFrame(columns=TRIED)
 
 
-def choose_rate(plan: Plan, row: Row, report: Report | None = None) -> tuple[float | None, pd.DataFrame]:
-    """The row's learning rate and its trials; without `report` nothing is trained, and the rate may be None."""
+def choose_trial(plan: Plan, row: Row, report: Report | None = None) -> tuple[pd.Series | None, pd.DataFrame]:
+    """The row's chosen trial and all of them; without `report` nothing is trained, and there may be none."""
     row = Row(row.objective, RATE_FROM.get(row.alignment, row.alignment))
-    grid = sorted(plan.rates or RATES[row.objective])
+    grid, chosen = sorted(plan.rates or RATES[row.objective]), None
     for _ in range(plan.wider + 1):
         trials = trial_rows(plan, row, grid, report)
         if trials is None:
@@ -227,14 +275,14 @@ def choose_rate(plan: Plan, row: Row, report: Report | None = None) -> tuple[flo
             continue
         within = trials[trials["within"]]
         best = within["pairs"] if len(within) else trials["pairs"] + trials["zeroshot"]
-        chosen = float(trials.loc[best.idxmax(), "lr"])
-        if chosen == grid[0]:
+        chosen = trials.loc[best.idxmax()]
+        if chosen["lr"] == grid[0]:
             grid = [grid[0] / 2, *grid]
-        elif chosen == grid[-1]:
+        elif chosen["lr"] == grid[-1]:
             grid = [*grid, 2 * grid[-1]]
         else:
             break
-    return (None if trials.empty else chosen), trials
+    return chosen, trials
 
 
 def run_rows(plan: Plan, rows: Sequence[Row]) -> None:
@@ -242,47 +290,75 @@ def run_rows(plan: Plan, rows: Sequence[Row]) -> None:
     choose, measure = plan.reports("choose"), plan.reports("measure")
     for seed in plan.seeds:
         for row in rows:
-            lr, _ = choose_rate(plan, row, choose)
-            if lr is None:
+            chosen, _ = choose_trial(plan, row, choose)
+            if chosen is None:
                 print(f"{row}: every rate diverged", flush=True)
                 continue
-            last = run_once(plan, plan.stage_2(row, lr, seed), measure, row=str(row), split="measure")
-            last = last["evaluations"].iloc[-1]
+            record = run_once(
+                plan, plan.stage_2(row, float(chosen["lr"]), seed), measure, row=str(row), split="measure"
+            )
+            last = all_mixes(record).set_index("mix").loc[chosen["mix"]]
             scores = f"pairs {last['pairs/mean']:.3f}, probes {last['probe/mean']:.3f}"
             scores += f", zero-shot {last['zeroshot']:.3f}, NMI {last['nmi']:.3f}"
-            print(f"{row}, seed {seed}, lr {lr:g}: {scores}", flush=True)
+            print(f"{row}, seed {seed}, lr {chosen['lr']:g}, mix {chosen['mix']:g}: {scores}", flush=True)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
 
 
+def all_mixes(record: dict) -> pd.DataFrame:
+    """What a run on record scored at each mix: 0 for its start, `plan.mixes`, 1 for its end."""
+    start, end = (record["evaluations"].iloc[[k]].assign(mix=float(k != 0)) for k in (0, -1))
+    return pd.concat([start, pd.DataFrame(record.get("mixes", {})), end]).reset_index(drop=True)
+
+
 def write_tables(plan: Plan) -> None:
-    """feedback.csv: every evaluation of every run; feedback_rates.csv: every rate; feedback_missing.csv: the rest."""
-    curves, tried, missing = [], [], []
+    """What is on record, and what is missing, as tables.
+
+    feedback.csv: every evaluation of every run. feedback_mixes.csv: every mix of every run's end. feedback_pushes.csv:
+    random pushes as far as each run went. feedback_rates.csv: every trial of a rate. feedback_missing.csv: the seeds
+    that are not on record.
+    """
+    curves, mixes, pushes, tried, missing = [], [], [], [], []
     for row in all_rows():
         place = {"objective": row.objective, "alignment": row.alignment}
-        lr, trials = choose_rate(plan, row)
+        chosen, trials = choose_trial(plan, row)
         if row.alignment not in RATE_FROM and len(trials):
-            tried.append(trials.assign(**place, chosen=trials["lr"] == lr))
+            own = (trials["lr"] == chosen["lr"]) & (trials["mix"] == chosen["mix"])
+            tried.append(trials.assign(**place, chosen=own))
         for seed in plan.seeds:
-            settings = None if lr is None else plan.stage_2(row, lr, seed)
+            settings = None if chosen is None else plan.stage_2(row, float(chosen["lr"]), seed)
             record = settings and plan.record(settings)
             if record is None:
                 missing.append(place | {"seed": seed})
                 continue
-            table = record["evaluations"]
-            facts = place | {"seed": seed, "align_seed": plan.align_seeds[seed % len(plan.align_seeds)], "lr": lr}
-            facts |= {"run": record["run"], "git": record["environment"]["git"]}
-            facts |= {"torch": record["environment"]["versions"]["torch"]}
-            kept = [name for name in WORLD_MEASURES if name in table]
-            curves.append(table[["step", *kept]].assign(images=table["step"] * settings.batch, **facts))
-    tables = {"feedback": curves, "feedback_rates": tried, "feedback_missing": [pd.DataFrame(missing)]}
-    for name, parts in tables.items():
+            facts = place | _facts(plan, row, record)
+            if row.objective not in MIXED:
+                images = record["evaluations"]["step"] * settings.batch
+                curves.append(_kept("step", record["evaluations"]).assign(images=images, **facts))
+            mixed = _kept("mix", all_mixes(record))
+            mixes.append(mixed.assign(chosen=mixed["mix"] == chosen["mix"], **facts))
+            pushed = pd.DataFrame(record.get("pushes", {})).T.rename_axis("match").reset_index()
+            pushes.append(_kept("match", pushed).assign(**facts))
+    tables = {"feedback": curves, "feedback_mixes": mixes, "feedback_pushes": pushes, "feedback_rates": tried}
+    for name, parts in (tables | {"feedback_missing": [pd.DataFrame(missing)]}).items():
         parts = [part for part in parts if len(part)]
         if parts:
             pd.concat(parts).to_csv(plan.results / f"{name}.csv", index=False, float_format="%.5g")
         else:
             (plan.results / f"{name}.csv").unlink(missing_ok=True)
+
+
+def _facts(plan: Plan, row: Row, record: dict) -> dict:
+    """Which run of a row a record is of."""
+    seed, made = record["settings"]["seed"], record["environment"]
+    align_seed = None if row.alignment == NO_PROJECTOR else plan.align_seeds[seed % len(plan.align_seeds)]
+    facts = {"seed": seed, "align_seed": align_seed, "lr": record["settings"]["lr"], "run": record["run"]}
+    return facts | {"git": made["git"], "torch": made["versions"]["torch"]}
+
+
+def _kept(key: str, table: pd.DataFrame) -> pd.DataFrame:
+    return table[[key, *(name for name in WORLD_MEASURES if name in table)]]
 
 
 READABILITY_PAIRS = 16  # of a pattern
@@ -326,12 +402,16 @@ def ship_projector(plan: Plan) -> Path:
 SMALL_FOLDER = RUNS / "feedback-small"
 SMALL = Plan(
     SMALL_FOLDER, SMALL_FOLDER / "results", align_steps=3, dose=0.002, evaluations=1, seeds=(0,), align_seeds=(10_000,),
-    rates=(1e-4,), wider=0, shift=lambda *models: {}, align_report=partial(alignment_report, n=16),
+    rates=(1e-4,), wider=0, mixes=(), pushes=(), shift=lambda *models: {}, align_report=partial(alignment_report, n=16),
 )  # fmt: skip
 
 
 def all_rows() -> list[Row]:
-    return [Row(objective, alignment) for objective in OBJECTIVES for alignment in ALIGNMENTS]
+    """Every row of the study, the more important ones first."""
+    rows = [Row(objective, alignment) for objective in ("diva", "dcr", "dcr, bounded") for alignment in ALIGNMENTS]
+    rows += [Row("diva, mixed", alignment) for alignment in ALIGNMENTS]
+    rows += [Row("caption-contrast", NO_PROJECTOR)]
+    return rows + [Row(objective, "anchored") for objective in ("naive, equal norms", "dcr, guided")]
 
 
 def read_rows(names: Sequence[str]) -> Iterator[Row]:
@@ -342,10 +422,10 @@ def read_rows(names: Sequence[str]) -> Iterator[Row]:
     """
     for name in names or [""]:
         objective, _, alignment = name.partition("/")
-        if objective not in (*OBJECTIVES, "") or alignment not in (*ALIGNMENTS, ""):
-            raise ValueError(f"unknown row {name!r}; expected {', '.join(OBJECTIVES)} / {', '.join(ALIGNMENTS)}")
-        yield from (row for row in all_rows() if row.objective in (objective or row.objective, )
-                    and row.alignment == (alignment or row.alignment))  # fmt: skip
+        rows = [row for row in all_rows() if objective in ("", row.objective) and alignment in ("", row.alignment)]
+        if not rows:
+            raise ValueError(f"unknown row {name!r}; expected one of {', '.join(map(str, all_rows()))}")
+        yield from rows
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -371,8 +451,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.part == "rates":
         report = plan.reports("choose")
         for row in rows:
-            lr, trials = choose_rate(plan, row, report)
-            print(f"{row}: lr {lr}\n{trials.to_string(index=False)}", flush=True)
+            chosen, trials = choose_trial(plan, row, report)
+            print(f"{row}: {chosen}\n{trials.to_string(index=False)}", flush=True)
     if args.part in ("run", "all"):
         run_rows(plan, rows)
     if args.part in ("tables", "all"):

@@ -33,7 +33,7 @@ from diva_lab.evaluation.zeroshot import zero_shot
 from diva_lab.machine import default_device
 from diva_lab.models.encoders import Encoder, load_encoder
 from diva_lab.paths import CACHE
-from diva_lab.training.build import tuned_encoder
+from diva_lab.training.build import split_mix, tuned_encoder
 from diva_lab.training.runs import Run
 
 BENCHMARKS: dict[str, Callable[[Task], Iterator[dict]]] = {
@@ -199,13 +199,14 @@ def _label(label: str, classes: list[int]) -> str:
 def open_encoder(name: str | Path, device: torch.device | str = "cpu") -> Encoder:
     """An encoder by a registry name, an open_clip name, a folder, `NAME@FILE` of released weights, or a run.
 
-    A run is its folder, or the folder `checkpoint` in it.
+    A run is its folder, or the folder `checkpoint` in it; `RUN:MIX` lies so far between the original and the run's
+    encoder, as in `mix_weights`.
     """
-    folder = Path(name)
+    folder, mix = split_mix(name)
     if folder.name == "checkpoint" and (folder.parent / "settings.json").is_file():
         folder = folder.parent
     if (folder / "settings.json").is_file():
-        return tuned_encoder(Run(folder), device).to(device)
+        return tuned_encoder(Run(folder), device, mix).to(device)
     return load_encoder(str(name), device)
 
 

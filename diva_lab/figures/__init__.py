@@ -7,7 +7,7 @@ A record without the columns that a figure needs raises a KeyError that names th
 """
 # ruff: noqa: F401  (these are the public names)
 
-from diva_lab.figures.feedback import dose_curves, gain_by_readability, readability
+from diva_lab.figures.feedback import dose_curves, front, gain_by_readability, readability
 from diva_lab.figures.gradients import (
     conflict_by_block,
     conflict_histogram,

@@ -15,6 +15,17 @@ ALIGNMENTS = {
     "image-only": ("#33383F", "s"),
     "placebo": ("#B08D57", "X"),
 }
+ROWS = {  # objective and alignment -> name, colour and marker where rows of several objectives are compared
+    (objective, alignment): (name + f", {alignment}", *ALIGNMENTS[alignment])
+    for objective, name in (("diva", "DIVA"), ("diva, mixed", "DIVA at its own rate"))
+    for alignment in ALIGNMENTS
+} | {
+    ("dcr", "anchored"): ("DCR, anchored", style.COLOURS["dcr"], "s"),
+    ("dcr, bounded", "anchored"): ("DCR bounded, anchored", "#56B4E9", "h"),
+    ("naive, equal norms", "anchored"): ("naive sum, anchored", style.COLOURS["naive"], "v"),
+    ("dcr, guided", "anchored"): ("DCR guided, anchored", "#8C6D1F", "*"),
+    ("caption-contrast", "none"): ("CLIP's loss on captions", style.COLOURS["caption-contrast"], "P"),
+}
 DECISIONS = {  # measure -> its name and colour
     "known": ("known by the denoiser", "#009E73"),
     "readable: diva": ("readable in the feedback", "#0072B2"),
@@ -99,4 +110,47 @@ def gain_by_readability(runs: pd.DataFrame, source: str = "") -> Figure:
     ax.set(xlabel="readable before training, %", ylabel="change of the pair score, points")
     ax.xaxis.set_major_formatter(style.PERCENT)
     style.move_legend(fig, "outside upper right", 5)
+    return style.finish(fig, source)
+
+
+@style.apply
+def front(
+    mixes: pd.DataFrame,
+    pushes: pd.DataFrame | None = None,
+    measures: Sequence[str] = ("zeroshot", "nmi"),
+    source: str = "",
+) -> Figure:
+    """Perception against discrimination between the original encoder and each tuned one; the means over seeds.
+
+    A line a row from the original (mix 0, the large ring) to the tuned weights (mix 1, the large mark); a ring around
+    the mix that was chosen beforehand. Chance of the pair score is dotted.
+
+    Args:
+        mixes: columns `objective`, `alignment` (keys of `ROWS`), `seed`, `mix`, `chosen`, `pairs/mean` and `measures`.
+        pushes: random pushes as far as the runs went, drawn as crosses; columns `pairs/mean` and `measures`.
+        measures: of discrimination, a panel each.
+    """
+    style.require_columns(mixes, ("objective", "alignment", "seed", "mix", "chosen", "pairs/mean", *measures))
+    fig, axes = style.make_panels(len(measures), len(measures), 3.9, sharey=True)
+    look = {"markeredgewidth": 0.5, "markeredgecolor": "white"}
+    for ax, measure in zip(axes, measures, strict=True):
+        ax.axhline(style.CHANCE, color=style.INK, linewidth=0.9, linestyle=(0, (1, 2)))
+        for row, (name, colour, marker) in ROWS.items():
+            mine = mixes[(mixes["objective"] == row[0]) & (mixes["alignment"] == row[1])]
+            if mine.empty:
+                continue
+            means = mine.groupby("mix")[[measure, "pairs/mean"]].mean()
+            line = "--" if row[0].endswith("mixed") else "-"
+            ax.plot(means[measure], means["pairs/mean"], line, color=colour, marker=marker, markersize=3.5, **look)
+            ax.plot(*means.iloc[-1], marker, color=colour, markersize=8, label=name, **look)
+            chosen = means.loc[[mine.loc[mine["chosen"], "mix"].iloc[0]]]
+            ax.plot(chosen[measure], chosen["pairs/mean"], "o", mfc="none", mec=colour, markersize=13, mew=1.2)
+        start = mixes.loc[mixes["mix"] == 0, [measure, "pairs/mean"]].mean()
+        ax.plot(*start, "o", mfc="none", mec=style.INK, markersize=10, mew=1.5, label="original")
+        if pushes is not None and len(pushes):
+            ax.plot(pushes[measure], pushes["pairs/mean"], "x", color=style.GREY, markersize=6, label="random push")
+        ax.set(xlabel=f"{style.label_of(measure)}, %", ylabel=f"{style.label_of('pairs/mean')}, %")
+        ax.xaxis.set_major_formatter(style.PERCENT)
+        ax.yaxis.set_major_formatter(style.PERCENT)
+    style.move_legend(fig, "outside upper center", 3)
     return style.finish(fig, source)

@@ -30,10 +30,11 @@ COLOURS = {
     "dcr": "#009E73",
     "genhancer": "#56B4E9",
     "dcr-guidance": "#7B4FA3",
+    "caption-contrast": "#D55E00",
 }
-MARKERS = dict(zip(COLOURS, "oXDp^vsP*", strict=True))
+MARKERS = dict(zip(COLOURS, "oXDp^vsP*h", strict=True))
 # a term of a loss has the colour of an objective: its own, or for DCR's parts one that pulls alike
-TERMS = {"loss": "none", "rec": "diva", "con": "contrastive", "dcr": "dcr"}
+TERMS = {"loss": "none", "rec": "diva", "con": "contrastive", "dcr": "dcr", "cap": "caption-contrast"}
 TERMS |= {"truth": "diva", "view": "contrastive", "push": "naive"}
 TERMS = {term: COLOURS[objective] for term, objective in TERMS.items()}
 LABELS = {
@@ -46,6 +47,7 @@ LABELS = {
     "dcr": "DCR",
     "genhancer": "GenHancer",
     "dcr-guidance": "DCR, guided (ours)",
+    "caption-contrast": "CLIP's loss on captions",
     "truth": "pull to the truth",
     "view": "pull to the view",
     "push": "push of the negatives",

@@ -51,3 +51,23 @@ def visual_weights(encoder: nn.Module) -> dict[str, Tensor]:
     """The visual tower's parameters by name, without LoRA's; the tensors themselves, no copies."""
     named = dict(encoder.named_parameters())
     return {n: p for n, p in named.items() if n.startswith(("model.visual.", "proj.")) and "lora_" not in n}
+
+
+@torch.no_grad()
+def mix_weights(encoder: nn.Module, original: nn.Module, mix: float) -> nn.Module:
+    """Move the visual tower's weights to original + mix (tuned - original), in place (WiSE-FT, arXiv 2109.01903).
+
+    Args:
+        encoder: tuned, its LoRA merged; is changed and returned.
+        original: the encoder that it was tuned from.
+        mix: 0 for the original, 1 for the tuned encoder.
+
+    Raises:
+        ValueError: for a `mix` outside [0, 1].
+    """
+    if not 0 <= mix <= 1:
+        raise ValueError(f"mix {mix}: expected a part from 0 (the original encoder) to 1 (the tuned one)")
+    weights = visual_weights(original)
+    for name, weight in visual_weights(encoder).items():
+        weight.lerp_(weights[name], 1 - mix)
+    return encoder

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from diva_lab.objectives.contrastive import contrastive, naive
+from diva_lab.objectives.contrastive import caption_contrast, contrastive, naive
 from diva_lab.objectives.dcr import dcr
 from diva_lab.objectives.diva import diva, genhancer
 from diva_lab.objectives.guidance import dcr_guidance
@@ -21,5 +21,6 @@ OBJECTIVES: dict[str, Callable[[Step], dict[str, Tensor]]] = {
     "dcr": dcr,
     "dcr-guidance": dcr_guidance,
     "genhancer": genhancer,
+    "caption-contrast": caption_contrast,
 }
 COMPARED = ("diva", "contrastive", "naive", "dcr")  # those of the shipped results that use the same denoiser

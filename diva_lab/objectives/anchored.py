@@ -30,7 +30,7 @@ def anchored(step: Step) -> dict[str, Tensor]:
     x_t, t, noise = (x.unflatten(0, (n, b)) for x in (x_t, t, noise))  # [n, b, ...]
     embedding = step.encode(step.images).embedding  # [b, d]
     captions = [*step.captions[1:], step.captions[0]] if settings.anchor == "shuffled" else step.captions
-    texts = step.embed_text(captions[:k])  # [k, d]
+    texts = step.embed_text(captions[:k]) + step.gap  # [k, d]
     spread = settings.anchor_noise * texts.shape[1] ** -0.5
     texts = texts + spread * torch.randn(texts.shape, generator=step.generator).to(texts)
 

@@ -1,11 +1,11 @@
-"""InfoNCE between the embeddings of two views, and the naive sum of it and the reconstruction loss."""
+"""InfoNCE between two views' embeddings, its naive sum with the reconstruction loss, and CLIP's own on captions."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from diva_lab.objectives.diva import diva
-from diva_lab.objectives.step import Step, needs_other_images
+from diva_lab.objectives.step import Step, needs_other_images, reads_captions
 
 
 def info_nce(a: Float[Tensor, "b d"], b: Float[Tensor, "b d"], tau: float = 0.1) -> Float[Tensor, " b"]:
@@ -31,3 +31,14 @@ def contrastive(step: Step) -> dict[str, Tensor]:
 def naive(step: Step) -> dict[str, Tensor]:
     """The naive sum lambda_con L_con + lambda_rec L_rec; according to DCR's paper the two gradients conflict."""
     return contrastive(step) | diva(step)
+
+
+@reads_captions
+@needs_other_images
+def caption_contrast(step: Step) -> dict[str, Tensor]:
+    """CLIP's own loss between images and their captions, the text tower frozen: the rival that reads captions.
+
+    `settings.tau` is its temperature; that of a trained CLIP is .01. No denoiser is used.
+    """
+    embedding = step.encode(step.images).embedding  # [b, d]
+    return {"cap": info_nce(embedding, step.embed_text(step.captions), step.settings.tau)}

@@ -18,6 +18,12 @@ def needs_other_images(objective: Callable) -> Callable:
     return objective
 
 
+def reads_captions(objective: Callable) -> Callable:
+    """Mark an objective of stage 2 that learns from the captions of its images."""
+    objective.reads_captions = True
+    return objective
+
+
 @dataclass(frozen=True)
 class Step:
     """Everything that an objective may use in one step.
@@ -31,7 +37,8 @@ class Step:
         generator: for timesteps and noise, on the CPU.
         settings: a `training.settings.Settings`, or any object with its fields.
         captions: as many as images; of other images where `settings.anchor` is `text`; empty without captions.
-        embed_text: texts -> their embeddings [n, d] among those of images, without gradient.
+        embed_text: texts -> their embeddings [n, d], of unit length, without gradient.
+        gap: the mean image embedding less the mean caption embedding [d], of an anchored projector; else None.
     """
 
     images: Float[Tensor, "b 3 h w"]
@@ -43,6 +50,7 @@ class Step:
     settings: object
     captions: Sequence[str] = ()
     embed_text: Callable[[Sequence[str]], Tensor] | None = None
+    gap: Tensor | None = None
 
     def latents(self) -> Float[Tensor, "b c h w"]:
         """Latents x0 of the images: the posterior's mean (DIVA) or a sample (DCR's code), by `settings.latent`."""

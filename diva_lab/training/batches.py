@@ -29,13 +29,13 @@ class Batches:
     def __init__(
         self, settings: Settings, px: int, position: int = 0, number: int = 0, rank: int = 0, processes: int = 1
     ):
-        paired, place = settings.anchored and settings.anchor != "text", (rank, processes)
-        captions = settings.captions if paired else None
+        place = (rank, processes)
+        captions = settings.captions if settings.reads_captions else None
         self.images = open_images(
             settings.images, px, settings.batch, settings.seed, position, *place, captions, settings.mentions
         )
         self.captions = None
-        if settings.anchored and not paired:
+        if captions is None and settings.anchored:
             file = settings.captions.endswith(".txt")
             self.captions = open_captions(
                 settings.captions if file else settings.images, settings.batch, settings.seed, number, *place,

@@ -15,7 +15,7 @@ from diva_lab.images import augment
 from diva_lab.models.conditions import Conditioner
 from diva_lab.models.denoiser import Denoiser
 from diva_lab.models.encoders import Encoder, Features, encoder_files, load_encoder
-from diva_lab.models.lora import make_trainable, merge_lora
+from diva_lab.models.lora import make_trainable, merge_lora, mix_weights
 from diva_lab.models.registry import denoiser_files, load_denoiser
 from diva_lab.objectives.step import Step
 from diva_lab.provenance import sha256
@@ -146,12 +146,22 @@ def make_step(
         generator=random,
         settings=settings,
         captions=captions,
-        embed_text=lambda texts: encoder.encode_text(list(texts)) + conditioner.gap,
+        embed_text=lambda texts: encoder.encode_text(list(texts)),
+        gap=conditioner.gap,
     )
 
 
-def tuned_encoder(run: Run, device: torch.device | str = "cpu") -> Encoder:
-    """The encoder that a run of `tune` or `perturb` made, frozen, its LoRA merged."""
+def split_mix(name: str | Path) -> tuple[Path, float]:
+    """A run's folder and the mix of `RUN:MIX`, as `runs/ID:0.6`; of any other name it is 1."""
+    folder, _, mix = str(name).rpartition(":")
+    with suppress(ValueError):
+        if (Path(folder) / "settings.json").is_file() and not Path(name).exists():
+            return Path(folder), float(mix)
+    return Path(name), 1.0
+
+
+def tuned_encoder(run: Run, device: torch.device | str = "cpu", mix: float = 1.0) -> Encoder:
+    """The encoder that a run of `tune` or `perturb` made, frozen, its LoRA merged; `mix` as in `mix_weights`."""
     settings = Settings.of(run)
     if run.settings["stage"] == "tune" and settings.objective != "none":
         encoder = build_encoder(settings, device)
@@ -162,4 +172,5 @@ def tuned_encoder(run: Run, device: torch.device | str = "cpu") -> Encoder:
     unexpected = encoder.load_state_dict(weights, strict=False).unexpected_keys
     if unexpected:
         raise ValueError(f"run {run.id} holds weights that its encoder does not have: {', '.join(unexpected[:3])} ...")
-    return merge_lora(encoder).eval().requires_grad_(False)
+    encoder = merge_lora(encoder).eval().requires_grad_(False)
+    return encoder if mix == 1 else mix_weights(encoder, load_encoder(settings.encoder, device), mix)

@@ -49,8 +49,8 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> dict[str, Path]:
     return written
 
 
-def read_scores(run: Run, path: str | Path) -> pd.DataFrame:
-    """The rows of a csv of `evaluate` whose encoder is this run, by whatever path; without categories.
+def read_scores(run: Run, path: str | Path, mix: float = 1.0) -> pd.DataFrame:
+    """The rows of a csv of `evaluate` whose encoder is this run at this mix, by whatever path; without categories.
 
     Raises:
         FileNotFoundError: where there is no such file.
@@ -59,21 +59,23 @@ def read_scores(run: Run, path: str | Path) -> pd.DataFrame:
     table = pd.read_csv(path)
     if missing := {"encoder", "category", *SCORES} - set(table):
         raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; expected a csv that diva_lab.evaluate wrote")
-    mine = table["encoder"].map(lambda name: Path(str(name)).name == run.id) & table["category"].eq("all")
+    at = "" if mix == 1 else f":{mix:g}"
+    mine = table["encoder"].map(lambda name: Path(str(name)).name == run.id + at) & table["category"].eq("all")
     if not mine.any():
         raise ValueError(
-            f"{path}: no row of encoder {run.id}; python -m diva_lab.evaluate --encoder {run.folder} --out {path} ..."
+            f"{path}: no row of encoder {run.id}{at}; diva-lab evaluate --encoder {run.folder}{at} --out {path} ..."
         )
     return table.loc[mine, SCORES]
 
 
-def model_card(run: Run, formats: list[str], measured: pd.DataFrame | None = None) -> str:
+def model_card(run: Run, formats: list[str], measured: pd.DataFrame | None = None, mix: float = 1.0) -> str:
     """Markdown: by which recipe the encoder was trained, on what, by which run, and what it scored.
 
     Args:
         run: of `tune` or `perturb`; what it was evaluated on in training is on the card.
         formats: that lie beside the card.
         measured: rows of `read_scores`.
+        mix: how far the weights lie from the original to the run's; what the run scored in training is of mix 1.
     """
     settings, facts, scores = run.settings, run.environment, run.evaluations()
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
@@ -85,12 +87,13 @@ def model_card(run: Run, formats: list[str], measured: pd.DataFrame | None = Non
         "",
         f"Run `{run.id}`, git {facts['git']}, {facts['time']}, {versions}.",
         "",
+        *([f"Weights: original + {mix:g} (tuned - original), WiSE-FT (arXiv 2109.01903).", ""] if mix != 1 else []),
         "| setting | value |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in settings.items()),
         "",
     ]
-    if len(scores):
+    if len(scores) and mix == 1:
         first, last = scores.iloc[0], scores.iloc[-1]
         lines += [f"| measure | step {first['step']:.0f} | step {last['step']:.0f} |", "|---|---|---|"]
         lines += [f"| {name} | {first[name]:.4f} | {last[name]:.4f} |" for name in scores.columns if name != "step"]
@@ -100,27 +103,28 @@ def model_card(run: Run, formats: list[str], measured: pd.DataFrame | None = Non
         for *words, value, low, high in measured.itertuples(index=False):
             numbers = ("" if pd.isna(x) else f"{x:.4f}" for x in (value, low, high))
             lines.append(f"| {' | '.join([*map(str, words), *numbers])} |")
-    elif not len(scores):
+    elif not len(scores) or mix != 1:
         lines.append("Not evaluated.")
     return "\n".join(lines).rstrip() + "\n"
 
 
-def export(run: Run, folder: str | Path, scores: str | Path | None = None) -> Path:
+def export(run: Run, folder: str | Path, scores: str | Path | None = None, mix: float = 1.0) -> Path:
     """Write the encoder of a finished run of `tune` or `perturb`, both formats and the card.
 
     Args:
         run: see above.
         folder: a new one.
         scores: a csv of `evaluate`, whose rows of this run go on the card.
+        mix: as in `mix_weights`: 1 for the encoder as tuned.
 
     Raises:
-        ValueError: for a run that is not finished, or of stage 1; for a csv without a row of it.
+        ValueError: for a run that is not finished, or of stage 1; for a csv without a row of it; for a wrong mix.
         FileExistsError: where `folder` holds something already.
     """
     if not run.done or run.settings.get("stage") not in ("tune", "perturb"):
         raise ValueError(f"{run.folder}: expected the folder of a finished run of tune() or perturb()")
     folder = _free(Path(folder))
-    measured = read_scores(run, scores) if scores else None
-    written = save_encoder(tuned_encoder(run), folder)
-    (folder / "README.md").write_text(model_card(run, list(written), measured))
+    measured = read_scores(run, scores, mix) if scores else None
+    written = save_encoder(tuned_encoder(run, mix=mix), folder)
+    (folder / "README.md").write_text(model_card(run, list(written), measured, mix))
     return folder

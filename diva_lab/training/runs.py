@@ -156,7 +156,7 @@ class Run:
 
     def _damage(self, path: Path, what: str) -> ValueError:
         """The error for a file that is not as it was written."""
-        whole = path.parent if path.parent != self.folder else self.folder
+        whole = self.folder if self.done else path.parent
         return ValueError(
             f"run {self.id} is damaged: {path}: {what}; put it back from a copy, or delete {whole} to train it anew"
         )

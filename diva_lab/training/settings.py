@@ -65,7 +65,7 @@ class Settings:
     view_weight: float = 1.0  # of the pull to the augmented view
     push_weight: float = 1.0  # of the push from the negatives
 
-    # stage 1 anchored in captions
+    # captions: stage 1 anchored in them, or an objective that reads them
     anchor: str = "none"  # `captions` of the images, `text` without images, or `shuffled` captions (a placebo)
     captions: str = ""  # for `text` a file with a prompt a line; of a Hugging Face dataset the column; "" for its own
     mentions: float = 1.0  # the world's captions mention each detail with p ~ U(0, mentions), drawn for each image
@@ -145,6 +145,12 @@ class Settings:
         """Whether stage 1 reads captions."""
         return self.anchor != "none" and self.anchor_share > 0
 
+    @property
+    def reads_captions(self) -> bool:
+        """Whether images come with their captions: for an anchored stage 1, or an objective that reads them."""
+        own = getattr(OBJECTIVES.get(self.objective), "reads_captions", False)
+        return own or (self.anchored and self.anchor != "text")
+
     @classmethod
     def of(cls, run: Run) -> "Settings":
         """The settings that a run was made with."""
@@ -152,8 +158,9 @@ class Settings:
         return cls(**{name: value for name, value in run.settings.items() if name in known})
 
 
-CAPTIONED = (  # settings of an anchored stage 1 alone
-    "anchor", "captions", "mentions", "anchor_share", "anchor_weight", "anchor_noise", "anchor_shift",
+CAPTIONS = ("captions", "mentions")  # which captions are read
+CAPTIONED = (  # settings of an anchored stage 1 alone, and what objectives that read captions take too
+    *CAPTIONS, "anchor", "anchor_share", "anchor_weight", "anchor_noise", "anchor_shift",
 )  # fmt: skip
 SCHEDULES = {  # name -> part of lr as a function of the part of the steps that is done
     "constant": lambda done: 1.0,

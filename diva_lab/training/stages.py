@@ -29,7 +29,7 @@ from diva_lab.training.build import build_conditioner, build_denoiser, build_enc
 from diva_lab.training.loop import Probe, Trainer, train
 from diva_lab.training.presets import preset, replace_settings, stages
 from diva_lab.training.runs import ADDED, Run
-from diva_lab.training.settings import CAPTIONED, Settings
+from diva_lab.training.settings import CAPTIONED, CAPTIONS, Settings
 
 Evaluate = Callable[..., dict[str, float]]
 
@@ -232,8 +232,10 @@ def objective_of(settings: Settings) -> Callable | None:
 
 
 def _stage_two(settings: Settings) -> Settings:
-    """Settings of stage 2 as its run keeps them: it reads no captions."""
-    return replace(settings, **{name: ADDED[name] for name in CAPTIONED})
+    """Settings of stage 2 as its run keeps them: nothing is anchored, and only some objectives read captions."""
+    bare = replace(settings, anchor=ADDED["anchor"])
+    kept = CAPTIONS if bare.reads_captions else ()
+    return replace(bare, **{name: ADDED[name] for name in CAPTIONED if name not in kept})
 
 
 def _stage_one(settings: Settings) -> Settings:

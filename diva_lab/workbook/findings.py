@@ -100,13 +100,34 @@ def state_alignment(curves: pd.DataFrame, alignment: str, measures: Sequence[str
     rows = curves[curves["alignment"] == alignment].sort_values("images")
     if rows.empty:
         return f"{alignment}: not run."
-    first, last = (part.reset_index() for part in (rows.groupby("seed").first(), rows.groupby("seed").last()))
-    texts = []
-    for name in measures:
-        change = nested_t((last[name] - first[name]).to_numpy(), last["align_seed"].tolist())
-        texts.append(f"{label_of(name)} **{100 * last[name].mean():.1f}**, {points(*change)}")
+    last = rows.groupby("seed").last()
+    changes = _state_changes(rows.groupby("seed").first(), last, measures)
     of = f"{len(last)} seeds, {last['align_seed'].nunique()} of stage 1"
-    return f"{alignment} ({of}; {last['images'].max():,} images): {'; '.join(texts)}."
+    return f"{alignment} ({of}; {last['images'].max():,} images): {changes}."
+
+
+def state_mix(mixes: pd.DataFrame, row: tuple[str, str], measures: Sequence[str]) -> str:
+    """What a row's runs changed at the mix that was chosen beforehand; seeds of stage 2 lie within stage 1.
+
+    Args:
+        mixes: as data/results/feedback_mixes.csv.
+        row: objective and alignment.
+    """
+    name = ", ".join(row)
+    rows = mixes[(mixes["objective"] == row[0]) & (mixes["alignment"] == row[1])]
+    if rows.empty:
+        return f"{name}: not run."
+    first, last = (rows[of].set_index("seed") for of in (rows["mix"] == 0, rows["chosen"]))
+    return f"{name}, mix {last['mix'].iloc[0]:g} ({len(last)} seeds): {_state_changes(first, last, measures)}."
+
+
+def _state_changes(first: pd.DataFrame, last: pd.DataFrame, measures: Sequence[str]) -> str:
+    """Each measure after training and its change, from tables with a row a seed and the column `align_seed`."""
+    texts, groups = [], last["align_seed"].fillna(last.index.to_series()).tolist()
+    for name in measures:
+        change = nested_t((last[name] - first[name]).to_numpy(), groups)
+        texts.append(f"{label_of(name)} **{100 * last[name].mean():.1f}**, {points(*change)}")
+    return "; ".join(texts)
 
 
 def state_readability(table: pd.DataFrame, name: str) -> str:

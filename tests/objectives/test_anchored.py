@@ -84,7 +84,7 @@ def test_the_placebo_takes_the_caption_of_the_next_image(step, monkeypatch, tiny
 
 
 def test_noise_has_the_length_that_is_set(step, tiny):
-    moved, lengths, blank = step().embed_text(WORDS), [], torch.zeros(B, 1, tiny.denoiser.width)
+    moved, lengths, blank = step().embed_text(WORDS) + tiny.conditioner.gap, [], torch.zeros(B, 1, tiny.denoiser.width)
     for k in range(10):
 
         def condition(features: Features) -> torch.Tensor:

@@ -37,6 +37,19 @@ def test_info_nce_is_computed_in_float32_under_autocast():
     torch.testing.assert_close(inside, info_nce(a, b), atol=1e-6, rtol=1e-6)
 
 
+# --- CLIP's own loss on captions --------------------------------------------------------------------------------
+
+
+def test_the_contrast_with_captions_is_clips_loss_with_a_frozen_text_tower(step):
+    made = step.terms("caption-contrast", tau=0.01)["cap"]
+    with record(step) as seen:
+        assert torch.equal(step.terms("caption-contrast", tau=0.01)["cap"], made)
+    ((_, features),) = seen.encoded
+    texts = step.encoder.encode_text(step.captions())
+    torch.testing.assert_close(made, info_nce(features.embedding, texts, 0.01))
+    assert not seen.predicted
+
+
 # --- the naive sum ----------------------------------------------------------------------------------------------
 
 

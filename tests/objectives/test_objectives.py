@@ -14,7 +14,7 @@ EACH = pytest.mark.parametrize("objective", OBJECTIVES)
 @EACH
 def test_an_objective_gives_named_terms_with_one_value_an_image(step, objective):
     terms = step.terms(objective)
-    assert terms and set(terms) <= {"rec", "con", "dcr"}
+    assert terms and set(terms) <= {"rec", "con", "dcr", "cap"}
     for values in terms.values():
         assert values.shape == (3,) and values.dtype == torch.float32 and values.isfinite().all()
         assert values.requires_grad
@@ -27,7 +27,8 @@ def test_an_objective_draws_from_its_generator_only(step, objective):
     torch.manual_seed(1)
     same, other = step.terms(objective), step.terms(objective, random=generator("another"))
     assert all(torch.equal(one[name], same[name]) for name in one)
-    assert all(not torch.equal(one[name], other[name]) for name in one)
+    draws = objective != "caption-contrast"  # which needs no view, no timestep and no noise
+    assert all(torch.equal(one[name], other[name]) != draws for name in one)
 
 
 @EACH
@@ -60,7 +61,14 @@ def test_the_projector_gets_a_gradient_where_it_is_trained_too(small_settings, o
 
 @pytest.mark.parametrize(
     ("objective", "evaluations"),
-    [("diva", 2 * 3), ("contrastive", 0), ("naive", 2 * 3), ("dcr", 3 * 3 + 3), ("dcr-guidance", 3 * 3 + 6)],
+    [
+        ("diva", 2 * 3),
+        ("contrastive", 0),
+        ("naive", 2 * 3),
+        ("dcr", 3 * 3 + 3),
+        ("dcr-guidance", 3 * 3 + 6),
+        ("caption-contrast", 0),
+    ],
 )
 def test_an_objective_evaluates_the_denoiser_as_often_as_its_paper_says(step, objective, evaluations):
     with record(step) as seen:

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from tools import feedback
-from tools.feedback import ALIGNMENTS, OBJECTIVES, RATE_SEED, Plan, Row, all_rows, choose_rate, read_rows
+from tools.feedback import ALIGNMENTS, OBJECTIVES, RATE_SEED, Plan, Row, all_rows, choose_trial, read_rows
 
 
 @pytest.fixture
@@ -20,18 +20,19 @@ def plan(small_settings, tmp_path, monkeypatch):
 
     models = {"encoder": small_settings.encoder, "denoiser": small_settings.denoiser, "precision": "no", "batch": 2}
     monkeypatch.setattr(feedback, "STAGE_1", feedback.STAGE_1 | models)
-    monkeypatch.setattr(feedback, "OBJECTIVES", {"diva": OBJECTIVES["diva"] | models | {"steps": 2, "lora_rank": 2}})
+    monkeypatch.setattr(feedback, "OBJECTIVES", {name: OBJECTIVES[name] | models | SMALL for name in OBJECTIVES})
     monkeypatch.setattr("diva_lab.training.batches.GAP_IMAGES", 64)
     made = Plan(
         tmp_path / "runs", tmp_path / "results", align_steps=2, evaluations=2, seeds=(0, 1), align_seeds=(10_000,),
-        rates=(1e-4, 2e-4, 4e-4), wider=0, report=report, shift=lambda *of: {"shift/share": 0.5},
-        align_report=lambda *of, world: {"recovered": 0.1},
+        rates=(1e-4, 2e-4, 4e-4), wider=0, mixes=(0.5,), pushes=("norm",), report=report,
+        shift=lambda *of: {"shift/share": 0.5}, align_report=lambda *of, world: {"recovered": 0.1},
     )  # fmt: skip
     object.__setattr__(made, "calls", calls)
     return made
 
 
 ROW = Row("diva", "anchored")
+SMALL = {"steps": 2, "lora_rank": 2}
 
 
 def test_no_image_of_stage_1_is_shown_in_stage_2():
@@ -57,7 +58,8 @@ def test_the_controls_differ_from_the_anchored_stage_1_in_the_anchor_alone():
 def test_a_finished_run_is_on_record_and_is_not_run_again(plan, monkeypatch):
     feedback.align_all(plan, ["anchored"])
     feedback.run_rows(plan, [ROW])
-    assert plan.calls.count("measure") == 1 + 2 * 2  # the original once, each seed twice
+    # the original once; of each seed two evaluations, the second of which is mix 1, one mix, one push
+    assert plan.calls.count("measure") == 1 + 2 * 2 + 2 * (1 + 1)
     records = sorted((plan.results / "records").glob("*.json"))
     assert len(records) == 1 + 3 + 2  # stage 1, the rates, the seeds
     before = [path.read_bytes() for path in records]
@@ -76,18 +78,29 @@ def test_tables_hold_every_evaluation_and_name_what_is_missing(plan):
     table = pd.read_csv(plan.results / "feedback.csv")
     assert table["step"].tolist() == [0, 1, 2] and table["images"].tolist() == [0, 2, 4]
     assert set(table["objective"]) == {"diva"} and set(table["align_seed"]) == {10_000} and table["git"].notna().all()
-    rates = pd.read_csv(plan.results / "feedback_rates.csv")
+    rates = pd.read_csv(plan.results / "feedback_rates.csv").query("objective == 'diva'")
     assert rates["lr"].tolist() == [1e-4, 2e-4, 4e-4] and rates["chosen"].sum() == 1
     missing = pd.read_csv(plan.results / "feedback_missing.csv")
-    assert len(missing) == 2 * len(ALIGNMENTS) - 1
-    assert missing[missing["alignment"] == "anchored"]["seed"].tolist() == [1]
+    assert len(missing) == 2 * len(all_rows()) - 1
+    assert missing[(missing["objective"] == "diva") & (missing["alignment"] == "anchored")]["seed"].tolist() == [1]
+    mixes = pd.read_csv(plan.results / "feedback_mixes.csv")
+    assert mixes["mix"].tolist() == [0, 0.5, 1] and mixes["chosen"].tolist() == [False, False, True]
+    assert pd.read_csv(plan.results / "feedback_pushes.csv")["match"].tolist() == ["norm"]
+
+
+def test_a_rival_without_projector_is_run_once_without_alignment(plan):
+    row = Row("caption-contrast", "none")
+    feedback.run_rows(replace(plan, seeds=(0,)), [row])
+    feedback.write_tables(plan)
+    assert pd.read_csv(plan.results / "feedback.csv")["align_seed"].isna().all()
+    assert [r for r in all_rows() if r.objective == "caption-contrast"] == [row]
 
 
 # --- the rule by which a rate is chosen -------------------------------------------------------------------------
 
 
 def record(start: float, pairs: float, zeroshot: float, diverged: bool = False) -> dict:
-    table = pd.DataFrame({"pairs/mean": [0.2, pairs], "zeroshot": [start, zeroshot]})
+    table = pd.DataFrame({"pairs/mean": [0.2, pairs], "zeroshot": [start, zeroshot], "nmi": [0.9, 0.8]})
     return {"evaluations": table, "diverged": diverged}
 
 
@@ -119,13 +132,32 @@ def test_the_rate_is_chosen_by_the_rule(monkeypatch, ends, chosen, tried):
         return record(0.97, 0.9, 0.99, True) if ends[lr] is None else record(0.97, *ends[lr])
 
     monkeypatch.setattr(feedback, "run_once", once)
-    lr, trials = choose_rate(Plan(rates=(1e-4, 2e-4, 4e-4)), ROW, report=lambda encoder: {})
-    assert lr == pytest.approx(chosen) and len(set(asked)) == tried
+    best, trials = choose_trial(Plan(rates=(1e-4, 2e-4, 4e-4)), ROW, report=lambda encoder: {})
+    assert best["lr"] == pytest.approx(chosen) and len(set(asked)) == tried
     assert len(trials) == sum(end is not None for end in list(ends.values())[:tried])
 
 
+def test_rate_and_mix_are_chosen_together_where_little_is_lost(monkeypatch):
+    ends = {  # (lr, mix) -> pairs, zero-shot, NMI; the start has 97 and 90
+        (1e-4, 0.5): (0.30, 0.97, 0.89), (1e-4, 1): (0.40, 0.94, 0.88),
+        (2e-4, 0.5): (0.35, 0.96, 0.86), (2e-4, 1): (0.60, 0.96, 0.84),
+        (4e-4, 0.5): (0.34, 0.95, 0.85), (4e-4, 1): (0.70, 0.90, 0.80),
+    }  # fmt: skip
+
+    def once(plan, settings, report, **facts):
+        table = pd.DataFrame([(0.2, 0.97, 0.9), ends[settings.lr, 1]], columns=["pairs/mean", "zeroshot", "nmi"])
+        half = pd.DataFrame([(0.5, *ends[settings.lr, 0.5])], columns=["mix", *table])
+        return {"evaluations": table, "mixes": half.to_dict("list")}
+
+    monkeypatch.setattr(feedback, "run_once", once)
+    plan = Plan(rates=(1e-4, 2e-4, 4e-4), wider=0)
+    best, trials = choose_trial(plan, Row("diva, mixed", "anchored"), report=lambda encoder: {})
+    assert (best["lr"], best["mix"]) == (2e-4, 0.5) and len(trials) == 6
+    assert choose_trial(plan, ROW, report=lambda encoder: {})[0]["lr"] == 2e-4
+
+
 def test_without_records_nothing_is_chosen_and_nothing_trained(tmp_path):
-    assert choose_rate(Plan(tmp_path, tmp_path), ROW)[0] is None and not list(tmp_path.iterdir())
+    assert choose_trial(Plan(tmp_path, tmp_path), ROW)[0] is None and not list(tmp_path.iterdir())
 
 
 def test_a_run_that_diverges_is_recorded_as_far_as_it_came(plan):
@@ -140,7 +172,7 @@ def test_a_run_that_diverges_is_recorded_as_far_as_it_came(plan):
 def test_rows_are_named_by_objective_alignment_or_both():
     assert list(read_rows(["diva/anchored"])) == [ROW]
     assert {row.alignment for row in read_rows(["diva"])} == set(ALIGNMENTS)
-    assert {row.objective for row in read_rows(["/anchored"])} == set(OBJECTIVES)
+    assert {row.objective for row in read_rows(["/anchored"])} == set(OBJECTIVES) - {"caption-contrast"}
     assert list(read_rows([])) == all_rows()
-    with pytest.raises(ValueError, match="unknown row 'dvia/anchored'; expected diva"):
+    with pytest.raises(ValueError, match="unknown row 'dvia/anchored'; expected one of diva/anchored"):
         list(read_rows(["dvia/anchored"]))

@@ -1,4 +1,5 @@
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import open_clip
 import pandas as pd
@@ -10,8 +11,10 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from diva_lab.cli import main
 from diva_lab.evaluation.results import COLUMNS, FACTS
+from diva_lab.evaluation.table import open_encoder
 from diva_lab.models.encoders import load_encoder
-from diva_lab.training.build import tuned_encoder
+from diva_lab.models.lora import visual_weights
+from diva_lab.training.build import split_mix, tuned_encoder
 from diva_lab.training.controls import perturb
 from diva_lab.training.export import export, model_card
 from diva_lab.training.presets import preset
@@ -123,6 +126,45 @@ def test_rows_of_evaluates_table_that_are_of_the_run_are_on_the_card(run, tmp_pa
     assert "| zero-shot | cifar10 | global | top-1 | 200 | 0.7500 | 0.7000 | 0.8000 |" in card
     assert "| zero-shot | cifar10 | global | nmi | 200 | 0.5000 |  | 0.5500 |" in card
     assert "0.9000" not in card and "0.1250" not in card
+
+
+# --- between the original and the tuned encoder -----------------------------------------------------------------
+
+
+def test_a_mix_lies_between_the_original_and_the_tuned_weights(run):
+    ends = visual_weights(load_encoder(run.settings["encoder"])), visual_weights(tuned_encoder(run))
+    for mix in (0.0, 0.3, 0.75, 1.0):
+        for name, weight in visual_weights(tuned_encoder(run, mix=mix)).items():
+            expected = (1 - mix) * ends[0][name] + mix * ends[1][name]
+            torch.testing.assert_close(weight, expected, atol=1e-6, rtol=1e-5)
+            assert mix not in (0, 1) or torch.equal(weight, ends[int(mix)][name])
+    assert any(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_run_is_exported_and_opened_at_a_mix(run, images, tmp_path):
+    name, scores, new = f"{run.folder}:0.25", tmp_path / "results.csv", tmp_path / "new"
+    pd.DataFrame([row(str(run.folder), 0.5), row(name, 0.75)]).to_csv(scores, index=False)
+    assert main(["export", name, str(new), "--scores", str(scores)]) == 0
+    wanted = tuned_encoder(run, mix=0.25).encode_image(images.float() / 255)
+    assert torch.equal(open_encoder(name).encode_image(images.float() / 255), wanted)
+    for folder in ("open_clip", "transformers"):
+        found = load_encoder(new / folder).encode_image(images.float() / 255)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    card = (new / "README.md").read_text()
+    assert "original + 0.25 (tuned - original)" in card and "| top-1 | 200 | 0.7500 |" in card
+    assert "0.5000" not in card and "| zeroshot |" not in card  # scores of the run as it was tuned
+
+
+@pytest.mark.parametrize("mix", ["1.5", "-0.1", "nan"])
+def test_a_mix_outside_its_range_is_refused(run, mix, tmp_path, capsys):
+    assert "from 0 (the original encoder) to 1" in refused(capsys, f"{run.folder}:{mix}", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_whose_name_ends_like_a_mix_is_that_folder(tmp_path):
+    (tmp_path / "run:0.5").mkdir()
+    assert split_mix(tmp_path / "run:0.5") == (tmp_path / "run:0.5", 1.0)
+    assert split_mix("no/run:0.5") == (Path("no/run:0.5"), 1.0)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------

@@ -304,7 +304,7 @@ def test_tuning_moves_the_visual_tower_and_nothing_else(small_settings, tmp_path
     for name, weight in original.state_dict().items():
         assert torch.equal(tuned.state_dict()[name], weight) or name in visual, name
     assert (embed(tuned, pictures(3)) - embed(original, pictures(3))).abs().max() > 1e-4
-    terms = set(run.metrics().columns) & {"rec", "con", "dcr"}
+    terms = set(run.metrics().columns) & {"rec", "con", "dcr", "cap"}
     assert {"loss", "seconds", "grad_norm", *(f"norm_{term}" for term in terms)} <= set(run.metrics().columns)
     assert run.metrics()[list(terms)].sum(axis=1).tolist() == pytest.approx(run.metrics()["loss"].tolist())
 

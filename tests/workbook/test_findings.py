@@ -1,7 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from figure_records import DOSE, READABLE
+from figure_records import DOSE, MIXES, READABLE
 
 from diva_lab.statistics import compare_rows, conflict_rate, paired_t
 from diva_lab.workbook import findings
@@ -32,6 +32,15 @@ def test_an_alignment_states_its_end_its_change_and_how_many_seeds_of_both_stage
     one = findings.state_alignment(DOSE.query("seed == 0"), "anchored", ["pairs/mean"])
     assert "1 seeds, 1 of stage 1" in one and "one seed, no interval" in one
     assert findings.state_alignment(DOSE, "placebo", ["pairs/mean"]) == "placebo: not run."
+
+
+def test_a_mix_is_stated_as_it_was_chosen_with_the_interval_over_stage_1():
+    assert findings.state_mix(MIXES, ("diva, mixed", "anchored"), ["pairs/mean", "zeroshot"]) == (
+        "diva, mixed, anchored, mix 0.5 (2 seeds): pair score (P) **40.5**, +20.0 points (95 % interval +20.0 to "
+        "+20.0); zero-shot (D) **85.0**, -5.0 points (95 % interval -5.0 to -5.0)."
+    )
+    assert "+30.0 points" in findings.state_mix(MIXES, ("caption-contrast", "none"), ["pairs/mean"])
+    assert findings.state_mix(MIXES, ("dcr", "anchored"), ["pairs/mean"]) == "dcr, anchored: not run."
 
 
 def test_readability_states_all_four_decisions_of_the_bin_of_all():
