@@ -46,12 +46,12 @@ class Cut:
         global cut
         cut = None
 
-    def operation(self, path: str, half: bytes = b"") -> None:
+    def operation(self, path: str, half: bytes = b"", mode: str = "wb") -> None:
         self.count += 1
         if self.count != self.at:
             return
         if half:
-            with open(path, "ab") as file:
+            with open(path, mode) as file:
                 file.write(half)
         raise self.error
 
@@ -65,7 +65,7 @@ def listen(event: str, args: tuple) -> None:
     if event in CHANGES and inside:
         cut.operation(path)
     elif event == "open" and inside and args[2] & (os.O_WRONLY | os.O_RDWR):
-        cut.operation(path, b'{"step": 1, "lo')
+        cut.operation(path, b'{"step": 1, "lo', "wb" if args[2] & os.O_TRUNC else "ab")
 
 
 sys.addaudithook(listen)
@@ -121,6 +121,11 @@ def left_over(root: Path) -> set[str]:
     return {path.name for path in run.folder.iterdir()} - FILES
 
 
+def steps_saved(root: Path) -> int:
+    state = Run.at(TOY, root).state()
+    return state["step"] if state else 0
+
+
 def number_of(function: Callable, root: Path) -> int:
     with Cut(root) as whole:
         function(root)
@@ -146,7 +151,9 @@ def test_a_run_that_is_cut_off_twice_at_any_operation_goes_on_to_the_same_bits(t
         for second in range(1, 12 if first > 2 * count // 3 else 2):  # all of `resume`, where there is a checkpoint
             root = tmp_path / f"{first}-{second}"
             assert cut_off(train_toy, root, first)
+            saved = steps_saved(root)
             cut_off(train_toy, root, second)
+            assert steps_saved(root) >= saved, (first, second)
             assert not left_over(root), (first, second)
             shutil.rmtree(root)
 
