@@ -556,5 +556,5 @@ def run_benchmark(
     print(markdown_table(record))
     if json_path:
         json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(record, indent=1) + "\n")
+        json_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from diva_lab.image_files import dealt_order, find_images, find_tars, load_dataset, read_tars, text_column
-from diva_lab.world import World, captions, draw_scenes
+from diva_lab.world import World, captions, draw_scenes, named_world
 
 TABLE = "captions.csv"  # in a folder of images: image,caption
 MOST = 100_000  # captions that are read of tars to train on without their images
@@ -38,9 +38,21 @@ def folder_captions(folder: Path, files: Sequence[Path]) -> dict[Path, str]:
     return found
 
 
+def refuse_column(source: str, column: str | None) -> None:
+    """Refuse the name of a column of captions, given to a source that has no columns."""
+    if column:
+        raise ValueError(
+            f"captions={column!r}: images={source!r} has no columns; expected '' for its own captions, or with "
+            "anchor='text' an existing text file, a prompt a line"
+        )
+
+
 def _read_table(table: Path) -> dict[Path, str]:
     with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = list(csv.DictReader(file))
+        try:
+            rows = list(csv.DictReader(file))
+        except csv.Error as error:
+            raise ValueError(f"{table}: not a csv ({error}); expected rows under image and caption") from error
     if not rows or not {"image", "caption"} <= rows[0].keys():
         header = ", ".join(map(str, rows[0])) if rows else "no rows"
         raise ValueError(f"{table}: expected rows under image and caption; found {header}")
@@ -61,6 +73,8 @@ def _read_table(table: Path) -> dict[Path, str]:
 
 
 def _read_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"captions={str(path)!r}: no such file; expected a text file, a prompt a line")
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
@@ -87,15 +101,13 @@ def list_captions(source: str, column: str = "") -> list[str]:
     if source.startswith("hf:"):
         rows = load_dataset(source)
         texts = [(text or "").strip() for text in rows[text_column(source, rows, column)]]
-    elif source.endswith(".tar"):
+    elif source.endswith(".tar") and not path.is_dir():
         tars = find_tars(source)
-        texts = [text or "" for *_, text in islice(read_tars(tars, epochs=1), MOST)]
+        texts = [sample.caption or "" for sample in islice(read_tars(tars, epochs=1), MOST)]
     elif path.is_dir():
-        texts = list(folder_captions(path, find_images(path)).values())
-    elif path.is_file():
-        return _read_lines(path)
+        texts = list(folder_captions(path, find_images(path)[0]).values())
     else:
-        raise FileNotFoundError(f"captions={source!r}: no such file; expected a text file, a prompt a line")
+        return _read_lines(path)
     texts = [text for text in texts if text]
     if not texts:
         raise ValueError(f"captions={source!r}: no caption in it; expected .txt members, or a column of text")
@@ -104,18 +116,27 @@ def list_captions(source: str, column: str = "") -> list[str]:
 
 def open_captions(
     source: str, n: int, seed: int, first: int = 0, rank: int = 0, processes: int = 1, mentions: float = 1.0,
-    column: str = "",
+    chosen: str = "",
 ) -> Iterator[list[str]]:  # fmt: skip
     """Endless batches of `n` captions without images, from the batch `first` on; each process has its own.
 
     Args:
         source: `world` or `world:SEED`, whose scenes are others than those that are shown; else as `list_captions`.
         mentions: the world's captions mention each detail with p ~ U(0, mentions), drawn for each scene.
+        chosen: "" for the source's own captions; a text file in their place, a prompt a line; or the column of a
+            Hugging Face dataset. What exists as a file is that file.
+
+    Raises:
+        FileNotFoundError, ValueError: as `list_captions`, and for a column of a source that has none.
     """
-    kind, _, rest = source.partition(":")
-    if kind == "world":
-        return _world_captions(World(int(rest or 0)), n, seed, first, rank, mentions)
-    texts = list_captions(source, column)
+    if chosen.endswith(".txt") or Path(chosen).is_file():
+        texts = _read_lines(Path(chosen))
+    else:
+        if not source.startswith("hf:"):
+            refuse_column(source, chosen)
+        if (world := named_world(source)) is not None:
+            return _world_captions(world, n, seed, first, rank, mentions)
+        texts = list_captions(source, chosen)
     order = dealt_order(len(texts), seed, first * n, rank, processes)
     return ([texts[i] for i in islice(order, n)] for _ in count())
 

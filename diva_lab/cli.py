@@ -1,15 +1,18 @@
 """The command `diva-lab`: one verb a room. Nothing heavy is imported before the arguments have been read."""
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
+from typing import NoReturn
 
-from diva_lab.paths import RUNS
+from diva_lab.paths import RUNS, check_writable
 
 EXPECTED = (ValueError, OSError, FloatingPointError, RuntimeError)  # what our own code raises of bad input
+LINE = 2000  # characters of a line of an error that are printed
+SEED = 2**32 - 1  # the largest, as numpy and scikit-learn take it
 EVALUATE_EXAMPLE = """\
 example:
   diva-lab evaluate --encoder openai-l14 --encoder runs/ID \\
@@ -33,7 +36,7 @@ all of them see: --out.
 def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", help="folder of images, webdataset tars or hf:DATASET (default: the tiny world)")
     parser.add_argument("--seeds", type=read_seeds, help="how many seeds to train with, as 3, or which, as 0,1,2")
-    parser.add_argument("--steps", type=read_count, help="steps of training in each run")
+    parser.add_argument("--steps", type=whole(1, 10**9), help="steps of training in each run")
     parser.add_argument("--out", type=Path, help="folder to write (default: runs/ and the time)")
     parser.add_argument("--only", help="numbers of the notebooks to run, as 02 or 00,02")
 
@@ -44,19 +47,25 @@ def run(args: argparse.Namespace) -> int:
     return run_workbook(args.images, args.seeds, args.steps, args.out, args.only)
 
 
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """A reader of whole numbers from `least` to `most`, for an argument's `type`."""
+
+    def read(text: str) -> int:
+        if re.fullmatch(r"[0-9]{1,18}", text) and least <= int(text) <= most:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {least} to {most}")
+
+    return read
+
+
 def read_seeds(text: str) -> int | list[int]:
     """`3` as it is, `0,1,2` as a list."""
-    if re.fullmatch(r"\d+", text) and int(text) > 0:
-        return int(text)
-    if not re.fullmatch(r"\d+(,\d*)+", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected how many (3) or which ones (0,1,2)")
-    return [int(number) for number in re.findall(r"\d+", text)]
-
-
-def read_count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive whole number")
-    return int(text)
+    try:
+        if "," not in text:
+            return whole(1, 10_000)(text)
+        return [whole(0, SEED)(number) for number in text.removesuffix(",").split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected how many (3) or which ones (0,1,2); {error}") from None
 
 
 # --- train ------------------------------------------------------------------------------------------------------
@@ -69,18 +78,21 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shards", help="webdataset tars, a folder of images, or world (default: the preset's)")
     parser.add_argument("--projector", help="folder of a finished run of stage 1: only stage 2 is run")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of both stages to change")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings of both stages to change"
+    )
     parser.add_argument("--out", type=Path, default=RUNS, help="where the runs' folders are made")
 
 
 def train(args: argparse.Namespace) -> int:
+    from diva_lab.machine import count_processes
     from diva_lab.training.presets import parse_changes
     from diva_lab.training.stages import align_preset, tune
 
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # as `accelerate launch` sets it
-    both = ({"images": args.shards} if args.shards else {}) | parse_changes(args.set)
-    projector = {"projector": args.projector} if args.projector else {}
-    print(tune(align_preset(args.preset, args.out, processes, both, both | projector), args.out).folder)
+    check_writable(args.out)
+    both = ({} if args.shards is None else {"images": args.shards}) | parse_changes(args.set)
+    projector = {} if args.projector is None else {"projector": args.projector}
+    print(tune(align_preset(args.preset, args.out, count_processes(), both, both | projector), args.out).folder)
     return 0
 
 
@@ -98,12 +110,14 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--root", type=Path, default=Path(), help="folder of the data (default: here)")
     parser.add_argument("--out", type=Path, default=Path("results.csv"), help="csv to write (default: results.csv)")
-    parser.add_argument("--seed", type=int, default=0, help="of k-means and bootstraps")
+    parser.add_argument("--seed", type=whole(0, SEED), default=0, help="of k-means and bootstraps")
     parser.add_argument("--features", default="global", help="global or class+patches (default: global)")
     parser.add_argument("--precision", default="auto", help="auto, no (float32) or bf16 (default: auto)")
     parser.add_argument("--strict-official", action="store_true", help="MMVP-VLM as circulating scripts count it")
-    parser.add_argument("--max-images", type=int, default=0, help="of a set's split at most so many, drawn by the seed")
-    parser.add_argument("--workers", type=int, help="processes that decode images")
+    parser.add_argument(
+        "--max-images", type=whole(0, 10**9), default=0, help="of a set's split at most so many, drawn by the seed"
+    )
+    parser.add_argument("--workers", type=whole(0, 256), help="processes that decode images")
     parser.add_argument(
         "--projector", default="shipped", help="readability: shipped, anchored, a run of stage 1, or .safetensors"
     )
@@ -114,6 +128,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from diva_lab.evaluation.results import COLUMNS
     from diva_lab.evaluation.table import count_sets, evaluate
 
+    check_writable(args.out.parent)
     table = evaluate(
         args.encoder, args.benchmarks.split(","), args.root, args.out, args.seed, args.features, args.precision,
         args.strict_official, args.max_images, workers=args.workers, projector=args.projector, denoiser=args.denoiser,
@@ -155,21 +170,25 @@ def export(args: argparse.Namespace) -> int:
 def add_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("dcr-step", "diva-step", "align-step", "conflict-step", "evaluate", "input"))
     parser.add_argument("--scale", help="tiny, small, sd21, or for evaluate l14 (default: tiny; of evaluate l14)")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=whole(1, 4096), default=8)
+    parser.add_argument("--rounds", type=whole(1, 10_000), default=7)
     parser.add_argument("--precision", choices=("auto", "bf16", "no"), default="auto")
     parser.add_argument("--images", default="world", help="input: the source to load from")
-    parser.add_argument("--workers", type=int, help="evaluate: processes that decode images")
-    parser.add_argument("--files", type=int, default=0, help="evaluate: files to read in one go")
+    parser.add_argument("--workers", type=whole(0, 256), help="evaluate: processes that decode images")
+    parser.add_argument("--files", type=whole(0, 10**6), default=0, help="evaluate: files to read in one go")
     parser.add_argument("--compile", action="store_true", help="compiled variants too, minutes more")
-    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="only these variants and the reference")
-    parser.add_argument("--threads", type=int, help="of torch (default: as torch has them)")
+    parser.add_argument(
+        "--only", nargs="+", action="extend", default=[], metavar="NAME", help="only these variants and the reference"
+    )
+    parser.add_argument("--threads", type=whole(1, 1024), help="of torch (default: as torch has them)")
     parser.add_argument("--json", type=Path, help="write all figures there")
 
 
 def benchmark(args: argparse.Namespace) -> int:
     from diva_lab.benchmark import run_benchmark
 
+    if args.json:
+        check_writable(args.json.parent)
     run_benchmark(
         args.what, args.scale, args.batch, args.rounds, args.precision, args.images, args.workers, args.files,
         args.compile, args.only, args.threads, args.json,
@@ -187,7 +206,7 @@ def add_presets(parser: argparse.ArgumentParser) -> None:
 def presets(args: argparse.Namespace) -> int:
     from diva_lab.training.presets import describe_presets, preset_yaml
 
-    print(preset_yaml(args.name) if args.name else describe_presets())
+    print(describe_presets() if args.name is None else preset_yaml(args.name))
     return 0
 
 
@@ -203,9 +222,26 @@ VERBS: dict[str, tuple[str, Callable, Callable]] = {  # name -> what it does, it
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose error is one line; a line that is found in a name of 200 kB is shortened."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {_shorten_lines(message)}; `{self.prog} --help` lists what it takes\n")
+
+
+def _shorten_lines(text: str) -> str:
+    """`text` with the middle of each line left out that is longer than `LINE` characters."""
+    half = LINE // 2
+    lines = [line if len(line) <= LINE else f"{line[:half]} ... {line[-half:]}" for line in text.splitlines()]
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns 0, or 2 after a line that says what was wrong with the input."""
-    parser = argparse.ArgumentParser(prog="diva-lab", description=sys.modules["diva_lab"].__doc__.split("\n")[0])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that cannot show a letter shows its number
+            stream.reconfigure(errors="backslashreplace")
+    parser = Parser(prog="diva-lab", description=sys.modules["diva_lab"].__doc__.split("\n")[0])
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, (text, add, _) in VERBS.items():
         own = verbs.add_parser(name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -214,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return VERBS[args.verb][2](args)
     except EXPECTED as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_shorten_lines(str(error)) or type(error).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # a run that was being trained has said how to go on
         return 130

@@ -12,10 +12,11 @@ gives SigLIP the denoiser's square, made smaller, but draws its place and shape:
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, count, islice
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -23,9 +24,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from diva_lab.captions import folder_captions, mention_details
+from diva_lab.captions import folder_captions, mention_details, refuse_column
 from diva_lab.image_files import (
     SUFFIXES,
+    LeftOut,
+    Place,
     Sample,
     dataset_cell,
     dealt_order,
@@ -35,11 +38,11 @@ from diva_lab.image_files import (
     open_dataset,
     read_tars,
 )
-from diva_lab.world import World, draw_scenes
+from diva_lab.world import World, draw_scenes, named_world
 
 PATIENCE = 100  # unreadable samples in a row that are taken for a broken source
-# images; their captions, if asked for; name and reason of each image that was skipped before them
-Batch = tuple[Tensor, list[str], list[tuple[str, str]]]
+# images; their captions, if asked for; what was skipped before them; how many samples were taken for them
+Batch = tuple[Tensor, list[str], list[LeftOut], int]
 
 
 class Images:
@@ -48,21 +51,22 @@ class Images:
     Attributes:
         position: samples taken for the batches handed out so far, broken ones included.
         captions: of the last batch that was handed out; empty where they were not asked for.
-        skipped: name and reason of each broken one among them; may be cleared once it is read.
+        skipped: name and reason of each broken one among them, and of each image that the source holds and does not
+            hand out: a folder's at once, a tar's with the sample beside it. May be cleared once it is read.
     """
 
-    def __init__(self, batches: Iterator[Batch], position: int):
+    def __init__(self, batches: Iterator[Batch], position: int, skipped: Sequence[LeftOut] = ()):
         self.batches, self.position = batches, position
         self.captions: list[str] = []
-        self.skipped: list[tuple[str, str]] = []
+        self.skipped: list[LeftOut] = list(skipped)
 
     def __iter__(self) -> "Images":
         return self
 
     def __next__(self) -> UInt8[Tensor, "n 3 px px"]:
-        images, self.captions, broken = next(self.batches)
-        self.position += len(images) + len(broken)
-        self.skipped += broken
+        images, self.captions, skipped, taken = next(self.batches)
+        self.position += taken
+        self.skipped += skipped
         return images
 
 
@@ -75,47 +79,51 @@ def _world_batches(world: World, n: int, seed: int, first: int, rank: int, menti
         place = (seed, step, *([rank] if rank else []))
         scenes = draw_scenes(n, (world.seed, 40, *place))
         texts = [] if mentions is None else mention_details(scenes, (world.seed, 41, *place), mentions)
-        yield _tensor(world.render(scenes)), texts, []
+        yield _tensor(world.render(scenes)), texts, [], n
 
 
 def _decoded(samples: Iterator[Sample], px: int, n: int, source: str, captioned: bool) -> Iterator[Batch]:
     """Batches of `n`, decoded by threads, the next one while the last is used."""
-    images, texts, broken, unread = [], [], [], []  # the batch so far; the broken ones since the last readable image
+    images, texts, skipped, taken = [], [], [], 0  # the batch so far
+    unread = []  # the broken ones since the last readable image
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, image, text, reason in _decode_ahead(samples, px, 2 * n, pool):
-            if captioned and not text and not reason:
-                image, reason = None, "no caption"
-            if image is None:
-                broken.append((name, reason))
-                unread.append((name, reason))
+        for sample, image, reason in _decode_ahead(samples, px, 2 * n, pool):
+            taken += 1
+            if captioned and not sample.caption and not reason:
+                reason = "no caption"
+            if reason:
+                unread.append(LeftOut(sample.name, reason))
+                skipped.append(unread[-1])
             else:
                 images.append(image)
-                texts += [text] if captioned else []
+                texts += [sample.caption] if captioned else []
                 unread = []
+            skipped += sample.left_out
             if len(unread) == PATIENCE:
                 raise _too_many(unread, source)
             if len(images) == n:
-                yield _tensor(images), texts, broken
-                images, texts, broken = [], [], []
+                yield _tensor(images), texts, skipped, taken
+                images, texts, skipped, taken = [], [], [], 0
 
 
 def _decode_ahead(
     samples: Iterator[Sample], px: int, ahead: int, pool: ThreadPoolExecutor
-) -> Iterator[tuple[str, np.ndarray | None, str | None, str]]:
-    """Name, image or None, caption, and why there is no image, of each sample, `ahead` of which are being decoded."""
+) -> Iterator[tuple[Sample, np.ndarray | None, str]]:
+    """Each sample without its data, its image or None, and why there is none; `ahead` of them are being decoded."""
     queue: deque = deque()
-    for data, name, text in samples:
-        queue.append((name, text, pool.submit(decode_square, data, px)))
+    large = Lock()
+    for sample in samples:
+        queue.append((sample._replace(data=b""), pool.submit(decode_square, sample.data, px, large)))
         if len(queue) <= ahead:
             continue
-        name, text, image = queue.popleft()
+        sample, image = queue.popleft()
         try:
-            yield name, image.result(), text, ""
+            yield sample, image.result(), ""
         except ValueError as error:
-            yield name, None, text, str(error)
+            yield sample, None, str(error)
 
 
-def _too_many(unread: list[tuple[str, str]], source: str) -> ValueError:
+def _too_many(unread: list[LeftOut], source: str) -> ValueError:
     name, reason = unread[0]
     return ValueError(
         f"images={source!r}: {len(unread)} samples in a row ({len(set(unread))} different ones) cannot be read, "
@@ -145,7 +153,8 @@ def open_images(
         px: side of the images in pixels; the world renders at 32.
         first: `position` of the process's `Images` when it was left, with the same `n`.
         captions: None for images alone; "" for captions too, or of a Hugging Face dataset the name of their column
-            (see `text_column`). A folder's lie in `captions.csv` or NAME.txt, a tar's in its .txt members.
+            (see `text_column`). A folder's lie in `captions.csv` or NAME.txt, a tar's in its .txt members. No other
+            source takes a name.
         mentions: the world's captions mention each detail with p ~ U(0, mentions), drawn for each image.
 
     Raises:
@@ -153,17 +162,17 @@ def open_images(
         ValueError: for a source that cannot be understood, and when a hundred samples in a row cannot be read.
     """
     source = str(source)
-    kind, _, rest = source.partition(":")
-    if kind == "world":
-        if not rest.isdecimal() and source != "world":
-            raise ValueError(f"images={source!r}: expected 'world' or 'world:SEED' with a whole number, as 'world:3'")
+    if not source.startswith("hf:"):
+        refuse_column(source, captions)
+    if (world := named_world(source)) is not None:
         mentioned = None if captions is None else mentions
-        return Images(_world_batches(World(int(rest or 0)), n, seed, first, rank, mentioned), first)
-    if kind == "hf":
+        return Images(_world_batches(world, n, seed, first, rank, mentioned), first)
+    left_out: list[LeftOut] = []
+    if source.startswith("hf:"):
         rows = open_dataset(source, captions)
         order = dealt_order(len(rows), seed, first, rank, processes)
         samples = _dataset_samples(rows, order, source)
-    elif source.endswith(".tar"):
+    elif source.endswith(".tar") and not Path(source).is_dir():
         shards = find_tars(source)
         if len(shards) < processes:
             raise ValueError(f"images={source!r}: {len(shards)} tars for {processes} processes; expected one each")
@@ -171,30 +180,42 @@ def open_images(
         if captions is not None:
             samples = _require_caption(samples, source)
     else:
-        folder = Path(source)
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"images={source!r}: no such folder; expected 'world', a folder of images, tars, or 'hf:DATASET'"
-            )
-        files = find_images(folder)
-        if not files:
-            raise FileNotFoundError(f"images={source!r}: no image in this folder; expected {', '.join(SUFFIXES)} files")
-        texts = {} if captions is None else folder_captions(folder, files)
+        files, left_out = _folder_images(source)
+        texts = {} if captions is None else folder_captions(Path(source), files)
         order = (files[i] for i in dealt_order(len(files), seed, first, rank, processes))
-        samples = ((file, str(file), texts.get(file)) for file in order)
-    return Images(_decoded(samples, px, n, source, captions is not None), first)
+        samples = (Sample(Place(str(file)), str(file), texts.get(file)) for file in order)
+    told = left_out if first == 0 and rank == 0 else []
+    return Images(_decoded(samples, px, n, source, captions is not None), first, told)
+
+
+def _folder_images(source: str) -> tuple[list[Path], list[LeftOut]]:
+    """The images in a folder and what was left out; refused where there is none, saying what there is instead."""
+    if not source.strip() or not os.path.isdir(source):
+        found = "a file, not a folder" if os.path.exists(source) else "no such folder" if source.strip() else "empty"
+        raise FileNotFoundError(
+            f"images={source!r}: {found}; expected 'world', a folder of images, tars (.tar), or 'hf:DATASET'"
+        )
+    files, left_out = find_images(Path(source))
+    if files:
+        return files, left_out
+    instead = f"; {len(left_out)} left out, the first: {': '.join(left_out[0])}" if left_out else ""
+    if tars := [name for name, _ in left_out if name.lower().endswith(".tar")]:
+        instead = f", but {len(tars)} tars; name them as images={str(Path(tars[0]).parent / '*.tar')!r}"
+    raise FileNotFoundError(
+        f"images={source!r}: no image in this folder{instead}; expected {', '.join(SUFFIXES)} files"
+    )
 
 
 def _dataset_samples(rows, order: Iterator[int], source: str) -> Iterator[Sample]:
     for i in order:
         row = rows[int(i)]
-        yield dataset_cell(row), f"{source}: row {i}", (row.get("caption") or "").strip() or None
+        yield Sample(dataset_cell(row), f"{source}: row {i}", (row.get("caption") or "").strip() or None)
 
 
 def _require_caption(samples: Iterator[Sample], source: str) -> Iterator[Sample]:
     """The same samples; refused where none of the first `PATIENCE` has a caption."""
     first = list(islice(samples, PATIENCE))
-    if not any(text for *_, text in first):
+    if not any(sample.caption for sample in first):
         raise FileNotFoundError(f"images={source!r}: no captions; expected .txt members beside the images")
     return chain(first, samples)
 

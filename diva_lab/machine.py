@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -11,6 +12,11 @@ from huggingface_hub.constants import HF_HUB_CACHE
 def default_device() -> torch.device:
     """The first CUDA device, or the CPU where there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def count_processes() -> int:
+    """How many processes train together, as accelerate sees it: started by `accelerate launch`, torchrun or mpirun."""
+    return PartialState(cpu=default_device().type == "cpu").num_processes
 
 
 def fast_bf16(device: torch.device | str) -> bool:

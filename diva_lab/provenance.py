@@ -80,5 +80,11 @@ def environment() -> dict:
 
 
 def _git(*words: str) -> str:
-    done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
+    """What git prints about this checkout; "" where there is no git, or no repository of our own."""
+    if not (ROOT / ".git").exists():  # installed, perhaps into a folder of another project's repository
+        return ""
+    try:
+        done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -334,6 +334,20 @@ class _Canvas:
         return ((image * light[..., None] + grain).clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
+def named_world(source: str) -> World | None:
+    """The world that `world` or `world:SEED` names; None for another source.
+
+    Raises:
+        ValueError: where the seed is no whole number.
+    """
+    kind, colon, seed = source.partition(":")
+    if kind != "world":
+        return None
+    if colon and not seed.isdecimal():
+        raise ValueError(f"images={source!r}: expected 'world' or 'world:SEED' with a whole number, as 'world:3'")
+    return World(int(seed or 0))
+
+
 def write_pairs(folder: str | Path, world: World, per_pattern: int, seed: int) -> Path:
     """Write minimal pairs in MMVP-VLM's layout: `Questions.csv` beside `MLLM_VLM Images/<type>/<id>.jpg`.
 

@@ -4,6 +4,7 @@ Each line of that file is `test id | reason`. A line that begins with `cuda: ` h
 one with `network: ` only where the test was skipped indeed.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 SKIPS = Path(__file__).with_name("skips.txt")
 NO_CUDA = "no CUDA device"
 ran: set[str] = set()
+outcomes: Counter[str] = Counter()  # of the corpus of odd inputs
 skipped: dict[str, str] = {}
 
 
@@ -33,6 +35,8 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport | pytest.CollectReport) -> None:
     ran.add(report.nodeid)
+    if getattr(report, "when", "") == "call":
+        outcomes.update(value for name, value in report.user_properties if name == "outcome")
     if report.skipped and not hasattr(report, "wasxfail"):
         skipped[report.nodeid] = str(report.longrepr[2]).removeprefix("Skipped: ")
 
@@ -67,6 +71,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if outcomes:
+        terminalreporter.section("odd inputs, by outcome")
+        terminalreporter.line(", ".join(f"{name}: {n}" for name, n in sorted(outcomes.items())))
     terminalreporter.section("skipped tests")
     for test, reason in sorted(skipped.items()):
         terminalreporter.line(f"{test} | {reason}")

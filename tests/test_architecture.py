@@ -114,6 +114,20 @@ def test_functions_are_short_and_flat(path):
     assert long + deep == []
 
 
+def opens_text(call: ast.Call) -> bool:
+    """Whether a call reads or writes a text file: by `read_text`, by `write_text`, or by `open` without a `b`."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    modes = [*call.args[1:2], *(word.value for word in call.keywords if word.arg == "mode")]
+    binary = any("b" in str(getattr(mode, "value", "")) for mode in modes)
+    return name in ("read_text", "write_text") or (isinstance(call.func, ast.Name) and name == "open" and not binary)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_a_text_file_is_opened_with_its_encoding_named(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call) and opens_text(node)]
+    assert [c.lineno for c in calls if "encoding" not in [word.arg for word in c.keywords]] == []
+
+
 def test_no_two_files_or_rooms_have_one_name_in_sight_of_each_other():
     names = [file.stem for file in FILES if file.parent.name in ("diva_lab", "tools") and file.stem != "__init__"]
     names += [

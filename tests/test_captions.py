@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -141,6 +142,38 @@ def test_a_text_file_is_a_prompt_a_line_dealt_to_the_processes(tmp_path):
     stream = open_captions(str(path), 3, 3)
     whole = [next(stream) for _ in range(5)]
     assert next(open_captions(str(path), 3, 3, first=4)) == whole[4]
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts", "prompts.caption"])
+def test_a_captions_setting_that_is_a_file_is_that_file_whatever_its_ending(name, tmp_path):
+    (tmp_path / name).write_text("one\ntwo\n")
+    for source in ("world", "world:3", write_source("txt", tmp_path / "x"), write_source("hf", tmp_path / "y")):
+        assert sorted(next(open_captions(source, 2, 0, chosen=str(tmp_path / name)))) == ["one", "two"]
+
+
+@KINDS
+def test_a_captions_setting_that_a_source_cannot_use_is_refused(kind, tmp_path):
+    for source in ("world", "world:3", write_source(kind, tmp_path / "x")):
+        for name in ("nowhere", str(tmp_path)):
+            for opened in (partial(open_captions, chosen=name), partial(open_images, px=32, captions=name)):
+                with pytest.raises(ValueError, match=r"captions=.*(has no columns|no such column)"):
+                    opened(source, n=2, seed=0)
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            open_captions(source, 2, 0, chosen=str(tmp_path / "nowhere.txt"))
+
+
+@pytest.mark.parametrize("source", ["world:x", "world:", "world:-1", "world:1.5", "world:²"])
+def test_captions_and_images_name_a_world_by_one_rule(source):
+    for opened in (partial(open_captions, source, 2, 0), partial(open_images, source, 32, 2, 0)):
+        with pytest.raises(ValueError, match="'world:3'"):
+            opened()
+
+
+def test_a_cell_that_no_csv_has_is_refused(tmp_path):
+    (tmp_path / "0.png").write_bytes(png(0))
+    (tmp_path / "captions.csv").write_text(f"image,caption\n0.png,{'x' * 200_000}\n")
+    with pytest.raises(ValueError, match=r"captions\.csv: not a csv"):
+        open_images(tmp_path, 32, 1, 0, captions="")
 
 
 @pytest.mark.parametrize(

@@ -393,7 +393,7 @@ def ship_projector(plan: Plan) -> Path:
     path = SHIPPED / "global-anchored.safetensors"
     shutil.copy(plan.projector("anchored", plan.align_seeds[0]), path)
     record |= {"sha256": sha256(path), "evaluations": record["evaluations"].to_dict("list")}
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
 
 

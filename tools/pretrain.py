@@ -102,7 +102,7 @@ def fit(
         if step % 50 == 0 or step == steps - 1:
             line = {"step": step, "loss": round(loss.item(), 5), "seconds": round(time.time() - start, 1)}
             print(name, line, flush=True)
-            with open(folder / "metrics.jsonl", "a") as file:
+            with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         if (step + 1) % save_every == 0 or step == steps - 1:
             state = {"step": step + 1, "seconds": time.time() - start, "average": average}
@@ -162,7 +162,7 @@ def write_record(folder: Path, **facts: object) -> None:
     """Write `folder`/record.json: `facts`, git sha, versions, time, and the sha256 of every file in the folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "record.json")
     record = {**facts, **environment(), "sha256": {str(p.relative_to(folder)): sha256(p) for p in files}}
-    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -233,7 +233,7 @@ def pretrain_clip(out: Path, world: World, seed: int, steps: tuple[int, int] = (
     out.mkdir(parents=True, exist_ok=True)
     save_tokenizer(out)
     config = clip_config(world, len(CLIPTokenizer.from_pretrained(out)))
-    (out / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (out / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     model = new_clip(out, seed)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
     pairs, pool, attributes = MinimalPairs(world), Pool(world, draw_scenes(SCENES, (world.seed, 1))), AttributeTower()
@@ -402,7 +402,7 @@ def pretrain_diffusion(
     unet.half().save_pretrained(out / "unet")
     text_encoder.half().save_pretrained(out / "text_encoder")
     scheduler.save_pretrained(out / "scheduler")
-    (out / "model_index.json").write_text(json.dumps(PIPELINE, indent=1) + "\n")
+    (out / "model_index.json").write_text(json.dumps(PIPELINE, indent=1) + "\n", encoding="utf-8")
     write_record(out, seed=seed, world=world.seed, steps=steps, batch=batch, emphasis=emphasis)
 
 

@@ -27,7 +27,7 @@ def write_record(run: Run, folder: Path, **facts: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{run.id}.json"
     draft = path.with_suffix(".new")
-    draft.write_text(json.dumps(record) + "\n")
+    draft.write_text(json.dumps(record) + "\n", encoding="utf-8")
     draft.replace(path)
     return path
 
@@ -37,5 +37,5 @@ def read_record(run: Run, folder: Path) -> dict | None:
     path = folder / f"{run.id}.json"
     if not path.is_file():
         return None
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     return record | {"evaluations": pd.DataFrame(record["evaluations"])}

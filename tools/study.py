@@ -112,7 +112,7 @@ def find_models(models: Path) -> Path:
 
 def world_of(models: Path | None) -> World:
     """The world that the models in a folder of `tools.pretrain` were trained on; the shipped one's for None."""
-    return World(json.loads((models / "clip" / "record.json").read_text())["world"] if models else 0)
+    return World(json.loads((models / "clip" / "record.json").read_text(encoding="utf-8"))["world"] if models else 0)
 
 
 def name_models(models: Path | None) -> dict[str, str]:
@@ -246,7 +246,7 @@ def align_projectors(study: Study, condition: str, rounds: int = 6, steps: int =
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(study.root / history[-1]["run"] / "checkpoint" / "weights.safetensors", path)
     record = {"sha256": sha256(path), "settings": run.settings, "rounds": history, **run.environment}
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
 
 

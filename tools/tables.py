@@ -250,10 +250,10 @@ def write_results_table(path: Path = ROOT / "docs" / "results.md") -> Path:
     """
     table = results_table(pd.read_csv(RESULTS / "objectives.csv"))
     marks = re.compile("(<!-- results:.*?-->).*?(<!-- /results -->)", re.DOTALL)
-    text, count = marks.subn(lambda mark: f"{mark[1]}\n{table}\n{mark[2]}", path.read_text(), count=1)
+    text, count = marks.subn(lambda mark: f"{mark[1]}\n{table}\n{mark[2]}", path.read_text(encoding="utf-8"), count=1)
     if not count:
         raise ValueError(f"{path}: expected the marks <!-- results: ... --> and <!-- /results --> around its table")
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 

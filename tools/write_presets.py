@@ -17,7 +17,7 @@ def write_presets(folder: Path = PRESET_FILES) -> None:
     for old in folder.glob("*.yaml"):
         old.unlink()
     for name in PRESETS:
-        (folder / f"{name}.yaml").write_text(preset_yaml(name))
+        (folder / f"{name}.yaml").write_text(preset_yaml(name), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from diva_lab.images import augment
 from diva_lab.machine import generator
 from diva_lab.models.conditions import Conditioner
 from diva_lab.models.denoiser import Denoiser
-from diva_lab.models.encoders import Encoder
+from diva_lab.models.encoders import Encoder, all_finite
 from diva_lab.objectives import OBJECTIVES
 from diva_lab.objectives.diva import reconstruction
 from diva_lab.objectives.step import Step
@@ -161,6 +161,7 @@ class Instrument:
         difference = own - own.flip(1)
         with torch.no_grad():
             f = torch.stack([self.encoder.features(part).embedding.float() for part in images.unbind(1)], dim=1)
+        all_finite(f.flatten(0, 1), range(2 * len(pairs)), "images")
         out = self._static(images, f, difference, number)
         by_bin = {str(k): self._one_bin(images, texts, k, number) for k in range(self.bins)}
         by_bin["all"] = {name: sum(by_bin[str(k)][name] for k in self.used) for name in by_bin["0"]}

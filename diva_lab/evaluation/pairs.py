@@ -25,6 +25,7 @@ from diva_lab.models.encoders import embed
 from diva_lab.statistics import bootstrap_mean, wilson
 from diva_lab.world import PATTERNS
 
+csv.field_size_limit(2**31 - 1)  # Python's own limit, 128 kB, ends in an error that names no file
 PAIR_SUFFIXES = (".jpg", ".jpeg", ".png")
 PREFIX = "a photo of "
 EXPECTED = (
@@ -121,7 +122,8 @@ def is_pairs(path: Path) -> bool:
     """Whether a folder or csv is meant as pairs, be it right or not: by its name, its image folder, or its columns."""
     if path.is_file() and path.suffix == ".csv":
         with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            return len({cell.strip().lower() for cell in next(csv.reader(file), [])} & set(TABLE)) > 2
+            header = file.readline(10_000)  # a csv may be one line of gigabytes
+        return len({cell.strip().lower() for cell in next(csv.reader([header]), [])} & set(TABLE)) > 2
     like = {name.lower().replace(" ", "_") for name in ("Questions.csv", *IMAGE_FOLDERS)}
     return path.is_dir() and any(inside.name.lower().replace(" ", "_") in like for inside in path.iterdir())
 
@@ -150,8 +152,11 @@ def _read_table(path: Path) -> pd.DataFrame:
 def _read_questions(path: Path) -> tuple[dict[int, tuple[str, str]], list[str]]:
     """id -> (type, statement), and all that is wrong with the table."""
     text = path.read_text(encoding="utf-8-sig", errors="replace")
-    rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text)) if any(map(str.strip, row))]
     questions, wrong = {}, []
+    try:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text)) if any(map(str.strip, row))]
+    except csv.Error as error:
+        return {}, [f"Questions.csv is not a csv ({error})"]
     if "\N{REPLACEMENT CHARACTER}" in text:
         wrong.append("Questions.csv is not UTF-8")
     if rows and rows[0][0].isdecimal():

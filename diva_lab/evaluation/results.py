@@ -1,5 +1,6 @@
 """The csv files that `evaluate` writes: results, and beside them the changed pairs and the speed."""
 
+import csv
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -79,12 +80,20 @@ def update_csv(path: Path, table: pd.DataFrame, key: Sequence[str], same: dict |
     """
     check_columns(path, list(table.columns))
     if path.exists():
-        old = pd.read_csv(path, dtype={"weights": str, "git": str})
+        numbers = {name: [""] for name in ("value", "low", "high", "chance")}  # elsewhere "NA" and "null" are names
+        old = pd.read_csv(path, dtype={"weights": str, "git": str}, keep_default_na=False, na_values=numbers)
         new = pd.concat([table[key], pd.DataFrame([same])[key]]) if same else table[key]
         settled = set(new.astype(str).itertuples(index=False, name=None))
         kept = [row not in settled for row in old[key].astype(str).itertuples(index=False, name=None)]
         table = pd.concat([old[kept], table]) if any(kept) else table
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".new")
-    table.to_csv(draft, index=False, float_format="%.6g")
+    write_csv(draft, table)
     draft.replace(path)
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as csv in UTF-8, floats with six digits; what UTF-8 cannot hold is written as its number."""
+    returns = table.map(lambda cell: isinstance(cell, str) and "\r" in cell).any(axis=None)
+    quoting = csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL  # csv itself leaves a lone carriage return unquoted
+    table.to_csv(path, index=False, float_format="%.6g", encoding="utf-8", errors="backslashreplace", quoting=quoting)

@@ -30,6 +30,7 @@ from diva_lab.evaluation.retrieval import retrieval_benchmark
 from diva_lab.evaluation.task import Reads, Task, reads_of, score_row
 from diva_lab.evaluation.world import world_benchmark
 from diva_lab.evaluation.zeroshot import zero_shot
+from diva_lab.image_files import visible
 from diva_lab.machine import default_device
 from diva_lab.models.encoders import Encoder, load_encoder
 from diva_lab.paths import CACHE
@@ -224,8 +225,8 @@ def benchmark_folders(root: Path, benchmark: str) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise FileNotFoundError(f"--root {root}: no such folder")
-    inside = sorted(path for path in root.iterdir() if not path.name.startswith(".") and path.is_dir())
-    tables = sorted(root.glob("*.csv"))
+    inside = sorted(path for path in visible(root) if path.is_dir())
+    tables = sorted(path for path in visible(root) if path.suffix == ".csv")
     if only:
         found = [path for path in inside + tables if only in (path.name, path.stem, canonical_name(path.stem))]
     elif reads.data == "pairs":

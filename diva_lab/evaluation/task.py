@@ -1,5 +1,6 @@
 """What a benchmark is given, and the rows that it yields."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,13 +77,22 @@ class Task:
     classes: list[int] = field(default_factory=list)
 
     def read(self, split: str = "test") -> ImageSet:
-        return read_set(self.folder, split).draw(self.max_images, self.seed)
+        images = read_set(self.folder, split)
+        if images.left_out:
+            _print_once(f"{self.folder}: {len(images.left_out)} left out, the first: {': '.join(images.left_out[0])}")
+        return images.draw(self.max_images, self.seed)
 
     def embed(self, places: Sequence[Place]) -> torch.Tensor:
         return self.store(places, self.kind)
 
     def embed_files(self, files: Sequence[Path]) -> torch.Tensor:
         return self.embed([Place(str(file)) for file in files])
+
+
+@functools.cache
+def _print_once(line: str) -> None:
+    """Print a line that many encoders and benchmarks would repeat."""
+    print(line)
 
 
 def score_row(metric: str, value: float, n: int, low=np.nan, high=np.nan, chance=np.nan, category: str = "all") -> dict:

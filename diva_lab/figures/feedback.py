@@ -54,8 +54,8 @@ def readability(tables: Mapping[str, pd.DataFrame], source: str = "") -> Figure:
                 value, low, high = rows.loc[pattern, ["value", "low", "high"]]
                 style.draw_interval(ax, y + 0.18 * (k - 1.5), value, low, high, colour)
             ax.plot([], [], "o-", color=colour, markersize=5.5, label=label)
-        ax.set_yticks(range(len(patterns)), ["mean" if name == "mean" else name for name in patterns])
-        ax.set(title=name, xlabel="right decisions, %", xlim=(0, 1.03))
+        ax.set_yticks(range(len(patterns)), [style.shorten(name, 40) for name in patterns])
+        ax.set(title=style.shorten(name, 60), xlabel="right decisions, %", xlim=(0, 1.03))
         ax.xaxis.set_major_formatter(style.PERCENT)
         ax.grid(False, axis="y")
     axes[0].invert_yaxis()

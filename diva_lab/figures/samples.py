@@ -24,7 +24,7 @@ def image_grid(
     """Images in rows of `columns`, each over its caption. ValueError if the counts differ."""
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images, but {len(captions)} captions")
-    texts = ["\n".join(textwrap.wrap(text, int(110 / columns))) for text in captions]
+    texts = ["\n".join(textwrap.wrap(style.shorten(text), int(110 / columns))) for text in captions]
     rows, lines = -(-len(images) // columns), max((text.count("\n") + 1 for text in texts), default=1)
     height = rows * (0.93 * style.WIDTH / columns + 0.11 * lines + 0.06)
     fig, axes = style.make_panels(len(images), columns, height)
@@ -32,7 +32,7 @@ def image_grid(
         style.draw_image(ax, pixels)
         ax.set_xlabel(text, fontsize=6.5, linespacing=1.1, labelpad=2)
     if title:
-        fig.suptitle(title, x=0.005, ha="left", fontsize=9.5, fontweight="bold")
+        fig.suptitle(style.shorten(title), x=0.005, ha="left", fontsize=9.5, fontweight="bold")
     return style.finish(fig, source)
 
 
@@ -64,9 +64,9 @@ def minimal_pairs(
     fig.get_layout_engine().set(w_pad=0.03, h_pad=0.03, hspace=0, wspace=0)
     for pair, both, row in zip(pairs.itertuples(), images, axes, strict=True):
         row[0].set_axis_off()
-        row[0].text(0, 0.8, pair.pattern, fontsize=8, fontweight="bold", va="center")
+        row[0].text(0, 0.8, style.shorten(pair.pattern, 36), fontsize=8, fontweight="bold", va="center")
         for i, statement in ((1, pair.statement_1), (2, pair.statement_2)):
-            text = "\n".join(textwrap.wrap(statement, 36))
+            text = "\n".join(textwrap.wrap(style.shorten(statement, 100), 36))
             row[0].text(0, 0.8 - 0.3 * i, f"{CIRCLED[i]} {text}", fontsize=7.5, va="center")
             style.draw_image(row[i], both[i - 1])
     for i in (1, 2):
@@ -118,7 +118,7 @@ def drawn_attributes(quality: pd.DataFrame, wanted: Mapping[str, float] | None =
         ax.vlines(least, y - 0.34, y + 0.34, color=style.INK, linewidth=2.4, label="least share required")
         style.move_legend(fig)
     ax.set(xlim=(-0.01, 1.01), xlabel="samples with the value that the prompt names, %", ylabel="")
-    ax.set_yticks(range(len(quality)), [PATTERNS.get(name, name) for name in quality["attribute"]])
+    ax.set_yticks(range(len(quality)), [PATTERNS.get(name, style.shorten(name, 40)) for name in quality["attribute"]])
     ax.xaxis.set_major_formatter(style.PERCENT)
     ax.grid(False, axis="y")
     return style.finish(fig, source)

@@ -86,7 +86,9 @@ def radar(reports: pd.DataFrame, ceiling: pd.DataFrame | None = None, source: st
         ax.fill(angles, values, color=colour, alpha=0.07)
     ax.set_ylim(0, 1)
     ax.set_rgrids((0.25, 0.5, 0.75, 1), ("25", "50", "75", "100 %"), angle=20, fontsize=7, color=style.GREY)
-    ax.set_thetagrids(np.degrees(angles[:-1]), [textwrap.fill(name, 16) for name in scores], fontsize=8)
+    ax.set_thetagrids(
+        np.degrees(angles[:-1]), [textwrap.fill(style.shorten(name, 48), 16) for name in scores], fontsize=8
+    )
     for label, angle in zip(ax.get_xticklabels(), angles, strict=False):
         label.set_horizontalalignment("center" if angle == 0 else "left" if angle < np.pi else "right")
     ax.spines["polar"].set(color=style.FAINT)
@@ -139,7 +141,7 @@ def claims(
         ax.margins(x=0.15)
         ax.grid(False, axis="y")
     labels = [style.label_of(name) + ("" if name in run else " (not run)") for name in rows.values()]
-    axes[0].set_yticks([*rows, *questions], [*labels, *questions.values()])
+    axes[0].set_yticks([*rows, *questions], [*labels, *map(style.shorten, questions.values())])
     axes[0].set_ylim(lines - 0.4, ("" in groups) - 0.6)
     for label in axes[0].get_yticklabels():
         label.set_color(style.GREY if label.get_text().endswith("(not run)") else style.INK)
@@ -222,7 +224,7 @@ def benchmark_scores(table: pd.DataFrame, published: pd.DataFrame | None = None,
             style.draw_interval(ax, y, value, low, high, colours[row.encoder], marker, bool(row.note))
         if np.isfinite(chance := rows["chance"].iloc[0]):
             ax.axvline(100 * chance, color=style.GREY, linewidth=0.9, linestyle=(0, (1, 2)))
-        _label_panel(ax, rows["encoder"], f"{benchmark}: {metric}\n{name}")
+        _label_panel(ax, rows["encoder"], f"{benchmark}: {metric}\n{style.shorten(name, 40)}")
     for ax, ((_, name, metric, backbone), rows) in zip(axes[above:].flat, theirs, strict=False):
         for y, row in enumerate(rows.itertuples()):
             hollow = "second hand" in row.source
@@ -232,7 +234,7 @@ def benchmark_scores(table: pd.DataFrame, published: pd.DataFrame | None = None,
 
 
 def _label_panel(ax: Axes, names: pd.Series, title: str) -> None:
-    labels = [textwrap.shorten(style.label_of(name), 22, placeholder="…") for name in names]
+    labels = [style.shorten(style.label_of(name), 22) for name in names]
     ax.set(ylim=(len(labels) - 0.4, -0.6), xlabel="%")
     ax.set_yticks(range(len(labels)), labels)
     ax.set_title(title, fontsize=8.5)

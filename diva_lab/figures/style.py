@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from numbers import Real
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogFormatter
 from PIL import Image
 
 from diva_lab.world import PATTERNS
@@ -75,6 +77,7 @@ STYLE = {
     "figure.constrained_layout.use": True,
     "font.size": 9,
     "text.color": INK,
+    "text.parse_math": False,  # a `$` in a statement or a name is a `$`
     "axes.edgecolor": GREY,
     "axes.labelcolor": INK,
     "axes.titlesize": 9.5,
@@ -142,12 +145,21 @@ def _in_48_colours(canvas: FigureCanvasAgg):
 
 
 def finish(fig: Figure, source: str) -> Figure:
-    """Write `source` small under the figure, and let it be saved as a small PNG. Returns the figure."""
+    """Write `source` small under the figure, and let it be saved as a small PNG. Returns the figure.
+
+    Texts that matplotlib makes later, when it draws, are literal too; powers of ten on a logarithmic axis are formulas.
+    """
+    axes = [axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)]
+    powers = [axis for axis in axes if isinstance(axis.get_major_formatter(), LogFormatter)]
+    powers = {label for axis in powers for label in axis.get_ticklabels(which="both")}
+    for text in fig.findobj(Text):
+        text.set_parse_math(text in powers)
     if isinstance(fig.canvas, FigureCanvasAgg):
         fig.canvas.print_png = _in_48_colours(fig.canvas)
     if source:
-        lines = "\n".join(textwrap.wrap(source, int(fig.get_figwidth() * 21)))
-        fig.text(0.005, -0.09 / fig.get_figheight(), lines, fontsize=6, color=GREY, va="top", gid="source")
+        lines = "\n".join(textwrap.wrap(shorten(source, 2000), int(fig.get_figwidth() * 21)))
+        fig.text(0.005, -0.09 / fig.get_figheight(), lines, fontsize=6, color=GREY, va="top", gid="source",
+                 parse_math=False)  # fmt: skip
     return fig
 
 
@@ -163,6 +175,13 @@ def minus_signs(text: str) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
+def shorten(text: object, most: int = 120) -> str:
+    """A text of the data on one line of at most `most` characters, cut between words where it has words."""
+    text = " ".join(str(text).split())
+    short = textwrap.shorten(text, most, placeholder="…")
+    return short if short != "…" else f"{text[: most - 1]}…"
+
+
 def base_objective(key: object) -> str:
     """The objective that a row of the study varies: `dcr` of `dcr, velocity`."""
     return str(key).split(",")[0]
@@ -171,7 +190,7 @@ def base_objective(key: object) -> str:
 def label_of(key: object) -> str:
     """The name that a figure shows for a key of a record; a variant has its objective's name and what it changes."""
     key, base = str(key), base_objective(key)
-    return LABELS[key] if key in LABELS else LABELS.get(base, base) + key.removeprefix(base)
+    return LABELS[key] if key in LABELS else shorten(LABELS.get(base, base) + key.removeprefix(base), 60)
 
 
 def marker_of(key: object) -> str:
@@ -181,7 +200,7 @@ def marker_of(key: object) -> str:
 
 def colours_of(names: Iterable[str]) -> dict[str, str]:
     """The fixed colour of each objective and its variants; other names take the palette's colours in their order."""
-    spare = iter([*list(COLOURS.values())[3:], *list(COLOURS.values())[:3]] * 9)
+    spare = cycle([*list(COLOURS.values())[3:], *list(COLOURS.values())[:3]])
     return {name: COLOURS[base_objective(name)] if base_objective(name) in COLOURS else next(spare) for name in names}
 
 

@@ -17,6 +17,13 @@ from torchvision.transforms.v2 import functional as transforms
 TARGETS = ("noise", "velocity")
 
 
+def check_widths(folder: str, **widths: tuple[int, int]) -> None:
+    """Raise ValueError where parts of a folder do not fit: name -> the width that one gives, and that another takes."""
+    for name, (given, taken) in widths.items():
+        if given != taken:
+            raise ValueError(f"{folder}: its network takes a {name} {taken} wide, found {given}; parts of two models?")
+
+
 class Denoiser(nn.Module):
     """A frozen latent denoiser. A family defines `_run`, which calls its network, and how it reads prompts.
 
@@ -35,7 +42,8 @@ class Denoiser(nn.Module):
         keep_latents: the number of images whose latents are kept in memory.
 
     Raises:
-        ValueError: for a scheduler that declares another `prediction_type` than epsilon or v_prediction.
+        ValueError: for a scheduler that declares another `prediction_type` than epsilon or v_prediction, or whose
+            signal does not fall with the timestep.
     """
 
     scratch = False
@@ -54,6 +62,13 @@ class Denoiser(nn.Module):
                 raise ValueError(f"prediction_type {kind!r}; expected epsilon or v_prediction")
             signal, sigma = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
             self.native = "noise" if kind == "epsilon" else "velocity"
+        if not (signal.isfinite() & sigma.isfinite()).all() or len(signal) < 2 or (signal.diff() > 0).any():
+            names = "num_train_timesteps", "beta_start", "beta_end", "beta_schedule"
+            settings = ", ".join(f"{name} = {scheduler.config.get(name)}" for name in names)
+            raise ValueError(
+                f"scheduler: the signal does not fall with the timestep at {settings}; expected betas in [0, 1), as "
+                "beta_start = 0.00085, beta_end = 0.012"
+            )
         self.register_buffer("signal", signal, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)
         self.prompt = ""

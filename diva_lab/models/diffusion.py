@@ -13,10 +13,11 @@ from diffusers import (
 )
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTextModel
+from transformers import CLIPTextModel
 
-from diva_lab.models.denoiser import Denoiser
+from diva_lab.models.denoiser import Denoiser, check_widths
 from diva_lab.models.frozen import LEVERS
+from diva_lab.models.weights import load_diffusers, load_scheduler, load_tokenizer, load_transformers
 
 
 class StableDiffusion(Denoiser):
@@ -44,12 +45,15 @@ class StableDiffusion(Denoiser):
     @classmethod
     def load(cls, folder: str, device: torch.device | str, px: int | None, levers: Iterable[str]) -> "StableDiffusion":
         """Read a folder in Stable Diffusion's layout; the UNet goes to `device` before the levers are applied."""
-        vae, unet, text_encoder = (
-            kind.from_pretrained(folder, subfolder=part, torch_dtype=torch.float32)
-            for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"), (CLIPTextModel, "text_encoder"))
+        vae, unet = (
+            load_diffusers(kind, f"{folder}/{part}")
+            for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"))
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        text_encoder = load_transformers(CLIPTextModel, f"{folder}/text_encoder")
+        tokenizer = load_tokenizer(f"{folder}/tokenizer", text_encoder.config)
+        scheduler = load_scheduler(DDPMScheduler, f"{folder}/scheduler")
+        text = text_encoder.config.hidden_size, unet.config.cross_attention_dim
+        check_widths(folder, latent=(vae.config.latent_channels, unet.config.in_channels), context=text)
         return cls(vae, unet.to(device), text_encoder, tokenizer, scheduler, px, levers)
 
     def _tokens(self, context: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ mode are the model's own. They are applied here, on the device, to images in [0,
 """
 
 import copy
-import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from diva_lab.machine import fetch_hint, fetch_repository
-from diva_lab.models.formats import load_released, read_transformers, use_activation
+from diva_lab.models.formats import load_released, read_open_clip, read_transformers
 from diva_lab.models.layers import fuse_attention, split_attention
 from diva_lab.models.lora import merge_lora
+from diva_lab.models.weights import check_finite, weight_files
 from diva_lab.paths import DATA
 
 ENCODERS = {  # name -> (open_clip model, pretrained tag); a `local-dir:` folder holds weights and tokenizer
@@ -53,6 +55,24 @@ def _has_projected_patches(visual: nn.Module) -> bool:
     if isinstance(visual, TimmModel):
         return hasattr(visual.trunk, "fc_norm")
     return isinstance(visual, VisionTransformer) and visual.attn_pool is None
+
+
+def all_finite(embeddings: Float[Tensor, "n d"], items: Sequence, kind: str) -> Float[Tensor, "n d"]:
+    """`embeddings`, if none of them is NaN or infinite: scores of such would look like any others.
+
+    Args:
+        items: what was embedded, n of them.
+        kind: a word for them.
+
+    Raises:
+        ValueError: names the first item whose embedding is not finite.
+    """
+    if wrong := (~embeddings.isfinite().all(1)).nonzero().flatten().tolist():
+        raise ValueError(
+            f"the embeddings of {len(wrong)} of {len(items)} {kind} are NaN or infinite, the first of "
+            f"{str(items[wrong[0]])[:100]!r}; such an encoder cannot be scored"
+        )
+    return embeddings
 
 
 class Encoder(nn.Module):
@@ -124,8 +144,9 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> Float[Tensor, "n d"]:
-        """Unit-length embeddings of texts, in float32."""
-        return F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.mean.device)).float(), dim=-1)
+        """Unit-length embeddings of texts, in float32; see `all_finite`."""
+        embeddings = self.model.encode_text(self.tokenizer(texts).to(self.mean.device)).float()
+        return all_finite(F.normalize(embeddings, dim=-1), texts, "texts")
 
     def open_clip_state(self) -> dict[str, Tensor]:
         """The weights under open_clip's names, with LoRA merged, as `open_clip.create_model` loads them."""
@@ -173,9 +194,8 @@ def _fetch_folder(name: str) -> tuple[str, str | None]:
 
 def encoder_hint(model_name: str, tag: str | None) -> str:
     """For error messages: what to do where open_clip finds no weights or no tokenizer for a model."""
-    schema, _, folder = model_name.partition(":")
-    if schema == "local-dir":
-        return f"expected {folder} to hold open_clip_config.json, open_clip_model.safetensors and the tokenizer's files"
+    if model_name.startswith("local-dir:"):
+        return "expected open_clip_config.json, open_clip_model.safetensors and the tokenizer's files"
     weights = open_clip.get_pretrained_cfg(model_name, tag or "").get("hf_hub", "").rpartition("/")[0]
     if not weights:
         return f'fetch with network: python -c "import open_clip; open_clip.create_model{model_name, tag}"'
@@ -183,59 +203,70 @@ def encoder_hint(model_name: str, tag: str | None) -> str:
     return fetch_hint(*dict.fromkeys(filter(None, (weights, tokenizer))))
 
 
-def _create(
-    label: str, model_name: str, tag: str | None, weights: bool, repository: str | None = None
-) -> tuple[nn.Module, object]:
-    """open_clip's model, with random weights unless `weights`, and its tokenizer.
-
-    Args:
-        label: the encoder's name in error messages.
-        repository: the hub id, where the model's folder is a copy of a hub repository.
-    """
+def _create(label: str, model_name: str, tag: str | None, weights: bool) -> tuple[nn.Module, object, dict]:
+    """open_clip's model by its name, with random weights unless `weights`, its tokenizer and its configuration."""
+    config = {"model_cfg": open_clip.get_model_config(model_name)}
+    safe = {"trust_remote_code": False} if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name") else {}
+    options = {"pretrained": tag, "require_pretrained": True} if weights else {"load_weights": False}
     try:
         logging.disable(logging.ERROR)  # open_clip logs every step of its search, and the errors that are raised here
-        options = {"pretrained": tag, "require_pretrained": True} if weights else {"load_weights": False}
-        model = open_clip.create_model(model_name, **options)
+        model = open_clip.create_model(model_name, **options, pretrained_text=False)
         if tag and not weights:  # open_clip sets these only where it loads the weights
             preprocess = open_clip.get_pretrained_cfg(model_name, tag)
             preprocess = {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")}
             set_model_preprocess_cfg(model, open_clip.get_model_preprocess_cfg(model) | preprocess)
-        return model, open_clip.get_tokenizer(model_name)
+        tokenizer = open_clip.get_tokenizer(model_name, **safe)
     except (RuntimeError, OSError) as error:
-        hint = fetch_hint(repository) if repository else encoder_hint(model_name, tag)
+        hint = encoder_hint(model_name, tag)
         raise FileNotFoundError(f"encoder {label!r}: no weights for open_clip model {model_name!r}; {hint}") from error
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _load_open_clip(label: str, name: str, repository: str | None, released: str) -> tuple[nn.Module, object, dict]:
-    """Model, tokenizer and complete configuration of an open_clip model, by open_clip's name or from a folder."""
-    model_name, tag = _open_clip_name(name)
-    model, tokenizer = _create(label, model_name, tag, not released, repository)
-    if released and not load_released(model, released):  # without a text tower: use the original model's
-        model, tokenizer = _create(label, model_name, tag, True, repository)
-        load_released(model, released)
-    schema, _, folder = model_name.partition(":")
-    if schema == "local-dir":
-        config = json.loads(Path(folder, "open_clip_config.json").read_text())
-    else:
-        config = {"model_cfg": open_clip.get_model_config(model_name)}
-        config["preprocess_cfg"] = open_clip.get_model_preprocess_cfg(model)
-    return use_activation(model, config), tokenizer, config
-
-
-def _load_transformers(
-    label: str, folder: str, repository: str | None, released: str
-) -> tuple[nn.Module, object, dict]:
-    """The same three from a transformers folder."""
-    try:
-        model, tokenizer, config = read_transformers(folder)
-    except OSError as error:
-        hint = f"; {fetch_hint(repository)}" if repository else ""
-        raise FileNotFoundError(f"encoder {label!r}: {error}{hint}") from error
-    if released:
-        load_released(model, released)
+    config["preprocess_cfg"] = open_clip.get_model_preprocess_cfg(model)
     return model, tokenizer, config
+
+
+def _read_folder(
+    label: str, folder: str, repository: str | None, weights: bool = True
+) -> tuple[nn.Module, object, dict]:
+    """The same three from a folder in either format; `repository` is the hub id of which it is a copy."""
+    ours = Path(folder, "open_clip_config.json").exists() or not Path(folder, "config.json").exists()
+    try:
+        return read_open_clip(folder, weights) if ours else read_transformers(folder)
+    except OSError as error:
+        hint = fetch_hint(repository) if repository else encoder_hint(f"local-dir:{folder}", None) if ours else ""
+        raise FileNotFoundError(f"encoder {label!r}: {error}; {hint}".removesuffix("; ")) from error
+    except ValueError as error:
+        raise ValueError(f"encoder {label!r}: {error}") from error
+
+
+def describe_activation(name: str, folder: bool, config: dict) -> str:
+    """Which activation an encoder computes with, which a file of weights does not say, and how to have the other."""
+    quick = bool(config["model_cfg"].get("quick_gelu"))
+    used, other = ("QuickGELU", "GELU") if quick else ("GELU", "QuickGELU")
+    model = name.partition(":")[0]
+    twin = model.removesuffix("-quickgelu") if quick else f"{model}-quickgelu"
+    if config["model_cfg"].get("custom_text"):  # as SigLIP's and EVA's, whose image tower is a timm model
+        how = "this architecture has no other"
+    elif folder and Path(name, "open_clip_config.json").exists():
+        how = f'"quick_gelu": {str(not quick).lower()} in model_cfg of {name}/open_clip_config.json'
+    elif folder:
+        how = f'"hidden_act": "{"gelu" if quick else "quick_gelu"}" for both towers in {name}/config.json'
+    else:
+        how = f"{twin}:TAG@FILE" if twin in open_clip.list_models() else "there is no such model in open_clip"
+    return f"computes with {used}, as its name says and its file cannot; for {other}: {how}"
+
+
+def _split_name(name: str) -> tuple[str, str, str | None]:
+    """Encoder, file and prefix of NAME, NAME@FILE or NAME@FILE@PREFIX; a path that exists is taken as it is."""
+    if Path(name).exists():
+        return name, "", None
+    cuts = [i for i, letter in enumerate(name) if letter == "@"]
+    for cut in cuts:
+        for end in (len(name), *reversed(cuts)):
+            if end > cut and Path(name[cut + 1 : end]).is_file():
+                return name[:cut], name[cut + 1 : end], None if end == len(name) else name[end + 1 :]
+    label, _, released = name.partition("@")
+    return label, released, None
 
 
 def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encoder:
@@ -244,27 +275,32 @@ def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encode
     Args:
         name: a key of `ENCODERS`; open_clip's `model:tag`; a folder in open_clip's format (open_clip_config.json), or
             of a transformers CLIP or SigLIP (config.json); or a hub id, `owner/name` or `hf-hub:owner/name`, of such
-            a folder. With `NAME@FILE` the weights come from a released .pth for that architecture: see
-            `formats.load_released`.
+            a folder. With `NAME@FILE` the weights come from a released .pth for that architecture, with
+            `NAME@FILE@PREFIX` those of one of its encoders: see `formats.load_released`. A line says which activation
+            is then used, because such a file does not.
 
     Raises:
-        ValueError: for an unknown name, listing the known ones; for a file of weights that does not fit; for an image
-            tower that is not a plain ViT.
+        ValueError: for an unknown name, listing the known ones; for settings and weights that do not fit, naming the
+            first; for an image tower that is not a plain ViT.
         FileNotFoundError: where the weights are not on this machine and cannot be downloaded.
     """
-    label, _, released = str(name).partition("@")
+    label, released, prefix = _split_name(str(name))
     source, repository = _fetch_folder(label)
-    files = {file for file in ("config.json", "open_clip_config.json") if Path(source, file).exists()}
-    transformers_only = source not in ENCODERS and files == {"config.json"}
-    load = _load_transformers if transformers_only else _load_open_clip
-    model, tokenizer, config = load(label, source, repository, released)
+    if Path(source, "config.json").exists() and not Path(source, "open_clip_config.json").exists():
+        model_name, tag = f"local-dir:{source}", None
+    else:
+        model_name, tag = _open_clip_name(source)
+    schema, _, folder = model_name.partition(":")
+    local = schema == "local-dir"
+    load = partial(_read_folder, label, folder, repository) if local else partial(_create, label, model_name, tag)
+    model, tokenizer, config = load(weights=not released)
+    if released and not load_released(model, released, prefix):  # without a text tower: use the original model's
+        model, tokenizer, config = load(weights=True)
+        load_released(model, released, prefix)
+    check_finite(model.state_dict(), f"encoder {label!r}")
+    if released:
+        print(f"{name}: {describe_activation(folder if local else model_name, local, config)}", flush=True)
     return Encoder(model, tokenizer, config).to(device)
-
-
-def weight_files(folder: Path) -> dict[str, Path]:
-    """The files of weights in a folder, by name: .safetensors, or .bin where there is none; no variants (.fp16.)."""
-    files = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
-    return {file.name: file for file in sorted(files) if "." not in file.stem}
 
 
 def encoder_files(name: str) -> dict[str, Path]:
@@ -273,7 +309,7 @@ def encoder_files(name: str) -> dict[str, Path]:
     Raises:
         ValueError, FileNotFoundError: as `load_encoder`.
     """
-    label, _, released = name.partition("@")
+    label, released, _ = _split_name(name)
     source, _ = _fetch_folder(label)
     tag = None
     if source in ENCODERS or not Path(source).is_dir():
@@ -290,7 +326,8 @@ def encoder_files(name: str) -> dict[str, Path]:
 def embed(encoder: nn.Module, images: UInt8[Tensor, "n 3 h w"], batch: int = 256) -> Float[Tensor, "n d"]:
     """Unit-length global embeddings of uint8 images, `batch` at a time, in float32 on the CPU; without gradient.
 
-    `encoder` is an `Encoder`, or a module that has its `encode_image`.
+    `encoder` is an `Encoder`, or a module that has its `encode_image`. Embeddings are refused as by `all_finite`.
     """
     device = next(encoder.parameters()).device
-    return torch.cat([encoder.encode_image(part.to(device).float() / 255).cpu() for part in images.split(batch)])
+    parts = [encoder.encode_image(part.to(device).float() / 255).cpu() for part in images.split(batch)]
+    return all_finite(torch.cat(parts), range(len(images)), "images")

@@ -10,12 +10,15 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection
 
-from diva_lab.models.denoiser import Denoiser
+from diva_lab.models.denoiser import Denoiser, check_widths
+from diva_lab.models.weights import load_diffusers, load_scheduler, load_tokenizer, load_transformers
 
 
 class StableDiffusion3(Denoiser):
@@ -41,10 +44,16 @@ class StableDiffusion3(Denoiser):
     @classmethod
     def load(cls, folder: str, device: torch.device | str, px: int | None, levers: Iterable[str]) -> "StableDiffusion3":
         """Read a folder in Stable Diffusion 3's layout; `device` and `levers` are not used."""
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
-            folder, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
-        )
-        return cls(pipeline, px)
+        parts = {"text_encoder_3": None, "tokenizer_3": None}
+        for kind, part in ((AutoencoderKL, "vae"), (SD3Transformer2DModel, "transformer")):
+            parts[part] = load_diffusers(kind, f"{folder}/{part}")
+        for end in ("", "_2"):
+            encoder = load_transformers(CLIPTextModelWithProjection, f"{folder}/text_encoder{end}")
+            parts[f"text_encoder{end}"] = encoder
+            parts[f"tokenizer{end}"] = load_tokenizer(f"{folder}/tokenizer{end}", encoder.config)
+        check_widths(folder, latent=(parts["vae"].config.latent_channels, parts["transformer"].config.in_channels))
+        scheduler = load_scheduler(FlowMatchEulerDiscreteScheduler, f"{folder}/scheduler")
+        return cls(StableDiffusion3Pipeline(scheduler=scheduler, **parts), px)
 
     def _run(self, x_t: Tensor, t: Tensor, context: Tensor, repeats: int) -> Tensor:
         pooled = self._pooled.to(context.dtype).expand(len(context), -1)  # [n, p]

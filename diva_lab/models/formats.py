@@ -7,23 +7,22 @@ unpacked first, so that a name stands for the same matrix in both formats. `load
 """
 
 import json
-import pickle
 import re
 import string
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
+import open_clip
 import timm
 import torch
 from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, SimpleTokenizer
-from open_clip.model import set_model_preprocess_cfg
+from open_clip.model import convert_to_custom_text_state_dict, set_model_preprocess_cfg
 from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, normalizers
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoImageProcessor,
-    AutoModel,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -36,7 +35,18 @@ from transformers import (
     SiglipModel,
 )
 
-State = dict[str, Tensor]
+from diva_lab.models.weights import (
+    State,
+    check_known,
+    check_tokenizer,
+    load_transformers,
+    load_weights,
+    read_folder,
+    read_json,
+    read_weights,
+    reading,
+)
+
 _QKV = {f"attn.{part}_proj": f"self_attn.{part}_proj" for part in "qkv"}
 _BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 _BLOCK |= _QKV | {"attn.out_proj": "self_attn.out_proj"}
@@ -151,51 +161,55 @@ def convert(state: State, kind: str, target: State) -> State:
         raise ValueError(f"these weights are not those of a {kind} of these sizes: {error}") from error
 
 
-def _read_released(path: str | Path, names: set[str]) -> tuple[State, str]:
-    """An encoder's weights in a released .pth, without the prefix of their names, and the prefix.
+def _split_by_prefix(state: State, names: set[str]) -> dict[str, State]:
+    """Prefix -> weights without it, for each encoder in a released file.
 
     Args:
         names: of the open_clip model's weights.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: not a file of weights for torch.load(weights_only=True): {error}") from error
-    state = state.get("state_dict", state)
     anchor = next(name for name in ("visual.trunk.patch_embed.proj.weight", "visual.conv1.weight") if name in names)
-    prefix = next((name.removesuffix(anchor) for name in state if name.endswith(anchor)), None)
-    if prefix is None:
-        raise ValueError(f"{path}: no {anchor} behind any prefix; it holds {', '.join(list(state)[:3])} ...")
     numbers = ("input_resolution", "context_length", "vocab_size")  # OpenAI's files hold them beside the weights
-    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    return {name: value for name, value in state.items() if name not in numbers}, prefix
+    prefixes = [name.removesuffix(anchor) for name in state if f".{name}".endswith(f".{anchor}")]
+    parts: dict[str, State] = {prefix: {} for prefix in prefixes}
+    for name, value in state.items():
+        prefix = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len, default=None)
+        if prefix is not None and name.removeprefix(prefix) not in numbers:
+            parts[prefix][name.removeprefix(prefix)] = value
+    return parts
 
 
-def load_released(model: nn.Module, path: str | Path) -> bool:
+def load_released(model: nn.Module, path: str | Path, prefix: str | None = None) -> bool:
     """Load the weights of a released .pth, such as DIVA's, into an open_clip model, in place.
 
     The file holds the visual weights, with or without the text tower. Their names are OpenAI's, which open_clip shares
     (`visual.conv1...`), or those of a timm tower (`visual.trunk...`), behind any prefix: DIVA saves its whole trainer,
-    where they begin with `class_model.model.`. Names without the prefix do not belong to the encoder.
+    where they begin with `class_model.model.`. Names without the prefix do not belong to the encoder. Keys of nested
+    dicts are parts of the prefix, as `state_dict.`.
+
+    Args:
+        prefix: of the encoder to load, where the file holds several.
 
     Returns:
         Whether the file holds the text tower; if not, the model keeps its own.
 
     Raises:
-        ValueError: for a file that holds no such encoder, or one of other sizes; names the first difference.
+        ValueError: for a file that holds no such encoder, several of them, or one of other sizes; names the first
+            difference.
         FileNotFoundError: where there is no such file.
     """
-    weights = model.state_dict()
-    state, prefix = _read_released(path, set(weights))
-    text = any("token_embedding" in name for name in state)
-    expected = {name for name in weights if text or name.startswith("visual.")}
-    for kind, names in (("missing", expected - state.keys()), ("unexpected", state.keys() - weights.keys())):
-        if names:
-            raise ValueError(f"{path}: {len(names)} weights {kind}, as {prefix}{min(names)}; of another backbone?")
-    for name in sorted(expected):
-        if state[name].shape != weights[name].shape:
-            raise ValueError(f"{path}: {prefix}{name} is {[*state[name].shape]}, expected {[*weights[name].shape]}")
-    model.load_state_dict(state, strict=False)
+    weights, whole = model.state_dict(), read_weights(path)
+    encoders = _split_by_prefix(whole, set(weights))
+    if not encoders:
+        first = ", ".join(list(whole)[:3])
+        raise ValueError(f"{path}: no image tower of this architecture behind any prefix; it holds {first} ...")
+    chosen = [name for name in encoders if prefix in (None, name)]
+    if len(chosen) != 1:
+        known = " or ".join(f"NAME@{path}@{name}" for name in encoders)
+        raise ValueError(f"{path}: holds {len(encoders)} encoders of this architecture; choose one by {known}")
+    name, state = chosen[0], encoders[chosen[0]]
+    text = any(not key.startswith(("visual.", "logit_")) for key in state)
+    names = {key for key in weights if text or key.startswith("visual.") or key in state}
+    load_weights(model, state, f"{path}@{name}" if name else path, names)
     return text
 
 
@@ -219,15 +233,28 @@ def _timm_name(vision: PretrainedConfig) -> str:
     )
 
 
+_COMPUTED = {  # model_type -> the hidden_act and layer_norm_eps that open_clip can compute with
+    "clip": (("quick_gelu", "gelu"), (1e-5,)),
+    "siglip": (("gelu", "gelu_pytorch_tanh"), (1e-6,)),
+}
+
+
 def open_clip_config(config: PretrainedConfig) -> dict:
     """open_clip's `model_cfg` for the configuration of a transformers CLIP or SigLIP.
 
     Raises:
-        ValueError: for another kind of model.
+        ValueError: for another kind of model, and for an activation or a norm that open_clip does not have.
     """
     if config.model_type not in PART_NAMES:
         raise ValueError(f"model_type {config.model_type!r}; expected {' or '.join(PART_NAMES)}")
     text, vision = config.text_config, config.vision_config
+    acts, eps = _COMPUTED[config.model_type]
+    for name, part in (("text_config", text), ("vision_config", vision)):
+        for key, value, known in (("hidden_act", part.hidden_act, acts), ("layer_norm_eps", part.layer_norm_eps, eps)):
+            if value not in known:
+                raise ValueError(f"{name}.{key} = {value!r}; expected {' or '.join(map(str, known))}")
+    if config.model_type == "clip" and text.hidden_act != vision.hidden_act:
+        raise ValueError(f"hidden_act = {text.hidden_act!r} and {vision.hidden_act!r}; expected one for both towers")
     text_cfg = {
         "context_length": text.max_position_embeddings, "vocab_size": text.vocab_size, "width": text.hidden_size,
         "heads": text.num_attention_heads, "layers": text.num_hidden_layers,
@@ -371,11 +398,85 @@ def transformers_config(model: nn.Module, config: dict, tokenizer: object) -> Pr
     return SiglipConfig(text_config=text_config, vision_config=vision_config)
 
 
+_MODEL_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias"}
+_MODEL_KEYS |= {"nonscalar_logit_scale", "custom_text"}
+_OPEN_CLIP_STEMS = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
+
+
+def _open_clip_config(folder: str | Path) -> dict:
+    """The configuration of an open_clip folder, if it has only settings that are known and run no code.
+
+    Raises:
+        ValueError: names the first other one.
+    """
+    path = Path(folder, "open_clip_config.json")
+    config = read_json(path)
+    model_cfg = check_known(config.get("model_cfg"), _MODEL_KEYS, f"{path}, model_cfg")
+    towers = {}
+    for name, tower in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+        known = [field.name for field in fields(tower)]
+        towers[name] = check_known(model_cfg.get(name), known, f"{path}, model_cfg.{name}")
+    options = towers["text_cfg"].get("tokenizer_kwargs") or {}
+    check_known(options, ("clean", "strip_sep_token", "language"), f"{path}, text_cfg.tokenizer_kwargs")
+    configs = map(open_clip.get_model_config, open_clip.list_models())
+    texts = ["", *sorted({known["text_cfg"].get("hf_model_name") or "" for known in configs} - {""})]
+    trunk, text = towers["vision_cfg"].get("timm_model_name"), towers["text_cfg"].get("hf_model_name") or ""
+    if trunk and not timm.is_model(str(trunk)):  # timm would fetch what a name as hf-hub:owner/name says
+        raise ValueError(f"{path}: timm_model_name = {trunk!r}; expected a name that timm.list_models() has")
+    if text not in texts:
+        raise ValueError(f"{path}: hf_model_name = {text!r}; expected one of {', '.join(texts[1:])}")
+    return config
+
+
+def read_open_clip(folder: str | Path, weights: bool = True) -> tuple[nn.Module, object, dict]:
+    """Read an open_clip folder.
+
+    Args:
+        weights: whether to read them; else the model has random ones.
+
+    Returns:
+        An open_clip model, its tokenizer, and its complete configuration.
+
+    Raises:
+        ValueError: for settings and weights that do not belong to such a model; names the first.
+        OSError: for an incomplete folder.
+    """
+    config = _open_clip_config(folder)
+    text_cfg = config["model_cfg"]["text_cfg"]
+    name = f"local-dir:{folder}"
+    with reading(folder):
+        model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
+    if weights:
+        state = read_folder(folder, _OPEN_CLIP_STEMS)
+        if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+            state = convert_to_custom_text_state_dict(state)  # the text tower's names as they were at first
+        load_weights(model, state, folder)
+    safe = {}
+    if text_cfg.get("hf_tokenizer_name"):  # else OpenAI's, which open_clip brings
+        _check_beside(folder, "tokenizer")
+        safe["trust_remote_code"] = False
+    with reading(folder):
+        tokenizer = open_clip.get_tokenizer(name, **safe)
+    check_tokenizer(tokenizer, text_cfg.get("vocab_size", CLIPTextCfg.vocab_size), folder)
+    return use_activation(model, config), tokenizer, config
+
+
+_KINDS = {"clip": CLIPModel, "siglip": SiglipModel}  # model_type of a config.json -> class
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, which image processors use
 _BESIDE = {  # what a transformers folder must hold beside the weights -> the files, any of which will do
     "image processor": ("preprocessor_config.json", "processor_config.json"),
-    "tokenizer": ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model"),
-}
+    "tokenizer": (
+        "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
+    ),
+}  # fmt: skip
+
+
+def _check_beside(folder: str | Path, part: str) -> None:
+    """Raise FileNotFoundError where a folder has none of the files of a part in `_BESIDE`."""
+    if not any(Path(folder, file).exists() for file in _BESIDE[part]):
+        raise FileNotFoundError(
+            f"{folder} has no {part}: none of {', '.join(_BESIDE[part])}; copy it from the model that was tuned"
+        )
 
 
 def _preprocessing(folder: str | Path, px: int) -> dict:
@@ -384,7 +485,8 @@ def _preprocessing(folder: str | Path, px: int) -> dict:
     Raises:
         ValueError: for a way to resize that open_clip does not have, and for another size.
     """
-    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    with reading(folder):
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if processor.resample not in _RESAMPLE:
         numbers = " or ".join(f"{number} ({name})" for number, name in _RESAMPLE.items())
         raise ValueError(f"{folder}: image processor with resample = {processor.resample}; expected {numbers}")
@@ -409,14 +511,14 @@ def read_transformers(folder: str | Path) -> tuple[nn.Module, HFTokenizer, dict]
         OSError: for an incomplete folder. Trainers that save the model alone, such as DCR's, leave out the image
             processor and the tokenizer; both are those of the model that was tuned.
     """
-    source = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    kind = source.config.model_type
-    model_cfg = open_clip_config(source.config)
-    for part, files in _BESIDE.items():
-        if not any(Path(folder, file).exists() for file in files):
-            raise FileNotFoundError(
-                f"{folder} has no {part}: none of {', '.join(files)}; copy it from the model that was tuned"
-            )
+    kind = read_json(Path(folder, "config.json")).get("model_type")
+    if kind not in tuple(_KINDS):  # a list has no hash
+        raise ValueError(f"{folder}/config.json: model_type = {kind!r}; expected {' or '.join(_KINDS)}")
+    for part in _BESIDE:
+        _check_beside(folder, part)
+    source = load_transformers(_KINDS[kind], folder)
+    with reading(f"{folder}/config.json"):
+        model_cfg = open_clip_config(source.config)
     preprocess = _preprocessing(folder, model_cfg["vision_cfg"]["image_size"])
     config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
     if kind == "siglip" and source.config.vision_config.hidden_act == "gelu_pytorch_tanh":
@@ -425,7 +527,10 @@ def read_transformers(folder: str | Path) -> tuple[nn.Module, HFTokenizer, dict]
     model.load_state_dict(convert(source.state_dict(), kind, model.state_dict()))
     set_model_preprocess_cfg(model, preprocess)
     text_cfg = model_cfg["text_cfg"]
-    tokenizer = HFTokenizer(str(folder), text_cfg["context_length"], **text_cfg.get("tokenizer_kwargs", {}))
+    options = text_cfg.get("tokenizer_kwargs", {}) | {"trust_remote_code": False}
+    with reading(folder):
+        tokenizer = HFTokenizer(str(folder), text_cfg["context_length"], **options)
+    check_tokenizer(tokenizer, text_cfg["vocab_size"], folder)
     return model, tokenizer, config
 
 
@@ -469,7 +574,7 @@ def write_open_clip(folder: Path, state: State, config: dict, tokenizer: object)
     save_file({name: value.contiguous() for name, value in state.items()}, folder / "open_clip_model.safetensors")
     text_cfg = {**config["model_cfg"]["text_cfg"], "hf_tokenizer_name": "tokenizer"}
     config = config | {"model_cfg": {**config["model_cfg"], "text_cfg": text_cfg}}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     transformers_tokenizer(tokenizer).save_pretrained(folder)
     return folder
 

@@ -4,15 +4,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
-from transformers.utils import logging
+from diffusers import AutoencoderKL
 
 from diva_lab.machine import fetch_repository
 from diva_lab.models.denoiser import Denoiser
 from diva_lab.models.diffusion import StableDiffusion
-from diva_lab.models.encoders import weight_files
 from diva_lab.models.flow import Light, StableDiffusion3
 from diva_lab.models.frozen import LEVERS
+from diva_lab.models.weights import load_diffusers, read_json, reading, weight_files
 from diva_lab.paths import DATA
 
 DENOISERS = {  # name -> folder or hub id
@@ -38,9 +37,13 @@ def _is_hub_id(source: str) -> bool:
 
 def _pipeline_class(folder: str) -> str:
     """The diffusers pipeline that a folder holds; without model_index.json it is Stable Diffusion's."""
-    if Path(folder).is_dir() and not Path(folder, "model_index.json").exists():
+    index = Path(folder, "model_index.json")
+    if Path(folder).is_dir() and not index.exists():
         return "StableDiffusionPipeline"
-    return DiffusionPipeline.load_config(folder)["_class_name"]
+    kind = read_json(index).get("_class_name")
+    if kind not in tuple(FAMILIES):  # a list names a file with code
+        raise ValueError(f"{index}: _class_name = {kind!r}; expected one of {', '.join(FAMILIES)}")
+    return kind
 
 
 def _denoiser_hint(source: str) -> str:
@@ -73,23 +76,23 @@ def load_denoiser(
             f"unknown denoiser {name!r}; expected one of {', '.join((*DENOISERS, *LIGHT))}, a folder in Stable "
             "Diffusion's layout (vae, unet, text_encoder, tokenizer, scheduler), or a hub id as 'owner/name'"
         )
-    logging.disable_progress_bar()
     folder = source
     try:
         if _is_hub_id(source):  # as a folder: by its id, AutoTokenizer would look for more files than there are offline
             folder = fetch_repository(source, ["vae/*"] if heads else HUB_FILES)
-        if heads:
-            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
-            return Light(vae, heads, px).to(device)
-        kind = _pipeline_class(folder)
-        if kind in FAMILIES:
-            return FAMILIES[kind].load(folder, device, px, levers).to(device)
-    except (OSError, ValueError) as error:
+        with reading(folder):
+            if heads:
+                denoiser = Light(load_diffusers(AutoencoderKL, f"{folder}/vae"), heads, px)
+            else:
+                denoiser = FAMILIES[_pipeline_class(folder)].load(folder, device, px, levers)
+    except OSError as error:
         raise FileNotFoundError(
-            f"denoiser {name!r}: {error}. Expected {folder} to hold vae, unet (or transformer), text_encoder, "
-            f"tokenizer and scheduler: {_denoiser_hint(source)}"
+            f"denoiser {name!r}: {' '.join(str(error).split())}. Expected {folder} to hold vae, unet (or transformer), "
+            f"text_encoder, tokenizer and scheduler: {_denoiser_hint(source)}"
         ) from error
-    raise ValueError(f"denoiser {name!r} is of the kind {kind}; expected one of {', '.join(FAMILIES)}")
+    except ValueError as error:
+        raise ValueError(f"denoiser {name!r}: {error}") from error
+    return denoiser.to(device)
 
 
 def denoiser_files(name: str) -> dict[str, Path]:

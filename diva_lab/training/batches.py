@@ -36,11 +36,9 @@ class Batches:
         )
         self.captions = None
         if captions is None and settings.anchored:
-            file = settings.captions.endswith(".txt")
             self.captions = open_captions(
-                settings.captions if file else settings.images, settings.batch, settings.seed, number, *place,
-                settings.mentions, "" if file else settings.captions,
-            )  # fmt: skip
+                settings.images, settings.batch, settings.seed, number, *place, settings.mentions, settings.captions
+            )
 
     def __iter__(self) -> "Batches":
         return self

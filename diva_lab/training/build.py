@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import reduce
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diva_lab.images import augment
 from diva_lab.models.conditions import Conditioner
 from diva_lab.models.denoiser import Denoiser
 from diva_lab.models.encoders import Encoder, Features, encoder_files, load_encoder
-from diva_lab.models.lora import make_trainable, merge_lora, mix_weights
+from diva_lab.models.lora import make_trainable, merge_lora, mix_weights, visual_weights
 from diva_lab.models.registry import denoiser_files, load_denoiser
+from diva_lab.models.weights import load_weights, read_weights
 from diva_lab.objectives.step import Step
 from diva_lab.provenance import sha256
 from diva_lab.training.runs import Run
@@ -64,12 +64,12 @@ def _load_stage_one(settings: Settings, module: nn.Module, part: str) -> None:
             f"projector={settings.projector!r}: no {path}; expected 'new', 'shipped' or 'anchored' (tiny models only), "
             "or the folder of a finished run of align()"
         )
-    weights = {n.removeprefix(part): w for n, w in load_file(path).items() if n.startswith(part)}
+    weights = {n.removeprefix(part): w for n, w in read_weights(path).items() if n.startswith(part)}
     if isinstance(module, Conditioner) and "gap" in weights:
         module.gap = torch.zeros_like(weights["gap"])
     try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
+        load_weights(module, weights, path)
+    except ValueError as error:
         raise ValueError(
             f"projector {path} does not fit encoder {settings.encoder!r} and denoiser {settings.denoiser!r}; align() a "
             f"new one: {error}"
@@ -161,16 +161,20 @@ def split_mix(name: str | Path) -> tuple[Path, float]:
 
 
 def tuned_encoder(run: Run, device: torch.device | str = "cpu", mix: float = 1.0) -> Encoder:
-    """The encoder that a run of `tune` or `perturb` made, frozen, its LoRA merged; `mix` as in `mix_weights`."""
+    """The encoder that a run of `tune` or `perturb` made, frozen, its LoRA merged; `mix` as in `mix_weights`.
+
+    Raises:
+        ValueError: where the run's checkpoint lacks a weight that it trained, has another, or one that is not finite.
+    """
     settings = Settings.of(run)
     if run.settings["stage"] == "tune" and settings.objective != "none":
         encoder = build_encoder(settings, device)
+        names = [name for name, p in encoder.named_parameters() if p.requires_grad]
         weights = {n.removeprefix("encoder."): w for n, w in run.weights().items() if n.startswith("encoder.")}
     else:
         encoder = load_encoder(settings.encoder, device)
-        weights = run.weights() if run.settings["stage"] == "perturb" else {}
-    unexpected = encoder.load_state_dict(weights, strict=False).unexpected_keys
-    if unexpected:
-        raise ValueError(f"run {run.id} holds weights that its encoder does not have: {', '.join(unexpected[:3])} ...")
+        names = list(visual_weights(encoder)) if run.settings["stage"] == "perturb" else []
+        weights = run.weights() if names else {}
+    load_weights(encoder, weights, f"checkpoint of run {run.id}", names)
     encoder = merge_lora(encoder).eval().requires_grad_(False)
     return encoder if mix == 1 else mix_weights(encoder, load_encoder(settings.encoder, device), mix)

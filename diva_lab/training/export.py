@@ -126,5 +126,5 @@ def export(run: Run, folder: str | Path, scores: str | Path | None = None, mix: 
     folder = _free(Path(folder))
     measured = read_scores(run, scores, mix) if scores else None
     written = save_encoder(tuned_encoder(run, mix=mix), folder)
-    (folder / "README.md").write_text(model_card(run, list(written), measured, mix))
+    (folder / "README.md").write_text(model_card(run, list(written), measured, mix), encoding="utf-8")
     return folder

@@ -114,16 +114,18 @@ def parse_changes(changes: list[str]) -> dict[str, object]:
     """Settings from `name=value`; values are Python's, anything else is text.
 
     Raises:
-        ValueError: for an unknown name, a change without `=`, or a value that the setting does not take.
+        ValueError: for an unknown or repeated name, a change without `=`, or a value that no setting takes.
     """
     values = {}
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals or name not in FIELD_TYPES:
             raise ValueError(f"--set {change}: expected NAME=VALUE with a name of {', '.join(FIELD_TYPES)}")
+        if name in values:
+            raise ValueError(f"--set {change}: {name} is given twice, {values[name]!r} before; expected it once")
         try:
             values[name] = text if FIELD_TYPES[name] is str else ast.literal_eval(text)
-        except (ValueError, SyntaxError) as error:
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:  # the last two: brackets in brackets
             raise ValueError(f"--set {change}: expected a value of type {FIELD_TYPES[name].__name__}") from error
     return values
 

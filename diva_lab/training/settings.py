@@ -1,7 +1,9 @@
 """All settings of both stages, in one flat record, and the learning rate of a step."""
 
 import math
+import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -21,8 +23,10 @@ PROJECTORS = ("global", "recap")  # conditions whose projectors ship, for the ti
 class Settings:
     """All settings of both stages. The defaults are DCR's recipe at the tiny world's size.
 
+    A path is taken for a text, a whole number for a float, and so is a number in a text: YAML reads `2e-5` as one.
+
     Raises:
-        ValueError: for a value of another type, out of its range, or not among the choices; names the setting.
+        ValueError: for a value of another type, out of `RANGES`, or not among `CHOICES`; names the setting.
     """
 
     # models
@@ -102,9 +106,15 @@ class Settings:
 
     def __post_init__(self):
         for field in fields(self):
-            self._check(field.name, field.type)
+            value = _read(field.name, field.type, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
         timestep_weights(self.timesteps)
         self._check_anchor()
+        if (images := self.batch * self.accumulate) > IMAGES_A_STEP:
+            raise ValueError(
+                f"settings batch={self.batch}, accumulate={self.accumulate}: {images} images a step; expected at most "
+                f"{IMAGES_A_STEP}"
+            )
         if self.parts and self.rows:
             raise ValueError(f"setting rows={self.rows}: parts=True takes all rows at once, rows=0")
         contrasts = getattr(OBJECTIVES.get(self.objective), "needs_other_images", False)
@@ -113,10 +123,6 @@ class Settings:
 
     def _check_anchor(self) -> None:
         """Refuse what no anchored stage 1 can do."""
-        if not 0 <= self.anchor_share <= 1 or not 0 <= self.mentions <= 1:
-            raise ValueError(
-                f"settings anchor_share={self.anchor_share}, mentions={self.mentions}: expected parts from 0 to 1"
-            )
         if self.anchor == "none":
             return
         for name, value in (("condition", "global"), ("align_by", "rec")):
@@ -127,18 +133,6 @@ class Settings:
                 )
         if self.objective == "genhancer":
             raise ValueError(f"setting anchor={self.anchor!r}: genhancer's denoiser reads no captions; expected none")
-
-    def _check(self, name: str, kind: type) -> None:
-        """Refuse a value of the wrong type, out of its range, or not among its choices; a path becomes a string."""
-        value = getattr(self, name)
-        if name in CHOICES and value not in tuple(CHOICES[name]()):  # a value of another type may have no hash
-            raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(CHOICES[name]())}")
-        if isinstance(value, Path):
-            object.__setattr__(self, name, str(value))
-        elif type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"setting {name}={value!r}: expected {kind.__name__}")
-        elif name in LEAST and value < LEAST[name]:
-            raise ValueError(f"setting {name}={value}: expected at least {LEAST[name]}")
 
     @property
     def anchored(self) -> bool:
@@ -153,9 +147,16 @@ class Settings:
 
     @classmethod
     def of(cls, run: Run) -> "Settings":
-        """The settings that a run was made with."""
+        """The settings that a run was made with.
+
+        Raises:
+            ValueError: as `Settings`; names the run's file too.
+        """
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in run.settings.items() if name in known})
+        try:
+            return cls(**{name: value for name, value in run.settings.items() if name in known})
+        except ValueError as error:
+            raise ValueError(f"{run.folder / 'settings.json'}: {error}") from error
 
 
 CAPTIONS = ("captions", "mentions")  # which captions are read
@@ -181,11 +182,73 @@ CHOICES: dict[str, Callable[[], Iterable[str]]] = {  # setting -> its values; re
     "optimizer": lambda: ("adamw", "sgd"),
     "precision": lambda: ("auto", "bf16", "no"),
 }
-LEAST = dict.fromkeys(("batch", "accumulate", "draws"), 1)  # setting -> its least value
-LEAST |= dict.fromkeys(
-    ("steps", "warmup", "lora_rank", "rows", "negatives", "keep_latents", "evaluate_every", "save_every",
-     "anchor_weight", "anchor_noise"), 0,
-)  # fmt: skip
+NAMES = ("encoder", "denoiser", "images", "projector")  # settings that name something, so "" is none
+LONGEST = 4096  # characters of a text
+IMAGES_A_STEP = 1_000_000  # in each process
+RANGES: dict[str, tuple[float, float]] = {  # setting -> its least and its largest value; every number has a range
+    "vae_px": (0, 4096),
+    "batch": (1, 65_536),
+    "accumulate": (1, 65_536),
+    "draws": (1, 1024),
+    "lambda_con": (0, 1e6),  # a negative weight would train away from what its term asks for
+    "lambda_rec": (0, 1e6),
+    "tau": (1e-3, 1e3),  # below, the softmax overflows; above, it no longer tells its terms apart
+    "negatives": (0, 65_535),
+    "truth_weight": (0, 1e6),
+    "view_weight": (0, 1e6),
+    "push_weight": (0, 1e6),
+    "mentions": (0, 1),
+    "anchor_share": (0, 1),
+    "anchor_weight": (0, 1e6),
+    "anchor_noise": (0, 1e3),
+    "seed": (0, 2**32 - 1),  # as numpy and scikit-learn take it
+    "steps": (0, 10**9),
+    "lr": (0, 1e6),
+    "weight_decay": (0, 1e3),
+    "warmup": (0, 10**9),
+    "clip": (0, 1e6),  # a negative norm would turn the gradient around
+    "lora_rank": (0, 4096),
+    "lora_alpha": (0, 1e6),
+    "lora_dropout": (0, 0.99),
+    "rows": (0, 10**6),
+    "keep_latents": (0, 10**8),
+    "evaluate_every": (0, 10**9),
+    "save_every": (0, 10**9),
+}
+
+
+def _read(name: str, kind: type, value: object) -> object:
+    """A setting's value as it is kept.
+
+    Raises:
+        ValueError: for a value of the wrong type, out of its range, or not among its choices.
+    """
+    if kind is str and isinstance(value, Path):
+        value = str(value)
+    if kind is float and isinstance(value, str):
+        with suppress(ValueError):  # refused below
+            value = float(value)
+    if name in CHOICES and (not isinstance(value, str) or value not in CHOICES[name]()):
+        raise ValueError(f"unknown {name} {_shown(value)}; expected one of {', '.join(CHOICES[name]())}")
+    least, most = RANGES.get(name, (None, None))
+    expected = kind.__name__ if least is None else f"{kind.__name__} from {least:g} to {most:.10g}"
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ValueError(f"setting {name}={_shown(value)}: expected {expected}")
+    if least is not None and not least <= value <= most:  # so written, it refuses NaN
+        raise ValueError(f"setting {name}={_shown(value)}: expected {expected}")
+    if kind is str and (len(value) > LONGEST or re.search("[\0\ud800-\udfff]", value)):
+        raise ValueError(
+            f"setting {name}: {len(value)} characters; expected at most {LONGEST}, all of which UTF-8 can hold, no NUL"
+        )
+    if name in NAMES and not value.strip():
+        raise ValueError(f"setting {name}={value!r}: expected a name or a path")
+    return value
+
+
+def _shown(value: object) -> str:
+    """A value for an error message, at most 200 characters of it; Python refuses to print an int of 5000 digits."""
+    text = f"<{value.bit_length()} bits>" if isinstance(value, int) and value.bit_length() > 500 else repr(value)
+    return text if len(text) <= 200 else f"{text[:180]}... ({len(text)} characters)"
 
 
 def learning_rate(settings: Settings, step: int) -> float:

@@ -21,11 +21,11 @@ import nbformat
 import numpy as np
 import pandas as pd
 
-from diva_lab.evaluation.results import COLUMNS, FACTS
+from diva_lab.evaluation.results import COLUMNS, FACTS, write_csv
 from diva_lab.evaluation.world import WORLD_MEASURES, report_rows
 from diva_lab.models.conditions import CONDITIONS
 from diva_lab.objectives import OBJECTIVES
-from diva_lab.paths import ROOT, RUNS
+from diva_lab.paths import ROOT, RUNS, check_writable
 from diva_lab.provenance import environment
 from diva_lab.training.runs import Run
 from diva_lab.training.settings import CONTROLS
@@ -203,7 +203,7 @@ def select_notebooks(notebooks: Path, only: str | None) -> list[Path]:
     numbers = [path.name[:2] for path in paths]
     if not paths:
         raise ValueError(f"no notebook in {notebooks}; expected files like 00_tiny_world.ipynb")
-    selected = only.split(",") if only else numbers
+    selected = numbers if only is None else only.split(",")
     for number in selected:
         if number not in numbers:
             raise ValueError(f"no notebook {number!r}; expected one of {', '.join(numbers)}")
@@ -219,6 +219,8 @@ def resolve_images(images: str) -> str:
     from diva_lab.images import open_images
 
     kind, _, rest = images.partition(":")
+    if not images.strip() or (kind == "hf" and not rest.strip()):
+        raise ValueError(f"--images {images!r}: expected a folder of images, webdataset tars, hf:DATASET or world")
     if kind == "hf" and Path(rest.partition(":")[0]).expanduser().is_dir():
         source = f"hf:{Path(rest).expanduser().absolute()}"
     else:
@@ -261,12 +263,15 @@ def run_workbook(
         parameters["images"] = resolve_images(images)
 
     out = (out or RUNS / time.strftime("%Y%m%d-%H%M%S")).absolute()
+    check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     facts = {"run": out.name, **environment(), **parameters}
     facts["torch"] = facts.pop("versions")["torch"]
     executed, failure = _run_all(declared, out, parameters, facts)
     summary, errors = _gather(out, facts)
-    (out / "workbook.json").write_text(json.dumps(facts | {"failure": failure or "\n".join(errors)}, indent=1) + "\n")
+    (out / "workbook.json").write_text(
+        json.dumps(facts | {"failure": failure or "\n".join(errors)}, indent=1) + "\n", encoding="utf-8"
+    )
     write_report(out / "report.html", executed, summary, facts, executed[-1].name if failure and executed else "")
     print(out / "evaluation.csv", out / "summary.csv", out / "report.html", sep="\n")
     return 1 if failure or errors else 0
@@ -303,8 +308,8 @@ def _gather(out: Path, facts: dict) -> tuple[pd.DataFrame, list[str]]:
     table, errors = evaluate_runs(out)
     facts["evaluation"] = f"{time.time() - start:.0f} s"
     summary = summarise_runs(out, table)
-    table.to_csv(out / "evaluation.csv", index=False, float_format="%.6g")
-    summary.to_csv(out / "summary.csv", index=False, float_format="%.6g")
+    write_csv(out / "evaluation.csv", table)
+    write_csv(out / "summary.csv", summary)
     if errors:
         print("FAILED: evaluation\n" + "\n".join(errors), file=sys.stderr, flush=True)
     return summary, errors

@@ -6,14 +6,18 @@ history `In` with the first line `# Parameters`. So the notebook itself can chec
 """
 
 import ast
+import math
 import os
-from types import FunctionType, ModuleType, UnionType
+from contextlib import suppress
+from types import FunctionType, GenericAlias, ModuleType, UnionType
 from typing import Union, get_args, get_origin
 
 from diva_lab.training.presets import TINY_DIVA
 from diva_lab.training.settings import Settings
 
 INJECTED = "# Parameters"  # the first line of papermill's cell
+MOST = 2**32 - 1  # of a whole number: no seed is larger
+KINDS = (range, type, GenericAlias)  # in a tuple of choices these are not values
 
 
 def check_parameters(scope: dict, **expected: object) -> None:
@@ -23,8 +27,10 @@ def check_parameters(scope: dict, **expected: object) -> None:
 
     Args:
         scope: the notebook's `globals()`.
-        **expected: for each parameter its type (`int`, `list[int]`, `str | None`), or a tuple of the allowed values.
-            An int is a valid float, a bool is no valid int; a list is a valid tuple, and the reverse.
+        **expected: for each parameter its type (`int`, `list[int]`, `str | None`), a range, or a tuple of the allowed
+            values, types and ranges. An int is a valid float, a bool is no valid int; a list is a valid tuple, and the
+            reverse. An int lies in 0..`MOST`, a float is finite. A number in a text becomes a float: YAML reads `2e-5`
+            as a text.
 
     Raises:
         ValueError: one error with everything that is wrong, and the right names, types and defaults.
@@ -32,10 +38,15 @@ def check_parameters(scope: dict, **expected: object) -> None:
     defaults, assigned = _assignments(scope, expected)
     wrong = [f"unknown parameter {name!r}" for name in assigned if name not in expected]
     for name, kind in expected.items():
+        if kind is float and isinstance(scope.get(name), str):
+            with suppress(ValueError):  # told below
+                scope[name] = float(scope[name])
         if name not in scope:
             wrong.append(f"missing parameter {name!r}")
         elif not _fits(scope[name], kind):
             wrong.append(f"{name}={scope[name]!r}: expected {_name(kind)}, got {type(scope[name]).__name__}")
+        elif numbers := [value for value in _items(scope[name]) if not _in_range(value)]:
+            wrong.append(f"{name}={numbers[0]!r}: expected a whole number from 0 to {MOST}, or a finite float")
     if wrong:
         allowed = [
             f"  {name}: {_name(kind)}" + (f" = {defaults[name]}" if name in defaults else "")
@@ -53,9 +64,24 @@ def live_settings(steps: int = 0, **changes: object) -> Settings:
     return Settings(**TINY_DIVA | changes | {"steps": steps}, evaluate_every=-(-steps // 3))
 
 
+def _items(value: object) -> list | tuple:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _in_range(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or 0 <= value <= MOST
+
+
 def _fits(value: object, kind: object) -> bool:
+    if isinstance(kind, range):
+        return type(value) is int and value in kind
     if isinstance(kind, tuple):
-        return any(type(value) is type(choice) and value == choice for choice in kind)
+        return any(
+            _fits(value, choice) if isinstance(choice, KINDS) else type(value) is type(choice) and value == choice
+            for choice in kind
+        )
     if get_origin(kind) in (Union, UnionType):
         return any(_fits(value, option) for option in get_args(kind))
     if kind is None or kind is type(None):
@@ -71,8 +97,10 @@ def _fits(value: object, kind: object) -> bool:
 
 
 def _name(kind: object) -> str:
+    if isinstance(kind, range):
+        return f"int from {kind[0]} to {kind[-1]}"
     if isinstance(kind, tuple):
-        return "one of " + ", ".join(map(repr, kind))
+        return "one of " + ", ".join(_name(choice) if isinstance(choice, KINDS) else repr(choice) for choice in kind)
     return kind.__name__ if isinstance(kind, type) else str(kind)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+import bleach
 import nbformat
 import pandas as pd
 
@@ -31,6 +32,11 @@ pre { background: #f5f7fa; border-radius: 4px; padding: .6rem .9rem; overflow-x:
 blockquote { margin: 1rem 0; padding-left: 1rem; border-left: 3px solid #d8dde6; color: #4a5262; }
 .failed { color: #a3261b; font-weight: 600; } .output_error pre { background: #fdf1ef; }
 """
+TAGS = bleach.ALLOWED_TAGS | {  # of a notebook's page; none that styles, runs, loads, asks or moves the base of links
+    "br", "caption", "dd", "del", "details", "div", "dl", "dt", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "hr",
+    "img", "main", "p", "pre", "q", "s", "section", "small", "span", "sub", "summary", "sup", "table", "tbody", "td",
+    "tfoot", "th", "thead", "tr", "u",
+}  # fmt: skip
 REPORT_COLUMNS = {
     "objective": "objective",
     "seed": "seed",
@@ -77,7 +83,22 @@ def _body(notebook: nbformat.NotebookNode) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a figure without alternative text
         body = exporter.from_notebook_node(notebook)[0]
-    return re.sub(r"<script\b.*?</script>|<link\b[^>]*>", "", body, flags=re.DOTALL | re.IGNORECASE)
+    return clean_html(body)
+
+
+def clean_html(html: str) -> str:
+    """HTML with known tags and attributes alone: nothing that runs, loads or moves; links to http(s) and fragments."""
+    html = re.sub(r"<(script|style|svg)\b.*?</\1\s*>", "", html, flags=re.DOTALL | re.IGNORECASE)
+    return bleach.clean(html, TAGS, _is_harmless, protocols=("http", "https", "data"), strip=True)
+
+
+def _is_harmless(tag: str, name: str, value: str) -> bool:
+    """Whether an attribute of a tag may stay."""
+    if name == "href":
+        return tag == "a" and bool(re.match(r"(https?://|#)", value, re.IGNORECASE))
+    if name == "src":
+        return tag == "img" and bool(re.match(r"data:image/(png|jpeg|gif|webp);base64,", value))
+    return name in ("class", "id", "alt", "title", "width", "height", "colspan", "rowspan", "open")
 
 
 def _table(frame: pd.DataFrame) -> str:

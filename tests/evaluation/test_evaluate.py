@@ -3,11 +3,13 @@
 import csv
 import io
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from damage import change_weights
 from image_writers import png, write_folders, write_tar
 from PIL import Image
 from scipy.stats import binomtest
@@ -35,6 +37,7 @@ from diva_lab.evaluation.table import (
 from diva_lab.evaluation.zeroshot import class_embeddings
 from diva_lab.image_files import Place
 from diva_lab.models.encoders import Encoder, Features, load_encoder
+from diva_lab.paths import DATA
 from diva_lab.training.settings import Settings
 from diva_lab.training.stages import tune
 from diva_lab.world import DETAILS, World, write_pairs
@@ -163,6 +166,22 @@ def test_what_fails_is_told_at_the_end_and_has_no_row(root, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "3 of 4 failed" in said and "1.png" in said and said.count("no train split") == 2
     assert set(pd.read_csv(tmp_path / "r.csv").set) == {"whole"}
+
+
+@pytest.mark.parametrize(("weight", "kind"), [("visual.proj", "images"), ("text_projection", "texts")])
+def test_an_encoder_whose_embeddings_are_not_finite_has_no_row(weight, kind, root, tmp_path, capsys):
+    folder = shutil.copytree(DATA / "tiny" / "clip", tmp_path / "huge")
+    huge = {weight: load_encoder("tiny").open_clip_state()[weight].sign() * 3e38}  # finite, but sums of it are not
+    change_weights(folder / "open_clip_model.safetensors", lambda state: state | huge)
+    names = set(BENCHMARKS) - {"world-readability"}  # which is readability on more pairs
+    names -= {"clustering", "probe", "knn", "emoji"} if kind == "texts" else {"world"}  # its images go the way of emoji
+    out = tmp_path / "r.csv"
+    arguments = ["--encoder", str(folder), "--benchmarks", ",".join(names), "--root", str(root), "--out", str(out)]
+    assert main(["evaluate", *arguments]) == 2
+    failures = [line for line in capsys.readouterr().err.splitlines() if line.startswith("- ")]
+    assert not out.exists() and {line.split(", ")[1] for line in failures} == names
+    assert all(line.startswith(f"- {folder}, ") for line in failures)
+    assert all(f"{kind} are NaN or infinite, the first of" in line for line in failures), failures
 
 
 def test_one_command_prints_and_writes_the_table(root, tmp_path, capsys):

@@ -1,3 +1,8 @@
+import gzip
+import os
+import tarfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,10 +17,13 @@ from diva_lab.evaluation.image_sets import (
     DEFAULT_TEMPLATES,
     _known,
     canonical_name,
+    decode_image,
     has_captions,
     is_set,
     read_set,
 )
+from diva_lab.evaluation.table import benchmark_folders
+from diva_lab.evaluation.task import Task
 from diva_lab.image_files import Place, content_hash
 from diva_lab.models.encoders import embed, load_encoder
 
@@ -223,7 +231,7 @@ def test_all_that_is_wrong_with_tars_is_told_at_once(tmp_path):
         read_set(root)
     said = str(error.value)
     for words in ("a.cls: b'one'; expected the number of a class", "b: expected an image and .cls", "c.cls: b'-1'",
-                  "d: expected an image", "e.txt: not UTF-8", "2.tar: not a tar", "3.tar: not a tar"):  # fmt: skip
+                  "d: expected an image", "e.txt: not UTF-8", "2.tar: ReadError", "3.tar: ReadError"):  # fmt: skip
         assert words in said, words
     assert said.count("\n- ") == 7
 
@@ -390,3 +398,103 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path, encoder, monkeypatch):
     monkeypatch.setattr(encoder, "features", small)
     store = FeatureStore(encoder, None, batch=8)
     assert store(found).shape == (5, encoder.dim) and store.batch == 2
+
+
+# --- files as people have them ----------------------------------------------------------------------------------
+
+
+def test_clutter_is_no_class_no_tar_and_no_image(tmp_path):
+    root = write_folders(tmp_path / "data" / "animals")
+    for folder in (".ipynb_checkpoints", "__MACOSX", "dog/.ipynb_checkpoints", "dog/__MACOSX"):
+        (root / folder).mkdir()
+        (root / folder / "0.png").write_bytes(png(0))
+    (root / "dog" / "._0.png").write_bytes(b"resource fork")
+    (root / "dog" / "0.gif").write_bytes(b"")
+    assert is_set(root) and read_set(root).classes == ("big cat", "dog") and len(read_set(root)) == 6
+    listed = {Path(name).relative_to(root / "dog").as_posix() for name, _ in read_set(root).left_out}
+    assert listed == {".ipynb_checkpoints", "__MACOSX", "._0.png", "0.gif"}
+    write_tar(tmp_path / "mine" / "test" / "0.tar", {"._a.png": b"x", "a.png": png(0), "a.txt": b"one", "._a.txt": b""})
+    (tmp_path / "mine" / "test" / "._0.tar").write_bytes(b"resource fork")
+    found = read_set(tmp_path / "mine")
+    assert len(found) == 1 and [reason for _, reason in found.left_out] == ["hidden"]
+    write_folders(tmp_path / "data" / "__MACOSX" / "animals")
+    assert benchmark_folders(tmp_path / "data", "zero-shot") == [root]
+
+
+def test_what_is_left_out_of_a_set_is_printed_once(tmp_path, capsys, encoder):
+    root = write_folders(tmp_path / "animals")
+    (root / "dog" / "0.tiff").write_bytes(b"")
+    for _ in range(2):
+        Task(encoder, FeatureStore(encoder, None), root).read()
+    assert capsys.readouterr().out.splitlines() == [
+        f"{root}: 1 left out, the first: {root / 'dog' / '0.tiff'}: expected one of .jpg, .jpeg, .png, .webp, .bmp"
+    ]
+
+
+def test_linked_class_folders_and_links_within_them_are_followed(tmp_path):
+    store = write_folders(tmp_path / "store", ("one", "two", "more"))
+    root = tmp_path / "animals"
+    root.mkdir()
+    for name in ("one", "two"):
+        (root / name).symlink_to(store / name)
+    (store / "one" / "deep").symlink_to(store / "more")
+    assert read_set(root).labels.tolist() == [0] * 6 + [1] * 3
+
+
+def test_dots_in_names_masks_and_repeated_names_of_tars(tmp_path):
+    tar = tmp_path / "mine" / "0.tar"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "classnames.txt").write_text("a\nb\n")
+    names = [f"IMG_2019.01.{k:02}" for k in range(10)]
+    members = {f"{name}.{end}": data for k, name in enumerate(names)
+               for end, data in (("jpg", png(k)), ("cls", b"%d" % (k % 2)))}  # fmt: skip
+    write_tar(tar, members)
+    found = read_set(tmp_path / "mine")
+    assert found.labels.tolist() == 5 * [0, 1] and [place.read() for place in found.places] == [
+        png(k) for k in range(10)
+    ]
+    write_tar(tar, {"0.seg.png": png(0), "0.png": png(1), "0.jpg": png(2), "0.cls": b"1"})
+    found = read_set(tmp_path / "mine")
+    assert [place.read() for place in found.places] == [png(2)]
+    assert {name for name, _ in found.left_out} == {f"{tar}: 0.seg.png", f"{tar}: 0.png"}
+    write_tar(tar, members)
+    tar.write_bytes(tar.read_bytes() + tar.read_bytes())
+    with pytest.raises(ValueError, match=r"0\.tar: its end: .* what follows is not read"):
+        read_set(tmp_path / "mine")
+    with tarfile.open(tar, "w") as file:
+        for name in ("0.cls", "1.cls", "0.jpg", "1.jpg", "0.jpg"):
+            file.addfile(tarfile.TarInfo(name))
+    with pytest.raises(ValueError, match=r"0: stands twice in this tar"):
+        read_set(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("text", ["tench\ngoldfish\n\n", "\ufefftench\r\ngoldfish\r\n \r\n", "tench \n goldfish"])
+def test_empty_lines_at_the_end_of_class_names_are_no_class(tmp_path, text):
+    root = write_folders(tmp_path / "n", ("n01", "n02"))
+    (root / "classnames.txt").write_bytes(text.encode())
+    assert read_set(root).classes == ("tench", "goldfish")
+
+
+@pytest.mark.parametrize(("text", "line"), [("tench\n\ngoldfish\n", 2), ("\ntench\ngoldfish", 1), ("", 1), (" \n", 1)])
+def test_an_empty_line_among_class_names_is_refused(tmp_path, text, line):
+    root = write_folders(tmp_path / "n", ("n01", "n02"))
+    (root / "classnames.txt").write_text(text)
+    with pytest.raises(ValueError, match=rf"classnames.txt: line {line} is empty"):
+        read_set(root)
+
+
+def test_pipes_and_compressed_tars_are_refused_and_deep_grey_is_scaled(tmp_path, encoder):
+    root = write_folders(tmp_path / "animals")
+    deep = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(deep).save(root / "deep.png")
+    assert (decode_image(Place(str(root / "deep.png")), np.asarray)[..., 0] == deep >> 8).all()
+    os.mkfifo(root / "dog" / "pipe.jpg")
+    for cache in (None, tmp_path / "cache"):
+        with pytest.raises(ValueError, match=r"pipe\.jpg: not a regular file"):
+            FeatureStore(encoder, cache)(read_set(root).places)
+    (tmp_path / "mine" / "test").mkdir(parents=True)
+    os.mkfifo(tmp_path / "mine" / "test" / "0.tar")
+    (tmp_path / "mine" / "test" / "1.tar").write_bytes(gzip.compress(bytes(10_000)))
+    assert has_captions(tmp_path / "mine") is None
+    with pytest.raises(ValueError, match=r"(?s)0\.tar: not a regular file.*1\.tar: compressed \(gzip\)"):
+        read_set(tmp_path / "mine")

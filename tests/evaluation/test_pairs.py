@@ -327,3 +327,8 @@ def test_ties_and_images_of_the_first_rows_folder_are_told(tmp_path, make_encode
     said = "\n".join(strict_differences(folder, own, strict))
     assert "1 pairs with a tie, which counts for image 2: [1]" in said
     assert "1 images taken from the folder of the first row's type: [2]" in said
+
+
+def test_a_table_with_a_cell_of_200_kilobytes_is_read(tmp_path):
+    (tmp_path / "other.csv").write_text("name," + "x" * 200_000 + "\n")
+    assert not is_pairs(tmp_path / "other.csv")

@@ -61,3 +61,20 @@ def test_the_trace_names_the_runs_the_git_sha_and_the_versions():
     assert (
         figures.trace(environment, "tune-dcr-s0", "seed 0") == "tune-dcr-s0 · seed 0 · git 0123456789ab · torch 2.11.0"
     )
+
+
+def test_powers_of_ten_are_formulas_and_a_dollar_is_a_dollar():
+    table = pd.DataFrame({"step": range(4), "norm_$a$": [1.0, 10, 100, 1000]})
+    fig = figures.term_norms(table)
+    fig.canvas.draw()
+    labels = [label for label in fig.axes[0].get_yticklabels() if label.get_text()]
+    assert labels and all(label.get_parse_math() for label in labels)
+    (name,) = fig.axes[0].get_legend().get_texts()
+    assert name.get_text() == "$a$" and not name.get_parse_math()
+
+
+@pytest.mark.parametrize(
+    ("text", "short"), [("a b", "a b"), ("aa bb cc", "aa bb…"), ("abcdefgh", "abcdef…"), ("a\nb", "a b")]
+)
+def test_a_long_text_is_cut_between_words_where_it_has_words(text, short):
+    assert style.shorten(text, 7) == short

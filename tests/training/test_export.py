@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from damage import DAMAGE, change_weights
 from one_step import pictures
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
@@ -195,6 +197,15 @@ def test_an_unfinished_run_and_one_of_stage_1_are_refused(run, tmp_path, capsys)
 def test_a_run_whose_encoder_is_no_more_is_refused_by_its_name(run, tmp_path, capsys):
     gone = Run.open(run.settings | {"encoder": str(tmp_path / "gone")}, tmp_path).finish()
     assert str(tmp_path / "gone") in refused(capsys, gone.folder, tmp_path / "new")
+
+
+@pytest.mark.parametrize("damage", sorted(set(DAMAGE) - {"one too many"}))  # a run may keep more than the encoder
+def test_a_checkpoint_whose_weights_do_not_fit_is_not_exported(damage, run, tmp_path, capsys):
+    broken = shutil.copytree(run.folder, tmp_path / run.id)
+    change, message = DAMAGE[damage]
+    change_weights(broken / "checkpoint" / "weights.safetensors", change)
+    text = refused(capsys, str(broken), str(tmp_path / "new"))
+    assert any(part in text for part in message.split("|")) and run.id in text and not (tmp_path / "new").exists()
 
 
 def test_scores_that_are_not_of_the_run_are_refused_before_anything_is_written(run, tmp_path, capsys):

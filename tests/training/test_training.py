@@ -169,7 +169,7 @@ def test_a_projector_of_another_width_is_refused(small_settings, tmp_path, monke
     other = {f"conditioner.{name}": weight for name, weight in Conditioner("global", 7, 5).state_dict().items()}
     save_file(other, tmp_path / "global.safetensors")
     monkeypatch.setattr("diva_lab.training.build.SHIPPED", tmp_path)
-    with pytest.raises(ValueError, match=r"(?s)does not fit encoder .* and denoiser .*\(\[5, 7\]\).*\(\[24, 48\]\)"):
+    with pytest.raises(ValueError, match=r"does not fit encoder .* and denoiser .* is \[7\], expected \[48\]"):
         build_conditioner(replace(small_settings, projector="shipped"), *parts(small_settings))
 
 
@@ -415,7 +415,7 @@ def test_weights_that_stop_being_finite_stop_the_run(small_settings, tmp_path):
     with pytest.raises(
         FloatingPointError, match=r"a weight is not finite at step \d, of which nothing is saved; try a"
     ):
-        tune(replace(small_settings, lr=1e30, lora_rank=0), tmp_path)
+        tune(replace(small_settings, lr=1e6, lora_rank=0), tmp_path)
 
 
 @pytest.mark.parametrize("save_every", [1, 3])

@@ -37,7 +37,9 @@ def test_a_value_of_the_right_type_passes(value, kind):
         (3.0, int),
         (True, int),
         (True, float),
-        ("0.5", float),
+        ("half", float),
+        (10, range(10)),
+        ("7", (range(10), list[int])),
         (1, str),
         (1, bool),
         ("c", ("a", "b")),
@@ -52,6 +54,21 @@ def test_a_value_of_the_right_type_passes(value, kind):
 def test_a_value_of_the_wrong_type_is_refused(value, kind):
     with pytest.raises(ValueError, match="expected"):
         check_parameters({"x": value}, x=kind)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(-1, int), (2**32, int), ([0, -1], list[int]), (float("nan"), float), (float("inf"), float), ("nan", float)],
+)
+def test_a_number_that_nothing_can_use_is_refused(value, kind):
+    with pytest.raises(ValueError, match=r"x=.*: expected a whole number from 0 to 4294967295, or a finite float"):
+        check_parameters({"x": value}, x=kind)
+
+
+def test_a_number_in_a_text_becomes_a_float_where_a_float_is_expected():
+    scope = {"lr": "2e-5"}  # as YAML reads it
+    check_parameters(scope, lr=float)
+    assert scope["lr"] == 2e-5
 
 
 def test_the_error_names_the_parameter_its_value_and_the_expected_type():

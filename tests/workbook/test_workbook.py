@@ -334,8 +334,10 @@ def test_a_failing_evaluation_ends_with_exit_code_1_and_leaves_the_summary(noteb
         (["--images", "world:x"], "world:SEED"),
         (["--seeds", "one"], "which ones (0,1,2)"),
         (["--seeds", "0"], "which ones (0,1,2)"),
-        (["--steps", "ten"], "positive whole number"),
-        (["--steps", "0"], "positive whole number"),
+        (["--images", ""], "expected a folder of images"),
+        (["--steps", "ten"], "whole number from 1 to 1000000000"),
+        (["--steps", "0"], "whole number from 1 to 1000000000"),
+        (["--only", ""], "expected one of 00, 01, 02"),
         (["--only", "07"], "expected one of 00, 01, 02"),
         (["--only", "00", "--steps", "3"], "none of these notebooks has the parameter 'steps'"),
     ],
@@ -354,6 +356,9 @@ def test_a_folder_of_images_reaches_the_notebooks_with_its_absolute_path(noteboo
     (settings,) = (tmp_path / "out").glob("*/settings.json")
     assert json.loads(settings.read_text())["images"] == str(tmp_path / "photos")
     assert resolve_images("world:3") == "world:3"
+    for source in ("", "hf:"):  # neither is the working directory
+        with pytest.raises((ValueError, FileNotFoundError), match=f"images='{source}'"):
+            resolve_images(source)
     Dataset.from_dict({"image": [Image.new("RGB", (40, 40))]}).save_to_disk(tmp_path / "dataset")
     for source in ("hf:dataset", "hf:dataset:train"):
         assert resolve_images(source) == source.replace("dataset", str(tmp_path / "dataset"))
