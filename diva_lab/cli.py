@@ -254,3 +254,5 @@ def main(argv: list[str] | None = None) -> int:
     except EXPECTED as error:
         print(f"error: {_shorten_lines(str(error)) or type(error).__name__}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # a run that was being trained has said how to go on
+        return 130

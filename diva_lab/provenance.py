@@ -18,7 +18,8 @@ PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "accelerate
 
 def sha256(path: str | Path) -> str:
     """Hexadecimal sha256 of a file's bytes."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def source_hash(function: Callable | None) -> str | None:

@@ -1,12 +1,15 @@
-"""One of two processes that train together: `torchrun --nproc-per-node 2 two_processes.py OUT IMAGES|die`."""
+"""One of two processes that train together: `torchrun --nproc-per-node 2 two_processes.py OUT IMAGES|die|stop`."""
 
 import os
+import signal
 import sys
 from dataclasses import replace
 from itertools import chain, islice
 
 import torch
 
+from diva_lab.objectives import OBJECTIVES
+from diva_lab.objectives.diva import diva
 from diva_lab.training import batches
 from diva_lab.training.settings import Settings
 from diva_lab.training.stages import tune
@@ -17,8 +20,44 @@ SETTINGS = Settings(
 )  # fmt: skip
 
 
+def change_step(number: int, change) -> None:
+    """From now on the second process's objective does `change` to the loss of its step `number`."""
+    calls = []
+
+    def changed(step):
+        calls.append(1)
+        rec = diva(step)["rec"]
+        return {"rec": change(rec) if os.environ["RANK"] == "1" and len(calls) == number + 1 else rec}
+
+    OBJECTIVES["diva"] = changed
+
+
+def terminate(rec):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return rec
+
+
+def stop(root: str) -> None:
+    """A run that goes to its end; one that is stopped by a signal, and goes on; one whose gradient becomes infinite."""
+    settings = replace(SETTINGS, steps=3, accumulate=1, save_every=0)
+    tune(settings, f"{root}/whole")
+    change_step(1, terminate)
+    try:
+        tune(settings, f"{root}/stopped")
+    except KeyboardInterrupt:
+        tune(settings, f"{root}/stopped")
+    change_step(1, lambda rec: rec + (rec - rec.detach()).sqrt())
+    try:
+        tune(settings, f"{root}/broken")
+    except FloatingPointError as error:
+        print(error, flush=True)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if "stop" in sys.argv:
+        stop(sys.argv[1])
+        sys.exit()
     if "die" in sys.argv:
         settings = replace(SETTINGS, steps=50)
         opened = batches.open_images

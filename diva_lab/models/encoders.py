@@ -26,7 +26,7 @@ from diva_lab.machine import fetch_hint, fetch_repository
 from diva_lab.models.formats import load_released, read_open_clip, read_transformers
 from diva_lab.models.layers import fuse_attention, split_attention
 from diva_lab.models.lora import merge_lora
-from diva_lab.models.weights import check_finite
+from diva_lab.models.weights import check_finite, weight_files
 from diva_lab.paths import DATA
 
 ENCODERS = {  # name -> (open_clip model, pretrained tag); a `local-dir:` folder holds weights and tokenizer
@@ -301,6 +301,25 @@ def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encode
     if released:
         print(f"{name}: {describe_activation(folder if local else model_name, local, config)}", flush=True)
     return Encoder(model, tokenizer, config).to(device)
+
+
+def encoder_files(name: str) -> dict[str, Path]:
+    """The files of weights that `load_encoder` reads, by name.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_encoder`.
+    """
+    label, released, _ = _split_name(name)
+    source, _ = _fetch_folder(label)
+    tag = None
+    if source in ENCODERS or not Path(source).is_dir():
+        source, tag = _open_clip_name(source)
+    if tag is None:
+        files = weight_files(Path(source.removeprefix("local-dir:")))
+    else:
+        file = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(source, tag)))
+        files = {file.name: file}
+    return files | ({f"@{Path(released).name}": Path(released)} if released else {})
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from diva_lab.models.denoiser import Denoiser
 from diva_lab.models.diffusion import StableDiffusion
 from diva_lab.models.flow import Light, StableDiffusion3
 from diva_lab.models.frozen import LEVERS
-from diva_lab.models.weights import load_diffusers, read_json, reading
+from diva_lab.models.weights import load_diffusers, read_json, reading, weight_files
 from diva_lab.paths import DATA
 
 DENOISERS = {  # name -> folder or hub id
@@ -93,3 +93,17 @@ def load_denoiser(
     except ValueError as error:
         raise ValueError(f"denoiser {name!r}: {error}") from error
     return denoiser.to(device)
+
+
+def denoiser_files(name: str) -> dict[str, Path]:
+    """The files of weights that `load_denoiser` reads, by their names in the folder.
+
+    Raises:
+        FileNotFoundError: where they are not on this machine and cannot be downloaded.
+    """
+    base, heads = LIGHT.get(name, (name, 0))
+    folder = DENOISERS.get(base, base)
+    if _is_hub_id(folder):
+        folder = fetch_repository(folder, ["vae/*"] if heads else HUB_FILES)
+    parts = ("vae",) if heads else ("vae", "unet", "transformer", "text_encoder", "text_encoder_2")
+    return {f"{part}/{n}": file for part in parts for n, file in weight_files(Path(folder, part)).items()}

@@ -154,6 +154,12 @@ def read_folder(folder: str | Path, stems: Iterable[str]) -> State:
 # --- what is there, against what is expected --------------------------------------------------------------------
 
 
+def weight_files(folder: Path) -> dict[str, Path]:
+    """The files of weights in a folder by name, of the first of `SUFFIXES` that there is; no variants (`.fp16.`)."""
+    files = next((files for suffix in SUFFIXES if (files := sorted(folder.glob(f"*{suffix}")))), [])
+    return {file.name: file for file in files if "." not in file.stem}
+
+
 def _refuse(source: object, kind: str, names: Iterable[str], expected: int) -> None:
     """Raise ValueError where there are any names (those of transformers' buffers of positions do not count)."""
     if names := sorted(name for name in names if not name.endswith("position_ids")):

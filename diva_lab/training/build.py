@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 from diva_lab.images import augment
 from diva_lab.models.conditions import Conditioner
 from diva_lab.models.denoiser import Denoiser
-from diva_lab.models.encoders import Encoder, Features, load_encoder
+from diva_lab.models.encoders import Encoder, Features, encoder_files, load_encoder
 from diva_lab.models.lora import make_trainable, merge_lora, mix_weights, visual_weights
-from diva_lab.models.registry import load_denoiser
+from diva_lab.models.registry import denoiser_files, load_denoiser
 from diva_lab.models.weights import load_weights, read_weights
 from diva_lab.objectives.step import Step
+from diva_lab.provenance import sha256
 from diva_lab.training.runs import Run
-from diva_lab.training.settings import SHIPPED, Settings
+from diva_lab.training.settings import CONTROLS, SHIPPED, Settings
 
 SHIPPED_NAMES = {"shipped": "{}.safetensors", "anchored": "{}-anchored.safetensors"}  # projector -> file of a condition
 
@@ -46,13 +48,17 @@ def build_denoiser(settings: Settings, device: torch.device | str = "cpu") -> De
     return denoiser
 
 
+def _projector_file(settings: Settings) -> Path:
+    """Where the settings' projector lies, if it is not a new one."""
+    if settings.projector in SHIPPED_NAMES:
+        return SHIPPED / SHIPPED_NAMES[settings.projector].format(settings.condition)
+    path = Path(settings.projector)
+    return path if path.suffix == ".safetensors" else path / "checkpoint" / "weights.safetensors"
+
+
 def _load_stage_one(settings: Settings, module: nn.Module, part: str) -> None:
     """Load those weights of the settings' projector whose names begin with `part` into `module`."""
-    if settings.projector in SHIPPED_NAMES:
-        path = SHIPPED / SHIPPED_NAMES[settings.projector].format(settings.condition)
-    else:
-        path = Path(settings.projector)
-        path = path if path.suffix == ".safetensors" else path / "checkpoint" / "weights.safetensors"
+    path = _projector_file(settings)
     if not path.is_file():
         raise FileNotFoundError(
             f"projector={settings.projector!r}: no {path}; expected 'new', 'shipped' or 'anchored' (tiny models only), "
@@ -81,6 +87,29 @@ def build_conditioner(settings: Settings, encoder: Encoder, denoiser: Denoiser) 
     if settings.projector != "new":
         _load_stage_one(settings, conditioner, "conditioner.")
     return conditioner.to(denoiser.device)
+
+
+def weight_hashes(settings: Settings) -> dict[str, dict[str, str]]:
+    """The sha256 of each file of weights that a run starts from, by model and name of the file.
+
+    A model that is not there has none: loading it says what is missing. A file is read once, until it changes.
+    """
+    files = {"encoder": lambda: encoder_files(settings.encoder)}
+    if settings.objective not in CONTROLS:
+        files["denoiser"] = lambda: denoiser_files(settings.denoiser)
+        projector = _projector_file(settings)
+        files["projector"] = lambda: {} if settings.projector == "new" else {projector.name: projector}
+    hashes = {}
+    for model, find in files.items():
+        with suppress(OSError, ValueError):
+            if found := find():
+                hashes[model] = {n: _hash_once(f, f.stat().st_size, f.stat().st_mtime_ns) for n, f in found.items()}
+    return hashes
+
+
+@cache
+def _hash_once(file: Path, size: int, modified: int) -> str:
+    return sha256(file)
 
 
 def make_step(

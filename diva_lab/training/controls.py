@@ -15,7 +15,7 @@ from diva_lab.paths import RUNS
 from diva_lab.training.build import tuned_encoder
 from diva_lab.training.runs import Run
 from diva_lab.training.settings import Settings
-from diva_lab.training.stages import Evaluate, portable
+from diva_lab.training.stages import Evaluate, open_run
 
 
 class Push:
@@ -76,7 +76,8 @@ def perturb(
         `like.settings["steps"]`, and its metrics hold the scale, the drift, and the drift of `like`.
 
     Raises:
-        ValueError: for another `match`, and for a run that is not finished.
+        ValueError: for another `match`, and for a run that is not finished; as `open_run`, like what follows.
+        RuntimeError, OSError: as `open_run`.
     """
     if match not in ("norm", "drift"):
         raise ValueError(f"unknown match {match!r}; expected norm or drift")
@@ -84,17 +85,16 @@ def perturb(
         raise ValueError(f"run {like.id} is not finished; tune() it to its end first")
     settings = replace(Settings.of(like), objective=f"perturb-{match}")
     held_out = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:8]
-    run = Run.open({**portable(settings), "stage": "perturb", "like": like.id, "held_out": held_out}, root)
-    if run.done:
-        return run
-    device = default_device()
-    run.resume()
-    encoder, tuned = load_encoder(settings.encoder, device), tuned_encoder(like, device)
-    push = Push(encoder, tuned, images, settings.seed)
-    goal = push.drift_of(embed(tuned, images))
-    scale = push.scale_of(goal) if match == "drift" else 1.0
-    run.log("metrics", step=0, loss=0.0, scale=scale, drift=push.drift(scale), drift_like=goal, seconds=0.0)
-    if evaluate is not None:
-        run.log("evaluations", step=settings.steps, **evaluate(encoder))
-    run.save(settings.steps, visual_weights(encoder), {}, 0.0)
-    return run.finish()
+    with open_run(settings, root, "perturb", like=like.id, held_out=held_out) as run:
+        if run.done or run.resume() is not None:  # saved last
+            return run if run.done else run.finish()
+        device = default_device()
+        encoder, tuned = load_encoder(settings.encoder, device), tuned_encoder(like, device)
+        push = Push(encoder, tuned, images, settings.seed)
+        goal = push.drift_of(embed(tuned, images))
+        scale = push.scale_of(goal) if match == "drift" else 1.0
+        run.log("metrics", step=0, loss=0.0, scale=scale, drift=push.drift(scale), drift_like=goal, seconds=0.0)
+        if evaluate is not None:
+            run.log("evaluations", step=settings.steps, **evaluate(encoder))
+        run.save(settings.steps, visual_weights(encoder), {}, 0.0)
+        return run.finish()

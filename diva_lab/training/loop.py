@@ -2,10 +2,11 @@
 
 Every draw of a step depends on (seed, step) alone, so a killed run goes on to the same bits on one machine. Under
 `accelerate launch` each process draws images, timesteps and noise of its own, gradients are averaged over the processes
-before anything is measured or clipped, and the first process alone writes.
+before anything is measured or clipped, and the first process alone writes. A run that is asked to stop is saved first.
 """
 
 import atexit
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +27,7 @@ from diva_lab.models.encoders import Encoder
 from diva_lab.objectives.step import Step
 from diva_lab.training.batches import Batches
 from diva_lab.training.build import make_step
-from diva_lab.training.progress import Progress
+from diva_lab.training.progress import Progress, Stop
 from diva_lab.training.runs import Run
 from diva_lab.training.settings import Settings, learning_rate
 
@@ -55,13 +56,17 @@ def build_optimizer(settings: Settings, parameters: list[Tensor]) -> torch.optim
 
 
 class Trainer:
-    """A run in training: its models, optimizer and images, and how far it has come.
+    """A run in training: its models, optimizer and images, how far it has come, and whether it shall stop.
 
     Args:
         run: opened; an earlier checkpoint of it is taken up.
         settings: of the stage.
         encoder, conditioner, denoiser: all their parameters that ask for a gradient are trained.
         objective: a function of a `Step`, as in `OBJECTIVES`.
+
+    Raises:
+        ValueError: where the checkpoint is damaged, or of another number of processes.
+        FloatingPointError: where a weight is not finite.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class Trainer:
         self.kept = {f"conditioner.{n}": b for n, b in conditioner.named_buffers() if aligns}  # saved, not trained
         optimizer = build_optimizer(settings, list(self.parameters.values()))
         self.optimizer = self.accelerator.prepare(optimizer)
+        self.stop, self.stopping = Stop(), False  # asked of this process; agreed on by all of them
         self.first, self.seconds = 0, 0.0  # steps and seconds of training that were done before
         self.px = max(encoder.px, denoiser.px)
         position = self._resume()
@@ -91,6 +97,7 @@ class Trainer:
         number = self.first * settings.accumulate
         self.batches = Batches(settings, self.px, position, number, self.rank, processes)
         self.skipped: list[dict] = []  # images that could not be read since the last checkpoint
+        self._require_finite_weights(self.first)
 
     def _trained_modules(self) -> nn.ModuleDict:
         """The modules whose parameters may be trained, on the device; the denoiser's network only where it is."""
@@ -109,7 +116,8 @@ class Trainer:
         """Train step number `step`, record it, and return its loss.
 
         Raises:
-            FloatingPointError: where the loss is not a number.
+            FloatingPointError: where the loss or a gradient is not finite, before the optimizer's step; or a weight
+                after it. Nothing of the step is recorded or saved.
             RuntimeError: where the device's memory is too small.
         """
         start = time.perf_counter()
@@ -117,20 +125,38 @@ class Trainer:
         gradients, losses = self._gradients_of_terms(step)
         if self.accelerator.num_processes > 1:
             gradients, losses = self._average_over_processes(gradients, losses)
+        loss = sum(losses.values())
         measures = measure(gradients)
+        self._require_finite(step, "the loss", loss)
+        self._require_finite(step, "a gradient", sum(measures[f"norm_{term}"] for term in gradients))
         for name, gradient in combine(gradients, self.settings.combine).items():
             self.parameters[name].grad = gradient
         del gradients  # before the optimizer takes memory of its own
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip or float("inf"))
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip or float("inf")).item()
+        self._require_finite(step, "the gradient's norm", norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, step)
         self.optimizer.step()
-        loss = sum(losses.values())
-        if loss != loss:
-            raise FloatingPointError(f"run {self.run.id}: the loss is not a number at step {step}; try a smaller lr")
+        self._require_finite_weights(step)
         self.seconds += time.perf_counter() - start
-        self._record(step, {"loss": loss, **losses, "grad_norm": norm.item(), **measures, "seconds": self.seconds})
+        self._record(step, {"loss": loss, **losses, "grad_norm": norm, **measures, "seconds": self.seconds})
+        self.agree()
         return loss
+
+    def agree(self) -> None:
+        """Stop after this step if any process was asked to: all of them together."""
+        asked = torch.tensor(float(self.stop.asked), device=self.device)
+        self.stopping = self.accelerator.reduce(asked, "sum").item() > 0
+
+    def _require_finite(self, step: int, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"run {self.run.id}: {what} is not finite at step {step}, of which nothing is saved; try a smaller lr"
+            )
+
+    def _require_finite_weights(self, step: int) -> None:
+        norm = nn.utils.get_total_norm(self.parameters.values())
+        self._require_finite(step, "a weight", norm.item())
 
     def _gradients_of_terms(self, step: int) -> tuple[dict[str, Gradient], dict[str, float]]:
         """The gradient of each term's mean, and that mean, over the step's `accumulate` micro-batches."""
@@ -180,17 +206,36 @@ class Trainer:
 
     def _resume(self) -> int:
         """Take up the run's last checkpoint, if there is one; returns this process's position in its images."""
+        processes, positions = self.accelerator.num_processes, []
         with self.accelerator.main_process_first():
-            state = self.run.resume()
-        positions = []
+            state = self.run.resume() if self.rank == 0 else self.run.state()
         if state is not None:
             self.first, self.seconds, positions = state["step"], state["seconds"], state.get("positions", [])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.modules.load_state_dict(self.run.weights(), strict=False)
+            if len(positions) not in (0, processes):
+                raise ValueError(
+                    f"run {self.run.id} was stopped with {len(positions)} processes, and {processes} would see other "
+                    f"images: go on by accelerate launch --num_processes {len(positions)}, or delete {self.run.folder} "
+                    "to train it anew"
+                )
+            self._load(state["optimizer"])
         self.accelerator.wait_for_everyone()  # `resume` cuts records back: nobody writes before all have done it
-        if len(positions) == self.accelerator.num_processes:
+        if positions:
             return positions[self.rank]  # each process skips the broken images of its own
         return self.first * self.settings.accumulate * self.settings.batch
+
+    def _load(self, optimizer: dict) -> None:
+        """Load the checkpoint's weights and optimizer; refuse those of another model and records of other steps."""
+        kept, weights = self.parameters | self.kept, self.run.weights()
+        wrong = kept.keys() ^ weights.keys() or {n for n, w in weights.items() if w.shape != kept[n].shape}
+        if self.rank == 0 and len(self.run.metrics()) != self.first:
+            wrong = {f"metrics.jsonl with {len(self.run.metrics())} steps of {self.first}"}
+        if wrong:
+            raise ValueError(
+                f"run {self.run.id}: its checkpoint does not fit {min(wrong)}; put {self.run.folder} back from a copy, "
+                "or delete it to train the run anew"
+            )
+        self.optimizer.load_state_dict(optimizer)
+        self.modules.load_state_dict(weights, strict=False)
 
     def save(self, steps: int) -> None:
         """Write a checkpoint after so many steps, with every process's position in its images."""
@@ -230,24 +275,46 @@ class Watcher:
             self.source = open_images(settings.images, trainer.px, settings.batch, settings.seed + PROBE_SEED)
 
     def watch(self, steps: int) -> None:
-        """Record evaluation and probe after so many steps, in evaluation mode."""
-        trainer = self.trainer
-        if trainer.rank == 0:
-            trainer.modules.eval()
-            if self.evaluate is not None:
-                print(f"{trainer.run.id}: evaluating after {steps} steps ...", flush=True)
-                trainer.run.log("evaluations", step=steps, **self.evaluate())
-            if self.probe is not None:
-                self._probe(steps)
-        trainer.accelerator.wait_for_everyone()
+        """Record evaluation and probe after so many steps, in evaluation mode; what is on record is not repeated.
 
-    def _probe(self, steps: int) -> None:
+        Asked to stop, it leaves the evaluation at once, and nothing is recorded. A probe, which may have moved the
+        weights, is awaited.
+        """
+        trainer = self.trainer
+        if trainer.rank == 0 and not self._recorded(steps):
+            trainer.modules.eval()
+            try:
+                with trainer.stop.at_once():
+                    report = self._evaluate(steps)
+            except KeyboardInterrupt:
+                if not trainer.stop.asked:  # not by a signal
+                    raise
+            else:
+                for row in self._probe():
+                    trainer.run.log("probes", step=steps, **row)
+                for row in report:
+                    trainer.run.log("evaluations", step=steps, **row)
+        trainer.agree()  # waits for all processes
+
+    def _recorded(self, steps: int) -> bool:
+        tables = (self.trainer.run.evaluations(), self.trainer.run.probes())
+        return any(len(table) and table["step"].eq(steps).any() for table in tables)
+
+    def _evaluate(self, steps: int) -> list[dict[str, float]]:
+        if self.evaluate is None:
+            return []
+        print(f"{self.trainer.run.id}: evaluating after {steps} steps ...", flush=True)
+        return [self.evaluate()]
+
+    def _probe(self) -> list[dict]:
+        if self.probe is None:
+            return []
         network = self.trainer.denoiser.network
         dtype = network.dtype
         nn.Module.to(network, torch.float32)  # differences of gradients would drown in rounding
-        for row in self.probe(self.probe_step, self.trainer.parameters):
-            self.trainer.run.log("probes", step=steps, **row)
+        rows = self.probe(self.probe_step, self.trainer.parameters)
         nn.Module.to(network, dtype)
+        return rows
 
     def probe_step(self, number: int, **changes: object) -> Step:
         """A `Step` of probe batch `number`, of images that are not trained on, with other settings where given."""
@@ -263,26 +330,39 @@ class Watcher:
 
 
 def train(trainer: Trainer, evaluate: Callable[[], dict[str, float]] | None = None, probe: Probe | None = None) -> Run:
-    """Train a run to its last step, with evaluations, probes and checkpoints as its settings say; returns it."""
-    run, settings = trainer.run, trainer.settings
+    """Train a run to its last step, with evaluations, probes and checkpoints as its settings say; returns it.
+
+    Raises:
+        KeyboardInterrupt: where it was asked to stop; it is saved, and goes on from there when it is trained again.
+    """
+    run, settings, done = trainer.run, trainer.settings, trainer.first
     watcher = Watcher(trainer, evaluate, probe)
-    if trainer.first == 0:
-        watcher.watch(0)
-    with Progress(settings.steps, trainer.first, run.id) as progress:
-        for step in range(trainer.first, settings.steps):
-            loss = trainer.take_step(step)
+    with trainer.stop, Progress(settings.steps, done, run.id) as progress:
+        if done == 0 or is_due(done, settings.evaluate_every, settings.steps):
+            watcher.watch(done)
+        while done < settings.steps and not trainer.stopping:
+            loss = trainer.take_step(done)
+            done += 1
             if trainer.rank == 0:
-                progress.advance(step, loss)
-            if is_due(step + 1, settings.evaluate_every, settings.steps):
-                watcher.watch(step + 1)
-            if is_due(step + 1, settings.save_every, settings.steps):
-                trainer.save(step + 1)
-    if settings.steps == 0:
-        trainer.save(0)
+                progress.advance(done - 1, loss)
+            if is_due(done, settings.evaluate_every, settings.steps) and not trainer.stopping:
+                watcher.watch(done)
+            if is_due(done, settings.save_every, settings.steps) or trainer.stopping:
+                trainer.save(done)
+        if settings.steps == 0:
+            trainer.save(0)
+    if trainer.rank == 0 and trainer.stopping:
+        print(f"{run.id}: stopped after {done} of {settings.steps} steps; run again, it goes on from there", flush=True)
+    if trainer.stopping:
+        raise KeyboardInterrupt
     if trainer.rank == 0 and len(broken := run.skipped()):
         print(f"{run.id}: skipped {len(broken)} unreadable images, see {run.folder / 'skipped.jsonl'}", flush=True)
+    if trainer.rank == 0:
+        run.finish()
     trainer.accelerator.wait_for_everyone()
-    return run.finish()
+    if trainer.stop.asked:  # in the last step, too late
+        raise KeyboardInterrupt
+    return run
 
 
 def is_due(done: int, every: int, total: int) -> bool:

@@ -1,7 +1,11 @@
-"""How far a run has come: a bar where somebody watches, elsewhere a line every tenth of the way."""
+"""How far a run has come: a bar where somebody watches, elsewhere a line every tenth of the way. And when to stop."""
 
+import signal
 import sys
-from types import TracebackType
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 
 from tqdm import tqdm
 
@@ -40,3 +44,42 @@ class Progress:
             self.bar.set_postfix(loss=f"{loss:.4f}")
         elif done % max(1, self.total // 10) == 0 or done == self.total:
             print(f"{self.label}: step {done}/{self.total}, loss {loss:.4f}", flush=True)
+
+
+class Stop:
+    """A context in which Ctrl-C, SIGTERM or a notebook's stop button ask a run to stop as soon as it can be saved.
+
+    Ctrl-C a second time stops it at once, unsaved. Only a process's main thread is told of signals.
+
+    Attributes:
+        asked: whether the run shall stop.
+    """
+
+    def __init__(self):
+        self.asked, self._at_once, self._before = False, False, {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+            self._before = {number: signal.signal(number, self._ask) for number in heard}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it the first signal raises KeyboardInterrupt: in an evaluation, which may take long."""
+        self._at_once = True
+        try:
+            if self.asked:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._at_once = False
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        again, self.asked = self.asked, True
+        if self._at_once or (again and number == signal.SIGINT):
+            raise KeyboardInterrupt

@@ -6,11 +6,16 @@
 Asked for again, a finished run is returned at once, and a stopped one goes on where it was.
 """
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from diva_lab.image_files import find_tars
 from diva_lab.machine import default_device
@@ -20,7 +25,7 @@ from diva_lab.objectives.anchored import anchored
 from diva_lab.paths import ROOT, RUNS
 from diva_lab.provenance import source_hash
 from diva_lab.training.batches import estimate_gap
-from diva_lab.training.build import build_conditioner, build_denoiser, build_encoder
+from diva_lab.training.build import build_conditioner, build_denoiser, build_encoder, weight_hashes
 from diva_lab.training.loop import Probe, Trainer, train
 from diva_lab.training.presets import preset, replace_settings, stages
 from diva_lab.training.runs import ADDED, Run
@@ -41,21 +46,22 @@ def align(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None
         evaluate: called as `evaluate(conditioner, encoder, denoiser)`, returns what is recorded.
 
     Raises:
-        ValueError, FileNotFoundError, FloatingPointError, RuntimeError: as `tune`.
+        ValueError, OSError, FloatingPointError, RuntimeError, KeyboardInterrupt: as `tune`.
     """
     settings = _stage_one(settings)
-    run = open_run({**portable(settings), "stage": "align"}, root, objective_of(settings))
-    if run.done:
-        return run
-    device = default_device()
-    encoder, denoiser = load_encoder(settings.encoder, device), build_denoiser(settings, device)
-    conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(True)
-    denoiser.network.requires_grad_(denoiser.scratch)
-    watch = evaluate and (lambda: evaluate(conditioner, encoder, denoiser))
-    if settings.anchored and conditioner.gap is None:
-        conditioner.gap = estimate_gap(settings, encoder)
-    trainer = Trainer(run, settings, encoder, conditioner, denoiser, objective_of(settings))
-    return train(trainer, watch)
+    with open_run(settings, root, "align") as run:
+        if run.done:
+            return run
+        device = default_device()
+        encoder, denoiser = load_encoder(settings.encoder, device), build_denoiser(settings, device)
+        conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(True)
+        denoiser.network.requires_grad_(denoiser.scratch)
+        watch = evaluate and (lambda: evaluate(conditioner, encoder, denoiser))
+        if settings.anchored and conditioner.gap is None:  # of a stopped run it is in the checkpoint
+            new = not run.saved
+            conditioner.gap = estimate_gap(settings, encoder) if new else torch.zeros(encoder.dim, device=device)
+        trainer = Trainer(run, settings, encoder, conditioner, denoiser, objective_of(settings))
+        return train(trainer, watch)
 
 
 def tune(
@@ -72,21 +78,29 @@ def tune(
             Returns records.
 
     Raises:
-        ValueError, FileNotFoundError: for settings that name what does not exist.
-        FloatingPointError: where the loss stops being a number.
-        RuntimeError: where the device's memory is too small; says what needs less.
+        ValueError, FileNotFoundError: for settings that name what does not exist; for a run whose files are damaged, or
+            that was stopped with other weights or another number of processes.
+        OSError: where the run cannot be written.
+        FloatingPointError: where the loss, a gradient or a weight stops being finite.
+        RuntimeError: where the device's memory is too small; where another process trains the run.
+        KeyboardInterrupt: where it was asked to stop; it is saved before.
     """
     settings = _stage_two(settings)
     if settings.objective not in (*OBJECTIVES, "none"):
         raise ValueError(f"objective {settings.objective!r} trains nothing; see diva_lab.training.controls.perturb")
-    run = open_run({**portable(settings), "stage": "tune"}, root, objective_of(settings))
-    if run.done:
-        return run
-    device = default_device()
-    if settings.objective == "none":
+    with open_run(settings, root, "tune") as run:
+        if run.done:
+            return run
+        if settings.objective != "none":
+            return _tune(run, settings, evaluate, probe)
+        run.resume()
         if evaluate is not None:
-            run.log("evaluations", step=0, **evaluate(load_encoder(settings.encoder, device)))
+            run.log("evaluations", step=0, **evaluate(load_encoder(settings.encoder, default_device())))
         return run.finish()
+
+
+def _tune(run: Run, settings: Settings, evaluate: Evaluate | None, probe: Probe | None) -> Run:
+    device = default_device()
     encoder, denoiser = build_encoder(settings, device), build_denoiser(settings, device)
     if denoiser.scratch and settings.projector == "new":
         raise ValueError(
@@ -129,28 +143,79 @@ def align_preset(
 
 
 def find_run(settings: Settings, root: str | Path = RUNS, stage: str = "tune") -> Run:
-    """The run of `tune` (or of `align`, by `stage`) with these settings: finished, stopped, or not begun."""
-    kept = _stage_one(settings) if stage == "align" else _stage_two(settings)
-    return Run.at({**portable(kept), "stage": stage}, root)
+    """The run of `tune` (or of `align`, by `stage`) with these settings: finished, stopped, or not begun.
 
-
-def open_run(settings: dict, root: str | Path, objective: Callable | None) -> Run:
-    """The run of these settings, its folder made if there is none; of several processes the first one makes it.
-
-    Says so where the run was made by another version of its objective's code; the run is returned all the same.
+    A run's id is made of its settings alone. Where that run is finished and started from other weights than the models
+    hold now (by `weight_hashes`, on record in its environment), it is another one, whose id ends in a hash of the
+    weights. So a replaced model never passes for the old one, and every id on record stays as it is; a run without
+    hashes, of a version before, is taken as it is.
     """
-    code = source_hash(objective)
-    state = PartialState(cpu=default_device().type == "cpu")
-    with state.main_process_first():
-        run = Run.open(settings, root, {"objective": code} if code else {})
-    before = run.environment.get("objective")
-    if state.is_main_process and code and before and code != before:
-        print(
-            f"run {run.id} was made by another version of objective {settings['objective']!r}: delete {run.folder} to "
-            "train it anew",
-            flush=True,
+    kept = _stage_one(settings) if stage == "align" else _stage_two(settings)
+    return _locate(settings, Run.at({**portable(kept), "stage": stage}, root))
+
+
+def _locate(settings: Settings, run: Run) -> Run:
+    """`run`, or the other one of the same settings where it is finished with other weights."""
+    if not run.done or replaced_weights(settings, run) is None:
+        return run
+    digest = hashlib.sha256(json.dumps(weight_hashes(settings), sort_keys=True).encode()).hexdigest()[:8]
+    return Run(run.folder.with_name(f"{run.id}-w{digest}"))
+
+
+def replaced_weights(settings: Settings, run: Run) -> str | None:
+    """Which model is not the one that a run started from, as far as its record says; None where all are."""
+    before = run.environment.get("weights")
+    now = weight_hashes(settings) if before else {}
+    return next((model for model in now if now[model] != before.get(model, now[model])), None)
+
+
+@contextmanager
+def open_run(settings: Settings, root: str | Path, stage: str, **more: str) -> Iterator[Run]:
+    """A context with the run of these settings, its folder made if there is none; see `find_run`.
+
+    Of several processes the first one makes it, and holds its lock until the context ends. Says so where the run is
+    finished, or was made by another version of its objective's code; it is returned all the same.
+
+    Args:
+        settings: of the stage, as the run keeps them.
+        more: what the run keeps beside.
+
+    Raises:
+        ValueError: for a stopped run that started from other weights, or whose settings were edited.
+        RuntimeError: where another process trains the run.
+        OSError: where the folder cannot be written.
+    """
+    state, runs = PartialState(cpu=default_device().type == "cpu"), [None]
+    with ExitStack() as held:
+        if state.is_main_process:
+            kept = {**portable(settings), "stage": stage, **more}
+            runs = [run := _locate(settings, Run.at(kept, root))]
+            if run.done:
+                print(f"{run.id}: done before, see {run.folder}", flush=True)
+            else:
+                held.enter_context(run.lock())
+                _begin(run, settings, kept)
+            code, before = source_hash(objective_of(settings)), run.environment.get("objective")
+            if code and before and code != before:
+                print(
+                    f"run {run.id} was made by another version of objective {settings.objective!r}: delete "
+                    f"{run.folder} to train it anew",
+                    flush=True,
+                )
+        (run,) = broadcast_object_list(runs)
+        yield run
+
+
+def _begin(run: Run, settings: Settings, kept: dict) -> None:
+    """Make the run's folder with the hashes of code and weights, or see that the weights are still those."""
+    new, code = not (run.folder / "settings.json").exists(), source_hash(objective_of(settings))
+    facts = {"objective": code} if code else {}
+    run.make(kept, facts | {"weights": weight_hashes(settings)} if new else None)
+    if model := replaced_weights(settings, run):
+        raise ValueError(
+            f"run {run.id} was stopped, and its {model} has other weights now than it started from: put the old files "
+            f"back to go on, or delete {run.folder} to train it anew (its environment.json has their sha256)"
         )
-    return run
 
 
 def portable(settings: Settings) -> dict:

@@ -44,6 +44,9 @@ def _summary_runs(root: Path) -> list[Run]:
     """The runs that the summary shows, in its order; see `summarise_runs`."""
     objectives, conditions = (*OBJECTIVES, *CONTROLS), ("", *CONDITIONS)
     runs = [Run(file.parent) for file in Path(root).glob("*/settings.json")]
+    damaged = {run: error for run in runs if (error := run.error)}
+    print("".join(f"left out: {error}\n" for error in damaged.values()), end="")
+    runs = [run for run in runs if run not in damaged]
     runs = [run for run in runs if run.done and run.settings.get("stage") in ("tune", "perturb")]
     runs = [run for run in runs if run.settings["objective"] in objectives]
     runs = [run for run in runs if run.settings.get("condition", "") in conditions]

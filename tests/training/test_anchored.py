@@ -7,7 +7,7 @@ import pytest
 import torch
 from one_step import pictures
 from PIL import Image
-from run_checks import kill_and_resume, same_records, same_weights
+from run_checks import Watch, kill_and_resume, same_records, same_weights
 
 from diva_lab.captions import open_captions
 from diva_lab.images import open_images
@@ -16,6 +16,7 @@ from diva_lab.models.registry import load_denoiser
 from diva_lab.training import batches
 from diva_lab.training.batches import Batches, estimate_gap
 from diva_lab.training.build import build_conditioner
+from diva_lab.training.runs import Run
 from diva_lab.training.settings import Settings
 from diva_lab.training.stages import align, tune
 
@@ -63,6 +64,16 @@ def test_a_killed_anchored_run_resumes_to_the_bit(settings, captioned, tmp_path_
     if source == "folder":
         reasons = set(whole.skipped()["reason"])
         assert ("no caption" in reasons) == (anchor != "text") and len(reasons) > 1 - (anchor == "text")
+
+
+def test_a_resumed_anchored_run_takes_its_gap_from_the_checkpoint(settings, tmp_path, monkeypatch):
+    settings = replace(settings, save_every=1, evaluate_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        align(settings, tmp_path, Watch(stop=3))
+    (folder,) = tmp_path.iterdir()
+    gap = Run(folder).weights()["conditioner.gap"]
+    monkeypatch.setattr("diva_lab.training.stages.estimate_gap", lambda *_: pytest.fail("estimated again"))
+    assert torch.equal(align(settings, tmp_path, Watch()).weights()["conditioner.gap"], gap) and gap.any()
 
 
 def test_with_share_zero_stage_1_is_the_published_one_to_the_bit(settings, tmp_path):

@@ -18,6 +18,7 @@ from datasets import Dataset, Features
 from datasets import Image as DatasetImage
 from one_step import pictures
 from PIL import Image
+from run_checks import same_records, same_weights
 from two_processes import SETTINGS
 
 from diva_lab.images import open_images
@@ -99,6 +100,17 @@ def test_a_killed_process_ends_the_job_with_an_error(tmp_path):
     (folder,) = tmp_path.iterdir()
     assert not Run(folder).done and len(Run(folder).metrics())  # it had begun
     assert re.search(r"rank +: 1 .*\n +exitcode +: 9 ", done.stderr), done.stderr[-2000:]
+
+
+def test_processes_stop_together_and_go_on_to_the_same_bits_and_all_see_a_gradient_that_is_not_finite(tmp_path):
+    done = launch(SCRIPT, str(tmp_path), "stop")
+    assert done.returncode == 0, f"{done.stderr[:6000]}\n...\n{done.stderr[-2000:]}"
+    whole, stopped, broken = (Run(*(tmp_path / name).iterdir()) for name in ("whole", "stopped", "broken"))
+    assert done.stdout.count(f"{whole.id}: stopped after 2 of 3 steps; run again, it goes on from there") == 1
+    assert stopped.done and same_weights(whole, stopped)
+    same_records(whole, stopped)
+    assert done.stdout.count("a gradient is not finite at step 1, of which nothing is saved") == 2
+    assert not broken.done and list(broken.metrics()["step"]) == [0]
 
 
 def test_the_command_trains_both_stages_of_a_preset_in_two_processes(tmp_path):

@@ -1,20 +1,27 @@
-"""A finished run keeps its id, whatever settings are added later; it knows by which code it was made."""
+"""A finished run keeps its id, whatever settings are added later; it knows by which code and weights it was made."""
 
 import inspect
+import json
+import shutil
 from dataclasses import asdict, fields, make_dataclass, replace
 
 import pandas as pd
 import pytest
+from one_step import pictures
+from run_checks import Watch, same_weights
+from small_models import write_clip
 
+from diva_lab import provenance
 from diva_lab.objectives import OBJECTIVES
 from diva_lab.objectives.dcr import dcr
 from diva_lab.objectives.diva import diva
 from diva_lab.objectives.guidance import dcr_guidance
 from diva_lab.paths import DATA
 from diva_lab.provenance import source_hash
-from diva_lab.training import runs
+from diva_lab.training import build, runs
+from diva_lab.training.controls import perturb
 from diva_lab.training.settings import Settings
-from diva_lab.training.stages import find_run, portable, tune
+from diva_lab.training.stages import align, find_run, portable, tune
 from tools.study import ROWS, Study
 
 FIRST = {  # the settings of 0.2, which are always part of an id
@@ -108,3 +115,99 @@ def test_what_has_no_source_has_no_hash_and_an_older_run_without_one_is_silent(s
     path = run.folder / "environment.json"
     path.write_text(path.read_text().replace('"objective"', '"before"'))
     assert tune(settings, tmp_path) == run and "another version" not in capsys.readouterr().out
+
+
+# --- from which weights -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(small_settings, tmp_path) -> Settings:
+    """Of an encoder whose weights may be replaced."""
+    folder = shutil.copytree(small_settings.encoder, tmp_path / "clip")
+    return replace(small_settings, encoder=str(folder), objective="diva", steps=2, save_every=1, evaluate_every=1)
+
+
+def replace_weights(settings: Settings, tmp_path) -> bytes:
+    """Other weights for the encoder of `settings`; returns what was there."""
+    file = f"{settings.encoder}/open_clip_model.safetensors"
+    with open(file, "rb") as old:
+        before = old.read()
+    shutil.copy(write_clip(tmp_path / "other", seed=1) / "open_clip_model.safetensors", file)
+    return before
+
+
+def test_a_run_has_the_hashes_of_the_weights_that_it_starts_from(settings, tmp_path):
+    aligned = align(settings, tmp_path)
+    run = tune(replace(settings, projector=str(aligned.folder)), tmp_path)
+    weights = run.environment["weights"]
+    assert aligned.environment["weights"] == {name: weights[name] for name in ("encoder", "denoiser")}
+    assert list(weights["encoder"]) == ["open_clip_model.safetensors"]
+    assert {name.partition("/")[0] for name in weights["denoiser"]} == {"vae", "unet", "text_encoder"}
+    assert weights["projector"] == {
+        "weights.safetensors": provenance.sha256(aligned.folder / "checkpoint" / "weights.safetensors")
+    }
+
+
+def test_a_file_of_weights_is_read_once_until_it_changes(settings, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(build, "sha256", lambda path: read.append(path) or "0")
+    for _ in range(2):
+        build.weight_hashes(settings)
+    encoder = [path for path in read if str(path).startswith(settings.encoder)]
+    replace_weights(settings, tmp_path)
+    build.weight_hashes(settings)
+    assert len(encoder) == 1 and read.count(encoder[0]) == 2
+
+
+def test_the_same_settings_with_other_weights_are_another_run_and_both_are_found(settings, tmp_path, capsys):
+    run = tune(settings, tmp_path)
+    assert run.id == find_run(settings).id  # an id is of the settings alone
+    before = replace_weights(settings, tmp_path)
+    other = find_run(settings, tmp_path)
+    assert other.id.startswith(f"{run.id}-w") and not other.done
+    assert tune(settings, tmp_path) == other and other.done
+    assert tune(settings, tmp_path) == other == find_run(settings, tmp_path)
+    assert capsys.readouterr().out.count("done before") == 1
+    assert other.environment["weights"]["encoder"] != run.environment["weights"]["encoder"]
+    assert other.settings == run.settings
+    with open(f"{settings.encoder}/open_clip_model.safetensors", "wb") as file:
+        file.write(before)
+    assert tune(settings, tmp_path) == run == find_run(settings, tmp_path)
+
+
+def test_a_model_that_is_replaced_between_stop_and_resume_is_noticed(settings, tmp_path):
+    whole = tune(settings, tmp_path / "whole", Watch())
+    with pytest.raises(KeyboardInterrupt):
+        tune(settings, tmp_path, Watch(stop=3))
+    before = replace_weights(settings, tmp_path)
+    told = rf"{whole.id} was stopped, and its encoder has other .* put the old files back"
+    with pytest.raises(ValueError, match=told):
+        tune(settings, tmp_path)
+    with open(f"{settings.encoder}/open_clip_model.safetensors", "wb") as file:
+        file.write(before)
+    assert same_weights(tune(settings, tmp_path, Watch()), whole)
+
+
+def test_a_run_without_hashes_and_one_whose_models_are_gone_are_found(settings, tmp_path):
+    run = tune(settings, tmp_path)
+    facts = json.loads((run.folder / "environment.json").read_text())
+    before = replace_weights(settings, tmp_path)
+    (run.folder / "environment.json").write_text(json.dumps({k: v for k, v in facts.items() if k != "weights"}))
+    assert tune(settings, tmp_path) == run == find_run(settings, tmp_path)
+    (run.folder / "environment.json").write_text(json.dumps(facts))
+    assert find_run(settings, tmp_path) != run and before
+    shutil.rmtree(settings.encoder)
+    assert tune(settings, tmp_path) == run == find_run(settings, tmp_path)
+
+
+def test_a_random_push_has_the_hash_of_its_encoder_alone(settings, tmp_path):
+    run = perturb(tune(settings, tmp_path), pictures(4), "norm", tmp_path)
+    assert set(run.environment["weights"]) == {"encoder"}
+    (run.folder / "done").unlink()  # killed at the last moment
+    assert perturb(tune(settings, tmp_path), pictures(4), "norm", tmp_path).done and len(run.metrics()) == 1
+
+
+def test_released_weights_are_hashed_beside_those_of_their_model(small_clip):
+    file = small_clip / "open_clip_model.safetensors"
+    hashes = build.weight_hashes(Settings(encoder=f"tiny@{file}"))["encoder"]
+    assert hashes == build.weight_hashes(Settings())["encoder"] | {f"@{file.name}": provenance.sha256(file)}

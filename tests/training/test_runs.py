@@ -1,5 +1,9 @@
+import errno
+import fcntl
 import hashlib
 import json
+import os
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -128,3 +132,118 @@ def test_all_runs_of_a_root_are_listed_with_their_settings(tmp_path):
     table = list_runs(tmp_path).set_index("run")
     assert dict(table["done"]) == {done.id: True, other.id: False}
     assert table.loc[done.id, "objective"] == "dcr" and table.loc[other.id, "stage"] == "align"
+
+
+# --- one process at a time --------------------------------------------------------------------------------------
+
+
+def test_a_lock_names_its_holder_until_it_ends(run):
+    with run.lock(), pytest.raises(RuntimeError, match=rf"{run.id} is being trained by process {os.getpid()} on "):  # noqa: SIM117
+        with run.lock():
+            pass
+    with pytest.raises(KeyError), run.lock():
+        raise KeyError
+    with run.lock():
+        assert run.settings == SETTINGS
+
+
+def test_where_there_are_no_locks_it_is_said_and_the_run_goes_on(run, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with run.lock():
+        assert "no locks here (Function not implemented); train it by one process at a time" in capsys.readouterr().out
+
+
+# --- what is damaged --------------------------------------------------------------------------------------------
+
+
+def break_line(path, number: int, text: str) -> None:
+    lines = path.read_text().splitlines()
+    lines[number] = text
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+DAMAGE = {  # file -> what was done to it
+    "settings.json": lambda path: path.write_text(path.read_text()[:20]),
+    "settings.json, emptied": lambda path: path.write_bytes(b""),
+    "settings.json, a list": lambda path: path.write_text("[1]"),
+    "settings.json, of other settings": lambda path: path.write_text(path.read_text().replace("0.1", "0.2")),
+    "environment.json": lambda path: path.write_bytes(b"\xff\x00"),
+    "metrics.jsonl": lambda path: break_line(path, 1, '{"step": 1, "lo'),
+    "evaluations.jsonl": lambda path: break_line(path, 0, "words"),
+    "probes.jsonl": lambda path: break_line(path, 0, '{"step": "one"}'),
+    "checkpoint/optimizer.pt": lambda path: path.write_bytes(b""),
+    "checkpoint/optimizer.pt, cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "checkpoint/optimizer.pt, of words": lambda path: torch.save("words", path),
+    "checkpoint/optimizer.pt, gone": lambda path: path.unlink(),
+    "checkpoint/optimizer.pt, of step -1": lambda path: torch.save(torch.load(path) | {"step": -1}, path),
+    "checkpoint/optimizer.pt, of step 6": lambda path: torch.save(torch.load(path) | {"step": 6}, path),
+    "checkpoint/weights.safetensors": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "checkpoint/weights.safetensors, gone": lambda path: path.unlink(),
+    "checkpoint/weights.safetensors, of another step": lambda path: shutil.copy(path.parents[1] / "other", path),
+}
+
+
+@pytest.fixture
+def broken(tmp_path) -> Run:
+    """A stopped run of five steps with a checkpoint at two, to be damaged."""
+    run = Run.open(SETTINGS | {"steps": 5}, tmp_path)
+    fill(run, 3)
+    for kind in ("evaluations", "probes"):
+        for step in (0, 1):
+            run.log(kind, step=step, x=1.0)
+    run.save(1, {name: -weight for name, weight in WEIGHTS.items()}, {}, 0.0)
+    shutil.copy(run.folder / "checkpoint" / "weights.safetensors", run.folder / "other")
+    run.save(2, WEIGHTS, {}, 0.0)
+    return run
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_file_is_told_by_its_name_with_what_to_do(broken, tmp_path, case):
+    path = broken.folder / case.partition(",")[0]
+    whole = Run.open(SETTINGS | {"steps": 5, "seed": 9}, tmp_path)
+    DAMAGE[case](path)
+    with pytest.raises(ValueError) as caught:
+        run = Run.open(SETTINGS | {"steps": 5}, tmp_path)
+        assert run.environment and run.resume()
+    told = path.parent if path.parent.name == "checkpoint" else broken.folder
+    assert f"run {broken.id} is damaged: {path}: " in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).endswith(f"; put it back from a copy, or delete {told} to train it anew")
+    table = list_runs(tmp_path).set_index("run")
+    assert table.loc[whole.id, "seed"] == 9 and pd.isna(table.loc[whole.id, "error"])
+    if path.parent == broken.folder and "other" not in case:
+        assert str(path) in table.loc[broken.id, "error"]
+
+
+@pytest.mark.parametrize("case", [name for name in DAMAGE if name.startswith("checkpoint")])
+def test_without_its_damaged_checkpoint_a_run_starts_again(broken, case):
+    DAMAGE[case](broken.folder / case.partition(",")[0])
+    shutil.rmtree(broken.folder / "checkpoint")
+    assert broken.resume() is None and broken.metrics().empty
+
+
+def test_half_a_last_line_is_left_out_of_a_run_in_training_and_told_of_a_finished_one(run):
+    fill(run, 2)
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    assert list(run.metrics()["step"]) == [0, 1]
+    with pytest.raises(ValueError, match=r"metrics.jsonl: line 3: expected a JSON object with step, got"):
+        run.finish().metrics()
+
+
+def test_weights_that_are_not_finite_are_not_saved(run):
+    run.save(1, WEIGHTS, {}, 0.0)
+    with pytest.raises(FloatingPointError, match="b is not finite after 2 steps, not saved"):
+        run.save(2, WEIGHTS | {"b": torch.tensor([1.0, float("inf")])}, {}, 0.0)
+    assert run.resume()["step"] == 1
+
+
+def test_a_checkpoint_without_a_hash_of_a_version_before_is_resumed(run):
+    run.save(1, WEIGHTS, {}, 0.0)
+    path = run.folder / "checkpoint" / "optimizer.pt"
+    state = torch.load(path)
+    assert len(state.pop("weights")) == 64
+    torch.save(state, path)
+    assert run.resume()["step"] == 1

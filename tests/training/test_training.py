@@ -1,5 +1,8 @@
 import inspect
+import os
 import shutil
+import signal
+import time
 from dataclasses import fields, replace
 
 import jaxtyping
@@ -10,6 +13,7 @@ import torch
 from one_step import pictures
 from PIL import Image
 from run_checks import Watch, kill_and_resume, same_records, same_weights
+from safetensors.torch import save_file
 
 from diva_lab.gradients import COMBINE
 from diva_lab.images import Images, open_images
@@ -19,9 +23,12 @@ from diva_lab.models.encoders import embed, load_encoder
 from diva_lab.models.lora import visual_weights
 from diva_lab.models.registry import load_denoiser
 from diva_lab.objectives import OBJECTIVES
+from diva_lab.objectives.diva import diva
 from diva_lab.objectives.timesteps import TIMESTEPS
+from diva_lab.provenance import sha256
 from diva_lab.training.build import build_conditioner, tuned_encoder
 from diva_lab.training.controls import perturb
+from diva_lab.training.progress import Stop
 from diva_lab.training.runs import Run
 from diva_lab.training.settings import Settings
 from diva_lab.training.stages import align, tune
@@ -404,9 +411,142 @@ def test_the_gradient_is_clipped_to_the_norm_asked_for(small_settings, tmp_path)
     assert moved(1e-3) == pytest.approx(1e-3, rel=1e-2) and moved(0.0) > 2e-3
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(small_settings, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"the loss is not a number at step \d; try a smaller lr"):
+def test_a_loss_or_weight_that_stops_being_finite_stops_the_run(small_settings, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"(loss|gradient|weight) is not finite at step \d, of which nothing is"):
         tune(replace(small_settings, lr=1e6, lora_rank=0), tmp_path)
+
+
+@pytest.mark.parametrize("save_every", [1, 3])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step_and_leaves_the_last_checkpoint(
+    small_settings, tmp_path, monkeypatch, save_every
+):
+    calls = []
+
+    def steep(step):
+        rec = diva(step)["rec"]
+        calls.append(1)
+        return {"rec": rec + (rec - rec.detach()).sqrt() if len(calls) == 3 else rec}  # 0, whose slope is infinite
+
+    monkeypatch.setitem(OBJECTIVES, "diva", steep)
+    settings = replace(small_settings, objective="diva", steps=3, save_every=save_every)
+    with pytest.raises(FloatingPointError, match=r"a gradient is not finite at step 2, of which nothing is saved; try"):
+        tune(settings, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    run = Run(folder)
+    assert not run.done and list(run.metrics()["step"]) == [0, 1] and run.metrics()["loss"].notna().all()
+    assert run.saved == (save_every == 1)
+    resumed = tune(settings, tmp_path)  # of a machine that erred once
+    assert resumed.done and all(weight.isfinite().all() for weight in resumed.weights().values())
+
+
+def test_a_last_checkpoint_with_weights_that_are_not_finite_never_makes_a_run_done(small_settings, tmp_path):
+    run = tune(replace(small_settings, steps=1), tmp_path)
+    (run.folder / "done").unlink()
+    weights = {name: torch.full_like(weight, float("nan")) for name, weight in run.weights().items()}
+    save_file(weights, run.folder / "checkpoint" / "weights.safetensors")
+    state = run.state() | {"weights": sha256(run.folder / "checkpoint" / "weights.safetensors")}
+    torch.save(state, run.folder / "checkpoint" / "optimizer.pt")
+    with pytest.raises(FloatingPointError, match="a weight is not finite at step 1"):
+        tune(replace(small_settings, steps=1), tmp_path)
+    assert not run.done
+
+
+# --- when it is asked to stop -----------------------------------------------------------------------------------
+
+
+class Signalled(Watch):
+    """Sends this process a signal at evaluation number `at`, and waits."""
+
+    def __init__(self, at: int, number: int):
+        super().__init__()
+        self.at, self.number = at, number
+
+    def __call__(self, *modules) -> dict[str, float]:
+        value = super().__call__(*modules)
+        if self.calls == self.at:
+            os.kill(os.getpid(), self.number)
+            time.sleep(60)
+        return value
+
+
+@pytest.mark.parametrize(
+    ("during", "number"),
+    [("step", signal.SIGINT), ("step", signal.SIGTERM), ("evaluation", signal.SIGINT),
+     ("first evaluation", signal.SIGTERM), ("last evaluation", signal.SIGINT)],
+)  # fmt: skip
+def test_a_run_that_is_asked_to_stop_is_saved_and_goes_on_to_the_same_bits(
+    small_settings, tmp_path, monkeypatch, capsys, number, during
+):
+    settings = replace(small_settings, objective="diva", steps=4, save_every=0, evaluate_every=1, lr=1e-2)
+    whole, calls = tune(settings, tmp_path / "whole", Watch()), []
+
+    def signalled(step):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return diva(step)
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    at = {"step": 0, "evaluation": 3, "first evaluation": 1, "last evaluation": 5}[during]
+    steps = at - 1 if at else 3
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if not at:
+            patch.setitem(OBJECTIVES, "diva", signalled)
+        capsys.readouterr()
+        tune(settings, tmp_path, Signalled(at, number))
+    run = Run(tmp_path / whole.id)
+    told = f"{run.id}: stopped after {steps} of 4 steps; run again, it goes on from there"
+    assert capsys.readouterr().out.splitlines()[-1] == told
+    assert not run.done and run.saved == (steps > 0) and list(run.metrics().get("step", [])) == list(range(steps))
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    resumed = tune(settings, tmp_path, Watch())
+    assert same_weights(whole, resumed)
+    same_records(whole, resumed)
+
+
+def test_ctrl_c_a_second_time_ends_at_once_and_leaves_the_last_checkpoint(small_settings, tmp_path, monkeypatch):
+    def signalled(step):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("went on")
+
+    monkeypatch.setitem(OBJECTIVES, "diva", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        tune(replace(small_settings, objective="diva"), tmp_path)
+    (folder,) = tmp_path.iterdir()
+    assert not Run(folder).saved
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with Stop() as stop, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    assert not stop.asked and signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("change", ["processes", "tensor", "shape", "metrics"])
+def test_a_checkpoint_that_does_not_fit_is_told_with_what_to_do(small_settings, tmp_path, change):
+    settings = replace(small_settings, save_every=2)
+    run = tune(settings, tmp_path)
+    (run.folder / "done").unlink()
+    state, weights = run.state(), run.weights()
+    name = min(weights)
+    if change == "metrics":
+        lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (run.folder / "metrics.jsonl").write_text("".join(lines[:2]))
+    elif change == "processes":
+        state["positions"] = [12, 12]
+    else:
+        weights |= {name: weights[name][:1]} if change == "shape" else {"other": weights.pop(name)}
+    run.save(4, weights, state["optimizer"], 0.0, state["positions"])
+    told = {
+        "processes": r"stopped with 2 processes, and 1 would see other .* launch --num_processes 2, or delete",
+        "metrics": r"does not fit metrics.jsonl with 2 steps of 4; put .* back from a copy, or delete it",
+    }.get(change, rf"its checkpoint does not fit {name}; put .* back from a copy, or delete it")
+    with pytest.raises(ValueError, match=told):
+        tune(settings, tmp_path)
 
 
 def test_where_memory_is_short_it_is_said_what_needs_less(small_settings, tmp_path, monkeypatch):
