@@ -356,7 +356,7 @@ def train(trainer: Trainer, evaluate: Callable[[], dict[str, float]] | None = No
     if trainer.stopping:
         raise KeyboardInterrupt
     if trainer.rank == 0 and len(broken := run.skipped()):
-        print(f"{run.id}: skipped {len(broken)} unreadable images, see {run.folder / 'skipped.jsonl'}", flush=True)
+        print(f"{run.id}: skipped {len(broken)} images, see {run.folder / 'skipped.jsonl'}", flush=True)
     if trainer.rank == 0:
         run.finish()
     trainer.accelerator.wait_for_everyone()

@@ -222,7 +222,7 @@ def portable(settings: Settings) -> dict:
     """Settings as a run keeps them: folders inside the repository relative to it."""
     values = asdict(settings)
     for name in ("encoder", "denoiser", "projector", "images"):
-        values[name] = values[name].removeprefix(f"{ROOT}/")
+        values[name] = values[name].removeprefix(f"{ROOT}/") or "."  # the repository itself
     return values
 
 

@@ -90,7 +90,7 @@ def test_what_each_process_skipped_and_where_it_is_are_kept(together):
     assert len(one) != len(two) and set(one["name"]).isdisjoint(two["name"])
     pd.testing.assert_frame_equal(both.skipped(), pd.concat([one, two], ignore_index=True))
     assert both.resume()["positions"] == [run.resume()["positions"][0] for run in halves]
-    assert printed.count(f"skipped {len(one) + len(two)} unreadable images") == 1
+    assert printed.count(f"skipped {len(one) + len(two)} images") == 1
 
 
 def test_a_killed_process_ends_the_job_with_an_error(tmp_path):

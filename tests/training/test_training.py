@@ -215,7 +215,7 @@ def test_broken_pictures_are_skipped_and_a_resumed_run_still_equals_the_uninterr
     settings = replace(settings, objective="diva", accumulate=2)
     whole = tune(settings, tmp_path / "whole", Watch())
     skipped = whole.skipped()
-    assert f"{whole.id}: skipped {len(skipped)} unreadable images" in capsys.readouterr().out
+    assert f"{whole.id}: skipped {len(skipped)} images" in capsys.readouterr().out
 
     stream = open_images(pictures, 32, settings.batch, settings.seed)  # the bare source skips the same ones
     expected = [(step, *found) for step in range(5) for found in skipped_by(stream, settings.accumulate)]
@@ -412,7 +412,9 @@ def test_the_gradient_is_clipped_to_the_norm_asked_for(small_settings, tmp_path)
 
 
 def test_a_loss_or_weight_that_stops_being_finite_stops_the_run(small_settings, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"(loss|gradient|weight) is not finite at step \d, of which nothing is"):
+    with pytest.raises(
+        FloatingPointError, match=r"(loss|gradient|weight) is not finite at step \d, of which nothing is"
+    ):
         tune(replace(small_settings, lr=1e6, lora_rank=0), tmp_path)
 
 
