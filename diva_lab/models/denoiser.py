@@ -62,7 +62,8 @@ class Denoiser(nn.Module):
                 raise ValueError(f"prediction_type {kind!r}; expected epsilon or v_prediction")
             signal, sigma = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
             self.native = "noise" if kind == "epsilon" else "velocity"
-        if not (signal.isfinite() & sigma.isfinite()).all() or len(signal) < 2 or (signal.diff() > 0).any():
+        wrong = not signal.is_meta and (not (signal + sigma).isfinite().all() or (signal.diff() > 0).any())
+        if wrong or len(signal) < 2:
             names = "num_train_timesteps", "beta_start", "beta_end", "beta_schedule"
             settings = ", ".join(f"{name} = {scheduler.config.get(name)}" for name in names)
             raise ValueError(

@@ -662,7 +662,7 @@ def faults_in_sets(data):
     (data / "tars" / "test" / "1.tar").write_bytes(b"no tar")
     write_folders(data / "names", ("a", "b"))
     (data / "names" / "classnames.txt").write_bytes("Bär\nb\n".encode("latin-1"))
-    return "zero-shot", ["'train' is a split's name", "c: no image", "d: no image", "a.cls: b'cat'", "1.tar: not a",
+    return "zero-shot", ["'train' is a split's name", "c: no image", "d: no image", "a.cls: b'cat'", "1.tar: ReadError",
                          "classnames.txt: not UTF-8", "4 of 4 failed"]  # fmt: skip
 
 

@@ -144,7 +144,7 @@ def test_unpaired_captions_are_of_a_text_file_or_of_other_images(settings, tmp_p
         ({"anchor": "words"}, "unknown anchor 'words'"),
         ({"anchor_share": 1.5}, "from 0 to 1"),
         ({"mentions": -0.1}, "from 0 to 1"),
-        ({"anchor_noise": -1.0}, "at least 0"),
+        ({"anchor_noise": -1.0}, "from 0 to 1000"),
     ],
 )
 def test_settings_that_no_anchored_stage_can_have_are_refused(settings, changes, message):

@@ -469,6 +469,15 @@ class Signalled(Watch):
         return value
 
 
+@pytest.fixture
+def hears_ctrl_c():
+    """SIGINT as in a terminal; a worker of pytest-xdist ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize(
     ("during", "number"),
     [("step", signal.SIGINT), ("step", signal.SIGTERM), ("evaluation", signal.SIGINT),
@@ -504,6 +513,7 @@ def test_a_run_that_is_asked_to_stop_is_saved_and_goes_on_to_the_same_bits(
     same_records(whole, resumed)
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_ctrl_c_a_second_time_ends_at_once_and_leaves_the_last_checkpoint(small_settings, tmp_path, monkeypatch):
     def signalled(step):
         os.kill(os.getpid(), signal.SIGINT)

@@ -357,7 +357,7 @@ def test_a_folder_of_images_reaches_the_notebooks_with_its_absolute_path(noteboo
     assert json.loads(settings.read_text())["images"] == str(tmp_path / "photos")
     assert resolve_images("world:3") == "world:3"
     for source in ("", "hf:"):  # neither is the working directory
-        with pytest.raises((ValueError, FileNotFoundError), match=f"images='{source}'"):
+        with pytest.raises((ValueError, FileNotFoundError), match=f"images '{source}'"):
             resolve_images(source)
     Dataset.from_dict({"image": [Image.new("RGB", (40, 40))]}).save_to_disk(tmp_path / "dataset")
     for source in ("hf:dataset", "hf:dataset:train"):
