@@ -17,7 +17,7 @@ ALIGNMENTS = {
 }
 ROWS = {  # objective and alignment -> name, colour and marker where rows of several objectives are compared
     (objective, alignment): (name + f", {alignment}", *ALIGNMENTS[alignment])
-    for objective, name in (("diva", "DIVA"), ("diva, mixed", "DIVA at its own rate"))
+    for objective, name in (("diva", "DIVA"), ("diva, mixed", "DIVA, rate and mix chosen"))
     for alignment in ALIGNMENTS
 } | {
     ("dcr", "anchored"): ("DCR, anchored", style.COLOURS["dcr"], "s"),
@@ -141,8 +141,8 @@ def front(
                 continue
             means = mine.groupby("mix")[[measure, "pairs/mean"]].mean()
             line = "--" if row[0].endswith("mixed") else "-"
-            ax.plot(means[measure], means["pairs/mean"], line, color=colour, marker=marker, markersize=3.5, **look)
-            ax.plot(*means.iloc[-1], marker, color=colour, markersize=8, label=name, **look)
+            ax.plot(means[measure], means["pairs/mean"], line, color=colour, marker=marker, markersize=3.5, label=name, **look)
+            ax.plot(*means.iloc[-1], marker, color=colour, markersize=8, **look)
             chosen = means.loc[[mine.loc[mine["chosen"], "mix"].iloc[0]]]
             ax.plot(chosen[measure], chosen["pairs/mean"], "o", mfc="none", mec=colour, markersize=13, mew=1.2)
         start = mixes.loc[mixes["mix"] == 0, [measure, "pairs/mean"]].mean()
