@@ -141,7 +141,8 @@ def front(
                 continue
             means = mine.groupby("mix")[[measure, "pairs/mean"]].mean()
             line = "--" if row[0].endswith("mixed") else "-"
-            ax.plot(means[measure], means["pairs/mean"], line, color=colour, marker=marker, markersize=3.5, label=name, **look)
+            path = {"color": colour, "marker": marker, "markersize": 3.5, "label": name}
+            ax.plot(means[measure], means["pairs/mean"], line, **path, **look)
             ax.plot(*means.iloc[-1], marker, color=colour, markersize=8, **look)
             chosen = means.loc[[mine.loc[mine["chosen"], "mix"].iloc[0]]]
             ax.plot(chosen[measure], chosen["pairs/mean"], "o", mfc="none", mec=colour, markersize=13, mew=1.2)
