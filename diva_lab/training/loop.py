@@ -197,7 +197,9 @@ class Trainer:
         return gradients, dict(zip(losses, means.tolist(), strict=True))
 
     def _record(self, step: int, line: dict[str, float]) -> None:
-        self.skipped += [{"step": step, "name": name, "reason": reason} for name, reason in self.batches.images.skipped]
+        for left_out in self.batches.images.skipped:  # pandas takes no name with bytes that are not UTF-8
+            name, reason = (text.encode("utf-8", "backslashreplace").decode() for text in left_out)
+            self.skipped.append({"step": step, "name": name, "reason": reason})
         self.batches.images.skipped.clear()
         if self.rank == 0:
             self.run.log("metrics", step=step, **line)
