@@ -72,7 +72,8 @@ class Place(NamedTuple):
             return file.read(size)
 
     def __str__(self) -> str:
-        return self.path if self.size < 0 else f"{self.path} (byte {self.offset})"
+        path = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in self.path)  # on one line
+        return path if self.size < 0 else f"{path} (byte {self.offset})"
 
 
 class Sample(NamedTuple):

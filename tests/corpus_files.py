@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -22,7 +22,7 @@ from damage import DAMAGE, change_json, change_weights
 from image_writers import pixels, png, write_folders, write_tar
 from PIL import Image
 from run_checks import Watch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from small_models import write_transformers_clip
 
 from diva_lab.cli import main
@@ -299,5 +299,484 @@ def train_on(given: tuple) -> None:
     assert names == left_out and (skipped.empty or skipped["reason"].str.len().gt(5).all())
 
 
-FILE_DOORS: dict[str, Callable[[object], None]] = {"train": train_on, "captions": train_on}
-FILES = [*cases_of("train", TRAIN_IMAGES), *cases_of("captions", CAPTIONS)]
+
+# --- images to evaluate on --------------------------------------------------------------------------------------
+
+
+def evaluate_small(encoder: str | Path, benchmark: str, root: Path) -> pd.DataFrame:
+    """`diva-lab evaluate`; the rows that it wrote."""
+    Path("r.csv").unlink(missing_ok=True)
+    run_in_process(("evaluate", "--encoder", str(encoder), "--benchmarks", benchmark, "--root", str(root), "--out", "r.csv", "--workers", "0"))
+    return pd.read_csv("r.csv")
+
+
+def evaluate_on(given: tuple[str, Path, int]) -> None:
+    """The table has finite values of so many images (pairs, captions)."""
+    benchmark, root, n = given
+    rows = evaluate_small(Case.clip, benchmark, root)
+    assert rows["n"].max() == n and np.isfinite(rows["value"]).all() and len(rows)
+
+
+def classes(change: Callable[[Path], object] = lambda root: None, n: int = 4, benchmark: str = "zero-shot"):
+    """Two class folders of two images each, changed."""
+
+    def make(folder: Path) -> tuple[str, Path, int]:
+        root = write_folders(folder / "data" / "pets of ours", each=2, split="test")
+        change(root)
+        return benchmark, folder / "data", n
+
+    return make
+
+
+def add(name: str, data: bytes | str) -> Callable[[Path], object]:
+    def change(root: Path) -> None:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+
+    return change
+
+
+def link(name: str, target: str) -> Callable[[Path], object]:
+    return lambda root: (root / name).symlink_to(target if target.startswith("/") else root / target)
+
+
+def tars(members: dict[str, bytes], n: int, benchmark: str = "zero-shot", names: str | None = "cat\ndog\n"):
+    def make(folder: Path) -> tuple[str, Path, int]:
+        write_tar(folder / "data" / "wds_ours" / "test" / "0.tar", members)
+        if names is not None:
+            (folder / "data" / "wds_ours" / "classnames.txt").write_text(names, encoding="utf-8")
+        return benchmark, folder / "data", n
+
+    return make
+
+
+LABELLED = {f"{k}.{end}": data for k in range(4) for end, data in (("png", png(k)), ("cls", b"%d" % (k % 2)))}
+TEXTED = {f"{k}.{end}": data for k in range(4) for end, data in (("png", png(k)), ("txt", b"a cat\na dog %d" % k))}
+EVALUATE_IMAGES = {
+    **{name: (classes(add(f"test/dog/{name}", data), 5), "") for name, data in list(READABLE.items())[::2]},
+    **{name: (classes(add(f"test/dog/{name}", data)), "not an image that can be read") for name, data in list(UNREADABLE.items())[::2]},
+    **{name: (classes(add(f"test/dog/{name}", png(3))), "") for name in OTHERS[::3]},
+    "knn without a train split": (classes(benchmark="knn"), "no train split"),
+    "a pipe": (classes(lambda root: os.mkfifo(root / "test/dog/p.png")), "not a regular file"),
+    "a device": (classes(link("test/dog/z.png", "/dev/zero")), "not a regular file"),
+    "a link to nothing": (classes(link("test/dog/z.png", "/nothing")), "No such file"),
+    "a loop": (classes(link("test/dog/loop", "test")), ""),
+    "a loop as a class": (classes(link("test/loop", "test")), "loop"),
+    "an empty class": (classes(lambda root: (root / "test/cow").mkdir()), "cow: no image in this class"),
+    "a class of broken images": (classes(add("test/cow/0.png", b"")), "not an image that can be read"),
+    "a class of texts": (classes(add("test/cow/0.txt", b"x")), "cow: no image in this class"),
+    "a hidden class": (classes(add("test/.cow/0.png", png(0))), ""),
+    "one class": (classes(lambda root: shutil.rmtree(root / "test/dog")), "only class folder"),
+    "no class": (classes(lambda root: [shutil.rmtree(root / "test" / kind) for kind in ("dog", "big_cat")]), "expected"),
+    "an image beside the classes": (classes(add("test/0.png", png(0))), ""),
+    "a class that links to another": (classes(link("test/again", "test/dog")), "again: a link to"),
+    "a class that links elsewhere": (classes(lambda root: (shutil.move(root / "test/dog", root.parent.parent / "dog"), (root / "test/dog").symlink_to(root.parent.parent / "dog"))), ""),
+    "a class with an odd name": (classes(add("test/$x$ {c} 猫/0.png", png(0)), 5), ""),
+    "a class whose name is not UTF-8": (classes(add("test/\udcff/0.png", png(0)), 5), ""),
+    "names": (classes(add("classnames.txt", "cat\ndog\n")), ""),
+    "names of DOS with a mark of byte order": (classes(add("classnames.txt", "\ufeffcat\r\ndog\r\n\r\n")), ""),
+    "names, one too many": (classes(add("classnames.txt", "cat\ndog\ncow\n")), "2 class folders, but 3 lines"),
+    "names, one too few": (classes(add("classnames.txt", "cat")), "2 class folders, but 1 lines"),
+    "names, an empty file": (classes(add("classnames.txt", "")), "line 1 is empty"),
+    "names, an empty line": (classes(add("classnames.txt", "cat\n\ndog")), "line 2 is empty"),
+    "names in Latin-1": (classes(add("classnames.txt", b"cat\nch\xe9")), "not UTF-8"),
+    "names in UTF-16": (classes(add("classnames.txt", "cat\ndog".encode("utf-16"))), "not UTF-8"),
+    "names twice, as ImageNet has missile": (classes(add("classnames.txt", "cat\ncat\n")), ""),
+    "names of 200 kB": (classes(add("classnames.txt", f"cat\n{LONG}\n")), ""),
+    "names with braces": (classes(add("classnames.txt", "{c}\n{0.__class__}\n")), ""),
+    "names that are a pipe": (classes(lambda root: os.mkfifo(root / "classnames.txt")), "not a regular file"),
+    "names that are a folder": (classes(lambda root: (root / "classnames.txt").mkdir()), "not a regular file"),
+    "prompts": (classes(add("zeroshot_classification_templates.txt", "a {c}.\nmy {c}.\n")), ""),
+    "prompts without a place": (classes(add("zeroshot_classification_templates.txt", "a photo\n")), "{c}"),
+    "prompts with another place": (classes(add("zeroshot_classification_templates.txt", "a {} of {c.x} {0}\n")), "{c}"),
+    "prompts, an open brace": (classes(add("zeroshot_classification_templates.txt", "a { {c}\n")), "{c}"),
+    "tars": (tars(LABELLED, 4), ""),
+    "tars, a class beyond the names": (tars(LABELLED | {"9.png": png(9), "9.cls": b"7"}, 0), "classes up to number 7, but 2"),
+    **{f"tars, a class of {text!r:.20}": (tars(LABELLED | {"9.png": png(9), "9.cls": text}, 0), "9.cls")
+       for text in (b"", b"cat", b"-1", b"1.0", b"\xff", b"0 1", b"\xb2", b"9" * 5000)},
+    "tars, a class with a line break": (tars(LABELLED | {"9.png": png(9), "9.cls": b"1\n"}, 5), ""),
+    "tars, without names": (tars(LABELLED, 0, names=None), "class names"),
+    "tars, an image without a class": (tars(LABELLED | {"9.png": png(9)}, 0), "expected an image and .cls"),
+    "tars, a class without an image": (tars(LABELLED | {"9.cls": b"1"}, 0), "expected an image and .cls"),
+    "tars, a broken image": (tars(LABELLED | {"9.png": b"x", "9.cls": b"1"}, 0), "not an image that can be read"),
+    "tars, empty": (tars({}, 0), "empty tar"),
+    "tars, classes and captions": (tars(LABELLED | {"9.png": png(9), "9.txt": b"x"}, 0), "some images have a class"),
+    "tars of captions": (tars(TEXTED, 8, "retrieval", None), ""),
+    "tars of captions, an empty one": (tars(TEXTED | {"9.png": png(9), "9.txt": b" \n"}, 0, "retrieval", None), "9.txt"),
+    "tars of captions in Latin-1": (tars(TEXTED | {"9.png": png(9), "9.txt": b"\xe9"}, 0, "retrieval", None), "not UTF-8"),
+    "captions of classes": (classes(benchmark="retrieval"), "for retrieval"),
+}  # fmt: skip
+
+
+def pairs(questions: bytes | str, change: Callable[[Path], object] = lambda root: None, n: int = 1):
+    """An MMVP-VLM folder of two images and a table of two questions."""
+
+    def make(folder: Path) -> tuple[str, Path, int]:
+        root = folder / "data" / "MMVP_VLM"
+        for k in (1, 2):
+            add(f"MLLM_VLM Images/State/{k}.jpg", picture("jpeg"))(root)
+        (root / "Questions.csv").write_bytes(questions if isinstance(questions, bytes) else questions.encode())
+        change(root)
+        return "mmvp-vlm", folder / "data", n
+
+    return make
+
+
+HEAD, FIRST, SECOND = "Question ID,Type,Statement\n", "1,State,an open door\n", "2,State,a closed door\n"
+ASKED = HEAD + FIRST + SECOND
+PAIRS = {
+    "good": (pairs(ASKED), ""),
+    "in reverse": (pairs(HEAD + SECOND + FIRST), ""),
+    "of DOS with a mark of byte order": (pairs("\ufeff" + ASKED.replace("\n", "\r\n")), ""),
+    "with empty lines": (pairs(ASKED.replace("\n", "\n\n")), ""),
+    "of 200 kB": (pairs(ASKED.replace("a closed door", LONG)), ""),
+    "empty": (pairs(""), "not pairs"),
+    "a header alone": (pairs(HEAD), "not pairs"),
+    "no header": (pairs(FIRST + SECOND), "no header"),
+    "another header": (pairs(ASKED.replace("Type", "Kind")), "the header"),
+    "semicolons": (pairs(ASKED.replace(",", ";")), "the header"),
+    "one question": (pairs(HEAD + FIRST), "not pairs"),
+    "an id twice": (pairs(HEAD + FIRST + FIRST), "stands twice"),
+    "ids 2 and 3": (pairs(HEAD + SECOND + SECOND.replace("2", "3")), "without its partner"),
+    **{f"an id of {value!r:.20}": (pairs(ASKED.replace("2,", f"{value},")), "found") for value in ("0", "-2", "2.0", "two", "", "\u0662x", "²", "9" * 5000)},
+    "no statement": (pairs(ASKED.replace("a closed door", "")), "no id, type and statement"),
+    "a comma in a statement": (pairs(ASKED.replace("a closed", "a closed, red")), "no id, type and statement"),
+    "an open quote": (pairs(ASKED.replace("an open", '"an open')), "found"),
+    "Latin-1": (pairs(ASKED.replace("door", "dör").encode("latin-1")), "not UTF-8"),
+    "UTF-16": (pairs(ASKED.encode("utf-16")), "not UTF-8"),
+    "zero bytes": (pairs(ASKED.replace("door", "do\0or")), ""),
+    "noise": (pairs(bytes(range(256)) * 20), "not UTF-8"),
+    "a type that leads out": (pairs(ASKED.replace("State", "../../..")), "no image"),
+    "a type that is a path": (pairs(ASKED.replace("State", "/tmp")), "no image"),
+    "another type": (pairs(ASKED.replace("2,State", "2,Colour")), "no folder 'Colour'"),
+    "an image missing": (pairs(ASKED, lambda root: (root / "MLLM_VLM Images/State/2.jpg").unlink()), "no image MLLM_VLM Images/State/2.jpg"),
+    "an image broken": (pairs(ASKED, add("MLLM_VLM Images/State/2.jpg", b"x")), "not an image that can be read"),
+    "no folder of images": (pairs(ASKED, lambda root: shutil.rmtree(root / "MLLM_VLM Images")), "no image folder"),
+    "a pipe": (pairs("", lambda root: ((root / "Questions.csv").unlink(), os.mkfifo(root / "Questions.csv"))), "Questions.csv"),
+    "a folder": (pairs("", lambda root: ((root / "Questions.csv").unlink(), (root / "Questions.csv").mkdir())), "Questions.csv"),
+}  # fmt: skip
+
+
+
+# --- folders of models ------------------------------------------------------------------------------------------
+
+
+def four_images() -> Path:
+    root = Path("four")
+    return root if root.exists() else write_folders(root / "ours", each=2).parent
+
+
+def measure_encoder(folder: Path) -> None:
+    """An encoder of the corpus: evaluated as the small CLIP whose copy it is."""
+    rows, expected = (evaluate_small(name, "zero-shot", four_images()) for name in (folder, Case.clip))
+    assert rows["weights"].tolist() == expected["weights"].tolist() and rows["value"].tolist() == expected["value"].tolist()
+
+
+def measure_other_encoder(folder: Path) -> None:
+    """An encoder in transformers' format: evaluated, with finite values."""
+    assert np.isfinite(evaluate_small(folder, "zero-shot", four_images())["value"]).all()
+
+
+def train_through(given: tuple[str, ...]) -> None:
+    """Settings of models that are as good as the small ones: the same losses."""
+    expected = whole_run()
+    assert train_small("world", *given).metrics()["loss"].tolist() == expected.metrics()["loss"].tolist()
+
+
+def copy_of(kind: str) -> Path:
+    if kind == "transformers":
+        return write_transformers_clip(Path("model").absolute(), "clip", "gelu")
+    return shutil.copytree(Case.clip if kind == "clip" else Case.diffusion, Path("model").absolute())
+
+
+def model(kind: str, change: Callable[[Path], object] = lambda folder: None) -> Callable[[Path], object]:
+    """A changed copy of a model's folder, as the door of its kind takes it."""
+
+    def make(_: Path) -> object:
+        folder = copy_of(kind)
+        change(folder)
+        return (f"denoiser={folder}",) if kind == "diffusion" else folder
+
+    return make
+
+
+def at(name: str, change: Callable[[Path], object]) -> Callable[[Path], object]:
+    """`change` of the file `name` in a folder."""
+    return lambda folder: change(folder / name)
+
+
+def damage_weights(name: str, damage: str) -> Callable[[Path], object]:
+    return at(name, lambda path: change_weights(path, DAMAGE[damage][0]))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    """Damage the header of a file."""
+    data = path.read_bytes()
+    path.write_bytes(bytes([data[0] ^ 255]) + data[1:])
+
+
+def turn_into_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def turn_into_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def rename(path: Path) -> None:
+    path.rename(path.with_name(f"old_{path.name}"))
+
+
+def change_part(part: str, **changes: object) -> Callable[[Path], object]:
+    """Change the object `part` in a JSON file."""
+    return lambda path: change_json(path, **{part: json.loads(path.read_text())[part] | changes})
+
+
+BROKEN: dict[str, Callable[[Path], object]] = {  # what is done to a file that is needed
+    "gone": Path.unlink, "empty": lambda path: path.write_bytes(b""), "cut": cut, "flipped": flip, "renamed": rename,
+    "a folder": turn_into_folder, "text": lambda path: path.write_text("<html>404</html>"), "a pipe": turn_into_pipe,
+    "of git-lfs": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+}  # fmt: skip
+BAD_JSON = {"a list": "[1]", "null": "null", "an empty object": "{}", "deep": "[" * 100_000, "NaN": "NaN", "two": "{} {}"}
+CLIP_WEIGHTS, CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+DIFFUSION_FILES = ("unet/diffusion_pytorch_model.safetensors", "vae/config.json", "scheduler/scheduler_config.json",
+                   "text_encoder/model.safetensors", "text_encoder/config.json")  # fmt: skip
+
+
+def breaks(kind: str, file: str, words: str = "") -> dict[str, tuple]:
+    """A case for each kind of damage to a file that is needed; the error has `words`, or the folder's name."""
+    texts = {name: lambda path, text=text: path.write_text(text) for name, text in BAD_JSON.items()}
+    all_of = BROKEN | (texts if file.endswith(".json") else {})
+    return {f"{file} {name}": (model(kind, at(file, change)), words or "model") for name, change in all_of.items()}
+
+
+ENCODERS = {
+    "a copy": (model("clip"), ""),
+    "with other files beside": (model("clip", lambda folder: (add("notes.txt", "x")(folder), add("optimizer.pt", b"x")(folder), add(".DS_Store", b"x")(folder))), ""),
+    **breaks("clip", CLIP_WEIGHTS), **breaks("clip", CLIP_CONFIG),
+    **{f"{damage}": (model("clip", damage_weights(CLIP_WEIGHTS, damage)), DAMAGE[damage][1].split("|")[-1] if "|" in DAMAGE[damage][1] else DAMAGE[damage][1])
+       for damage in DAMAGE},
+    **{f"a width of {width!r:.10}": (model("clip", at(CLIP_CONFIG, change_part("model_cfg", embed_dim=width))), "model") for width in (0, -1, 49, "48", None, 1e9, [48])},
+    "an unknown setting": (model("clip", at(CLIP_CONFIG, change_part("model_cfg", auto_map={"x": "y"}))), "auto_map"),
+    "an unknown part": (model("clip", at(CLIP_CONFIG, lambda path: change_json(path, trust_remote_code=True))), "trust_remote_code"),
+    "no tower": (model("clip", at(CLIP_CONFIG, change_part("model_cfg", vision_cfg=None))), "model"),
+    **{f"a mean of {mean!r:.20}": (model("clip", at(CLIP_CONFIG, change_part("preprocess_cfg", mean=mean))), "mean") for mean in ([0.5], "x", [float("nan")] * 3)},
+    "a deviation of 0": (model("clip", at(CLIP_CONFIG, change_part("preprocess_cfg", std=[0, 0, 0]))), "std"),
+    "words gone": (model("clip", at("tokenizer.json", Path.unlink)), "model"),
+    "words cut": (model("clip", at("tokenizer.json", cut)), "model"),
+}  # fmt: skip
+OTHER_ENCODERS = {
+    "a copy": (model("transformers"), ""),
+    **breaks("transformers", "model.safetensors"), **breaks("transformers", "config.json"),
+    "NaN": (model("transformers", damage_weights("model.safetensors", "NaN")), "NaN or infinite"),
+    "another model": (model("transformers", at("config.json", lambda path: change_json(path, model_type="llama"))), "model_type"),
+    "foreign code": (model("transformers", at("config.json", lambda path: change_json(path, auto_map={"AutoModel": "m.M"}))), ""),
+    "no processor": (model("transformers", at("preprocessor_config.json", Path.unlink)), "preprocessor_config.json"),
+    "a processor cut": (model("transformers", at("preprocessor_config.json", cut)), "preprocessor_config.json"),
+}  # fmt: skip
+DENOISERS = {
+    "a copy": (model("diffusion"), ""),
+    **{name: case for file in DIFFUSION_FILES for name, case in breaks("diffusion", file, "denoiser").items()},
+    **{f"{part}, {damage}": (model("diffusion", damage_weights(file, damage)), DAMAGE[damage][1].split("|")[0])
+       for part, file in (("unet", DIFFUSION_FILES[0]), ("text_encoder", DIFFUSION_FILES[3])) for damage in ("NaN", "other names", "one missing")},
+    "another prediction": (model("diffusion", at(DIFFUSION_FILES[2], lambda path: change_json(path, prediction_type="sample"))), "prediction_type"),
+    "betas beyond": (model("diffusion", at(DIFFUSION_FILES[2], lambda path: change_json(path, beta_end=2.0))), "beta"),
+    "steps of 0": (model("diffusion", at(DIFFUSION_FILES[2], lambda path: change_json(path, num_train_timesteps=0))), "num_train_timesteps"),
+    "a scale of 0": (model("diffusion", at(DIFFUSION_FILES[1], lambda path: change_json(path, scaling_factor=0))), "scaling_factor"),
+    "a part gone": (model("diffusion", lambda folder: shutil.rmtree(folder / "vae")), "vae"),
+}  # fmt: skip
+
+
+# --- projectors and folders of runs -----------------------------------------------------------------------------
+
+
+def preset_settings(root: Path, *more: str):
+    changes = parse_changes(list(small_settings(*more))) | {"images": "world"}
+    return align_preset("openai-l14-dcr", root, 1, changes, changes)
+
+
+@cache
+def stage_one() -> Run:
+    """A finished run of stage 1."""
+    return align(preset_settings(Path("none")), Case.clip.parent / "stage1")
+
+
+@cache
+def whole_run() -> Run:
+    """A finished run of two steps."""
+    return tune(preset_settings(Path("none")), Case.clip.parent / "whole")
+
+
+@cache
+def stopped_run() -> Run:
+    """The same run, stopped after one step."""
+    try:
+        tune(preset_settings(Path("none")), Case.clip.parent / "stopped", Watch(stop=2))
+    except KeyboardInterrupt:
+        pass
+    (folder,) = (Case.clip.parent / "stopped").iterdir()
+    return Run(folder)
+
+
+def run_copy(made: Callable[[], Run], change: Callable[[Path], object] = lambda folder: None) -> Callable[[Path], Path]:
+    """A changed copy of a run's folder, under `runs`."""
+
+    def make(folder: Path) -> Path:
+        run = made()
+        copy = shutil.copytree(run.folder, folder / "runs" / run.folder.name)
+        change(copy)
+        return copy
+
+    return make
+
+
+def project(change: Callable[[Path], object], file: bool = False) -> Callable[[Path], tuple[str]]:
+    """The setting `projector`: a changed run of stage 1, or its file of weights alone."""
+
+    def make(folder: Path) -> tuple[str]:
+        run = run_copy(stage_one, change)(folder)
+        run.rename(folder / "stage1")  # `runs` is to hold one run alone
+        return (f"projector={folder / 'stage1' / (WEIGHTS if file else '')}",)
+
+    return make
+
+
+WEIGHTS, STATE = "checkpoint/weights.safetensors", "checkpoint/optimizer.pt"
+
+
+def train_projector(given: tuple[str]) -> None:
+    assert np.isfinite(train_small("world", *given).metrics()["loss"]).all()
+
+
+PROJECTORS = {
+    "a run": (project(lambda folder: None), ""),
+    "its file": (project(lambda folder: None, True), ""),
+    "a run that is not done": (project(at("done", Path.unlink)), "finished"),
+    "a run without settings": (project(at("settings.json", Path.unlink)), ""),
+    **{f"weights {name}": (project(at(WEIGHTS, change), name == "cut"), "projector" if name in ("gone", "renamed", "a folder", "a pipe") else WEIGHTS)
+       for name, change in BROKEN.items()},
+    **{damage: (project(damage_weights(WEIGHTS, damage)), "does not fit" if damage != "one too many" else "") for damage in DAMAGE},
+    "of stage 2": (lambda folder: (f"projector={whole_run().folder}",), "projector"),
+}  # fmt: skip
+
+
+def resume_run(folder: Path) -> None:
+    """A stopped run goes on to the losses of one that was never stopped."""
+    run = train_small("world")
+    assert run.folder.name == folder.name and run.done
+    assert run.metrics()["loss"].tolist() == whole_run().metrics()["loss"].tolist()
+    weights, expected = run.weights(), whole_run().weights()
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def export_run(folder: Path) -> None:
+    """The exported weights are those of the whole run."""
+    run_in_process(("export", str(folder), "out"))
+    run_in_process(("export", str(whole_run().folder), "expected"))
+    ours, expected = (load_file(Path(name, "open_clip", CLIP_WEIGHTS)) for name in ("out", "expected"))
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
+    assert whole_run().folder.name in Path("out/README.md").read_text(encoding="utf-8")
+
+
+def evaluate_run(folder: Path) -> None:
+    """The embeddings are those of the whole run's encoder."""
+    rows, expected = (evaluate_small(name, "zero-shot", four_images()) for name in (folder, whole_run().folder))
+    assert rows["weights"].tolist() == expected["weights"].tolist()
+
+
+def list_run(folder: Path) -> None:
+    """The run stands in the list; the error of a damaged one is raised."""
+    (row,) = list_runs(folder.parent).to_dict("records")
+    if isinstance(row["error"], str):
+        raise ValueError(row["error"])
+    assert row["run"] == folder.name and row["done"] == (folder / "done").exists() and row["encoder"] == str(Case.clip)
+
+
+def change_line(name: str, number: int, text: str) -> Callable[[Path], object]:
+    def change(path: Path) -> None:
+        lines = path.read_text().splitlines()
+        path.write_text("".join(f"{line}\n" for line in [*lines[:number], text, *lines[number + 1 :]]))
+
+    return at(name, change)
+
+
+def change_state(**changes: object) -> Callable[[Path], object]:
+    return at(STATE, lambda path: torch.save(torch.load(path, weights_only=True) | changes, path))
+
+
+def append(name: str, text: str) -> Callable[[Path], object]:
+    return at(name, lambda path: path.write_text((path.read_text() if path.exists() else "") + text))
+
+
+RUN_FILES = {  # file of a run -> words of the error where it is broken
+    "settings.json": "settings.json", "environment.json": "environment.json", "metrics.jsonl": "metrics.jsonl",
+    WEIGHTS: "weights.safetensors", STATE: "optimizer.pt",
+}  # fmt: skip
+EDITS: dict[str, Callable[[Path], object]] = {
+    "nothing": lambda folder: None,
+    "notes beside": add("notes.txt", "x"),
+    "another learning rate": at("settings.json", lambda path: change_json(path, lr=0.5)),
+    "an unknown setting": at("settings.json", lambda path: change_json(path, zeal=3)),
+    "a setting of another type": at("settings.json", lambda path: change_json(path, steps="many")),
+    "no stage": at("settings.json", lambda path: change_json(path, stage=None)),
+    "another encoder": at("settings.json", lambda path: change_json(path, encoder="tiny")),
+    "an encoder that is not there": at("settings.json", lambda path: change_json(path, encoder="/nowhere")),
+    "no versions": at("environment.json", lambda path: change_json(path, versions=None)),
+    "other weights at the start": at("environment.json", lambda path: change_json(path, weights={"encoder": {CLIP_WEIGHTS: "0"}})),
+    "hashes of another type": at("environment.json", lambda path: change_json(path, weights=[1])),
+    "a line of words": change_line("metrics.jsonl", 0, "words"),
+    "a line of another step": change_line("metrics.jsonl", 0, '{"step": 7, "loss": 1}'),
+    "a line of a step that is text": change_line("metrics.jsonl", 0, '{"step": "0", "loss": 1}'),
+    "half a last line": append("metrics.jsonl", '{"step": 2, "lo'),
+    "a line too many": append("metrics.jsonl", '{"step": 1, "loss": 1}\n'),
+    "a broken list of skipped images": append("skipped.jsonl", "\xff\n{}\n"),
+    "a list of skipped images that is a folder": lambda folder: (folder / "skipped.jsonl").mkdir(),
+    "state of step -1": change_state(step=-1),
+    "state of step 9": change_state(step=9),
+    "state of step 0": change_state(step=0),
+    "state of step one": change_state(step="one"),
+    "state of two processes": change_state(positions=[2, 2]),
+    "state without an optimizer": change_state(optimizer={}),
+    "state of another optimizer": change_state(optimizer={"state": {}, "param_groups": []}),
+    "state that lacks seconds": at(STATE, lambda path: torch.save({k: v for k, v in torch.load(path).items() if k != "seconds"}, path)),
+    "positions of text": change_state(positions=["x"]),
+    "weights of another run": at(WEIGHTS, lambda path: shutil.copy(stage_one().folder / WEIGHTS, path)),
+    "NaN": damage_weights(WEIGHTS, "NaN"),
+    "another shape": damage_weights(WEIGHTS, "another shape"),
+    "one missing": damage_weights(WEIGHTS, "one missing"),
+    "one too many": damage_weights(WEIGHTS, "one too many"),
+    "no checkpoint": lambda folder: shutil.rmtree(folder / "checkpoint"),
+    "an empty checkpoint": lambda folder: (shutil.rmtree(folder / "checkpoint"), (folder / "checkpoint").mkdir()),
+    "a checkpoint that is a file": lambda folder: (shutil.rmtree(folder / "checkpoint"), (folder / "checkpoint").write_text("x")),
+    "a checkpoint half renamed": lambda folder: (folder / "checkpoint").rename(folder / "checkpoint.old"),
+    "a new checkpoint half written": add("checkpoint.new/weights.safetensors", b"x"),
+    "a lock of another process": lambda folder: (folder / "lock").write_text("process 1 on elsewhere"),
+    "a lock that is a folder": lambda folder: ((folder / "lock").unlink(), (folder / "lock").mkdir()),
+    "a lock that is a pipe": at("lock", turn_into_pipe),
+}
+ALL_EDITS = {**{f"{file} {name}": at(file, change) for file in RUN_FILES for name, change in BROKEN.items()}, **EDITS}
+EXPECTED: dict[str, dict[str, str]] = {"resume": {}, "export": {}, "evaluate run": {}, "list": {}}
+
+
+def run_cases(door: str, made: Callable[[], Run]) -> list[Case]:
+    return cases_of(door, {name: (run_copy(made, change), EXPECTED[door].get(name, "")) for name, change in ALL_EDITS.items()})
+
+
+FILE_DOORS: dict[str, Callable[[object], None]] = {
+    "train": train_on, "captions": train_on, "evaluate": evaluate_on, "pairs": evaluate_on, "encoder": measure_encoder,
+    "other encoder": measure_other_encoder, "denoiser": train_through, "projector": train_projector,
+    "resume": resume_run, "export": export_run, "evaluate run": evaluate_run, "list": list_run,
+}  # fmt: skip
+FILES = [
+    *cases_of("train", TRAIN_IMAGES), *cases_of("captions", CAPTIONS), *cases_of("evaluate", EVALUATE_IMAGES),
+    *cases_of("pairs", PAIRS), *cases_of("encoder", ENCODERS), *cases_of("other encoder", OTHER_ENCODERS),
+    *cases_of("denoiser", DENOISERS), *cases_of("projector", PROJECTORS),
+    *run_cases("resume", stopped_run), *run_cases("list", whole_run), *run_cases("export", whole_run),
+    *run_cases("evaluate run", whole_run),
+]  # fmt: skip
