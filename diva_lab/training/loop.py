@@ -236,7 +236,13 @@ class Trainer:
                 f"run {self.run.id}: its checkpoint does not fit {min(wrong)}; put {self.run.folder} back from a copy, "
                 "or delete it to train the run anew"
             )
-        self.optimizer.load_state_dict(optimizer)
+        try:
+            self.optimizer.load_state_dict(optimizer)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # torch looks at little before it uses it
+            raise ValueError(
+                f"run {self.run.id}: the optimizer's state in its checkpoint does not fit ({error}); put "
+                f"{self.run.folder} back from a copy, or delete its checkpoint to train it anew"
+            ) from error
         self.modules.load_state_dict(weights, strict=False)
 
     def save(self, steps: int) -> None:
