@@ -41,7 +41,7 @@ from diva_lab.workbook.report import write_report
 
 matplotlib.use("agg")
 SECONDS, KILOBYTES = 30, 4 * 2**20
-WAIT = int(__import__('os').environ.get('W', 300))  # seconds for a case at the clock, on a machine that does other work too
+WAIT = 300  # seconds for a case at the clock, on a machine that does other work too
 PLANTED = "__import__('pathlib').Path('pwned').touch()"  # leaves a file where it is run
 NAN, INF = float("nan"), float("inf")
 
@@ -349,8 +349,8 @@ CASES = [
     *(Case(door, text) for door in ("figures", "report") for text in TEXTS[::4]),
     *(Case("report", text) for text in ACTIVE),
 ]  # fmt: skip
-CASES += [case for k, case in enumerate(FILES) if k % 8 == 0]
-SLOW += [case for k, case in enumerate(FILES) if k % 8]
+CASES += [case for k, case in enumerate(FILES) if k % 16 == 0]
+SLOW += [case for k, case in enumerate(FILES) if k % 16]
 MARKED = [pytest.param(case, id=str(case)) for case in CASES]
 MARKED += [pytest.param(case, id=str(case), marks=pytest.mark.slow) for case in SLOW]
 

@@ -306,6 +306,8 @@ class Run:
         if self._checkpoint is None:
             raise FileNotFoundError(f"run {self.id} has no checkpoint in {self.folder}; was it ever trained?")
         path = self._checkpoint / "weights.safetensors"
+        if not path.is_file():
+            raise self._damage(path, "gone, or not a regular file")
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
