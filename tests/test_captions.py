@@ -78,7 +78,11 @@ def test_an_image_without_a_caption_is_skipped_and_listed(kind, tmp_path):
     stream = open_images(write_source(kind, tmp_path / "x", without=(2,)), 32, 5, seed=0, captions="")
     batches = [numbers(images) for images in itertools.islice(stream, 4)]
     assert all(2 not in batch for batch in batches)
-    assert {reason for _, reason in stream.skipped} == {"no caption, or none in UTF-8"} and len(stream.skipped) in (3, 4, 5)
+    assert {reason for _, reason in stream.skipped} == {"no caption, or none in UTF-8"} and len(stream.skipped) in (
+        3,
+        4,
+        5,
+    )
     assert stream.position == 20 + len(stream.skipped)
 
 

@@ -5,8 +5,8 @@ expected, or "" where the right result is. A door is a function that takes what 
 asserts that a result is right. No case may run code that is planted in it, take 30 seconds of a processor, or 4 GB.
 
 To add cases, add entries to a list; to add an entry point, add a function to `DOORS` and a list to `CASES`. What is
-given may be a function of the working folder, which makes a file there and returns what the door takes. Cases of `SLOW`
-are left out unless pytest is called with `-m slow`.
+given may be a function of the working folder, which makes a file there and returns what the door takes; such cases are
+in `corpus_files`. Cases of `SLOW` are left out unless pytest is called with `-m slow`.
 """
 
 import os
@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from corpus_files import FILES, FILE_DOORS, LONG, Case, report_exit, run_in_process
+from corpus_files import FILE_DOORS, FILES, LONG, QUICK, Case, report_exit, run_in_process
 from papermill.iorw import NoDatesSafeLoader
 from papermill.translators import PythonTranslator
 
@@ -349,8 +349,9 @@ CASES = [
     *(Case(door, text) for door in ("figures", "report") for text in TEXTS[::4]),
     *(Case("report", text) for text in ACTIVE),
 ]  # fmt: skip
-CASES += [case for k, case in enumerate(FILES) if k % 16 == 0]
-SLOW += [case for k, case in enumerate(FILES) if k % 16]
+OFTEN = [case for k, case in enumerate(FILES) if k % 40 == 0 or str(case.given) in QUICK]
+CASES += OFTEN
+SLOW += [case for case in FILES if case not in OFTEN]
 MARKED = [pytest.param(case, id=str(case)) for case in CASES]
 MARKED += [pytest.param(case, id=str(case), marks=pytest.mark.slow) for case in SLOW]
 

@@ -168,7 +168,9 @@ def _prompts(path: Path) -> tuple[str, ...]:
     prompts = _lines(path)
     for number, prompt in enumerate(prompts, 1):
         if prompt.count("{c}") != 1 or re.search("[{}]", prompt.replace("{c}", "")):
-            raise ValueError(f"{path}: line {number} is {prompt!r}; expected {{c}} once, for the class, and no other brace")
+            raise ValueError(
+                f"{path}: line {number} is {prompt!r}; expected {{c}} once, for the class, and no other brace"
+            )
     return prompts
 
 
@@ -244,7 +246,7 @@ def _from_folders(name: str, folder: Path, root: Path, templates: tuple[str, ...
         found, beside = find_images(folder / kind)
         left_out += beside
         if (real := (folder / kind).resolve()) in read:
-            wrong.append(f"{kind}: a link to {real}, whose images are those of other classes")
+            wrong.append(f"{kind}: the same folder as another class, or one that holds it ({real})")
         read.add(real)
         if not found:
             wrong.append(f"{kind}: no image in this class; expected {', '.join(SUFFIXES)} files")

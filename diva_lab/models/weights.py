@@ -312,10 +312,10 @@ def load_scheduler(kind: type, folder: str | Path) -> SchedulerMixin:
     """A diffusers scheduler of the class `kind`, from the settings of any that it can take the place of.
 
     Raises:
-        ValueError: for the settings of a scheduler of another family.
+        ValueError: for the settings of a scheduler of another family, or of none.
     """
     path = Path(folder, "scheduler_config.json")
-    name = read_json(path).get("_class_name", kind.__name__)
+    name = read_json(path).get("_class_name")
     with reading(path):
         scheduler = kind.from_pretrained(folder)
     known = {kind.__name__, *(other.__name__ for other in scheduler.compatibles)}

@@ -66,7 +66,9 @@ def _load_stage_one(settings: Settings, module: nn.Module, part: str) -> None:
         )
     run = Path(settings.projector)
     if (run / "settings.json").is_file() and not (run / "done").exists():
-        raise ValueError(f"projector={settings.projector!r}: a run that is not finished; run the same again, it goes on")
+        raise ValueError(
+            f"projector={settings.projector!r}: a run that is not finished; run the same again, it goes on"
+        )
     weights = {n.removeprefix(part): w for n, w in read_weights(path).items() if n.startswith(part)}
     if isinstance(module, Conditioner) and "gap" in weights:
         module.gap = torch.zeros_like(weights["gap"])
