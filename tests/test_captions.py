@@ -173,11 +173,21 @@ def test_captions_and_images_name_a_world_by_one_rule(source):
             opened()
 
 
-def test_a_cell_that_no_csv_has_is_refused(tmp_path):
+def test_a_long_caption_is_read_whole_and_one_that_may_be_cut_or_misread_is_refused(tmp_path):
     (tmp_path / "0.png").write_bytes(png(0))
-    (tmp_path / "captions.csv").write_text(f"image,caption\n0.png,{'x' * 200_000}\n")
-    with pytest.raises(ValueError, match=r"captions\.csv: not a csv"):
-        open_images(tmp_path, 32, 1, 0, captions="")
+    table = tmp_path / "captions.csv"
+    table.write_text(f"image,caption\n0.png,{'x' * 200_000}\n")
+    stream = open_images(tmp_path, 32, 1, 0, captions="")
+    next(stream)
+    assert stream.captions == ["x" * 200_000]
+    for text, message in (
+        (b"a,b", "row 2: more cells"),
+        (b'"a\n1.png,b', "not a csv"),
+        (b"\xe9", "not a csv in UTF-8"),
+    ):
+        table.write_bytes(b"image,caption\n0.png," + text + b"\n")
+        with pytest.raises(ValueError, match=rf"captions\.csv: {message}"):
+            open_images(tmp_path, 32, 1, 0, captions="")
 
 
 @pytest.mark.parametrize(

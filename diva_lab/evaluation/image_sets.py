@@ -302,10 +302,7 @@ def _from_tars(name: str, tars: list[Path], root: Path, templates: tuple[str, ..
             if "cls" in image.parts:
                 labels.append(_number(image.parts["cls"].read(), f"{key}.cls"))
             elif "txt" in image.parts:
-                text = _utf8(image.parts["txt"].read(), f"{key}.txt")
-                captions.append(tuple(line for line in text.splitlines() if line.strip()))
-                if not captions[-1]:
-                    raise ValueError(f"{key}.txt: no caption in it")
+                captions.append(_texts(image.parts["txt"].read(), f"{key}.txt"))
             else:
                 raise ValueError(f"{key}: {EXPECTED_MEMBERS}; found {found}")
         except ValueError as error:
@@ -329,6 +326,13 @@ def _number(data: bytes, where: str) -> int:
     if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", data):
         raise ValueError(f"{where}: {data[:20]!r}; expected the number of a class, from 0 on")
     return int(data)
+
+
+def _texts(data: bytes, where: str) -> tuple[str, ...]:
+    texts = tuple(line for line in _utf8(data, where).splitlines() if line.strip())
+    if not texts:
+        raise ValueError(f"{where}: no caption in it")
+    return texts
 
 
 def _split(folder: Path, split: str) -> Path:
