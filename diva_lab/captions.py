@@ -1,15 +1,26 @@
 """Captions: of images in folders, webdataset tars and Hugging Face datasets, and of plain text files."""
 
 import csv
+import os
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 
-from diva_lab.image_files import dealt_order, find_images, find_tars, load_dataset, read_tars, text_column
+from diva_lab.image_files import (
+    OTHER_SUFFIXES,
+    dealt_order,
+    find_images,
+    find_tars,
+    load_dataset,
+    read_caption,
+    read_tars,
+    text_column,
+)
 from diva_lab.world import World, captions, draw_scenes, named_world
 
+csv.field_size_limit(2**31 - 1)  # Python's own limit, 128 kB, is less than a caption may have
 TABLE = "captions.csv"  # in a folder of images: image,caption
 MOST = 100_000  # captions that are read of tars to train on without their images
 
@@ -17,7 +28,7 @@ MOST = 100_000  # captions that are read of tars to train on without their image
 def folder_captions(folder: Path, files: Sequence[Path]) -> dict[Path, str]:
     """file -> caption, of `captions.csv` in the folder (image, caption; a row an image) or else of NAME.txt beside it.
 
-    Files without a caption are left out.
+    Files without a caption, or with one that is not UTF-8 in NAME.txt, are left out.
 
     Raises:
         ValueError: for a table that cannot be understood; names its rows.
@@ -25,10 +36,10 @@ def folder_captions(folder: Path, files: Sequence[Path]) -> dict[Path, str]:
     """
     table = folder / TABLE
     if table.is_file():
-        found = _read_table(table)
+        found = _read_table(table, files)
     else:
-        found = {file: file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()
-                 for file in files if file.with_suffix(".txt").is_file()}  # fmt: skip
+        beside = {file: file.with_suffix(".txt") for file in files}
+        found = {file: read_caption(text.read_bytes()) for file, text in beside.items() if text.is_file()}
     found = {file: found[file] for file in files if found.get(file)}
     if not found:
         raise FileNotFoundError(
@@ -47,23 +58,26 @@ def refuse_column(source: str, column: str | None) -> None:
         )
 
 
-def _read_table(table: Path) -> dict[Path, str]:
-    with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
-        try:
-            rows = list(csv.DictReader(file))
-        except csv.Error as error:
-            raise ValueError(f"{table}: not a csv ({error}); expected rows under image and caption") from error
+def _read_table(table: Path, files: Sequence[Path]) -> dict[Path, str]:
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{table}: not a csv in UTF-8 ({error}); expected rows under image and caption") from error
     if not rows or not {"image", "caption"} <= rows[0].keys():
         header = ", ".join(map(str, rows[0])) if rows else "no rows"
         raise ValueError(f"{table}: expected rows under image and caption; found {header}")
-    found: dict[Path, str] = {}
-    wrong = []
+    known, found, wrong = set(files), {}, []
     for number, row in enumerate(rows, 2):
-        image = table.parent / (row["image"] or "")
-        if not row["image"] or not image.is_file():
+        image = table.parent / os.path.normpath(row["image"] or ".")
+        if None in row:
+            wrong.append(f"row {number}: more cells than the header has; a caption with commas needs quotes around it")
+        elif not row["image"] or not os.path.isfile(image):
             wrong.append(f"row {number}: no image {row['image']!r}")
         elif image in found:
             wrong.append(f"row {number}: a second caption of {row['image']!r}")
+        elif image not in known and image.suffix.lower() not in OTHER_SUFFIXES:  # those are listed as left out
+            wrong.append(f"row {number}: {row['image']!r} is none of the images that are read of this folder")
         else:
             found[image] = (row["caption"] or "").strip()
     if wrong:

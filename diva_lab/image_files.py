@@ -13,7 +13,7 @@ import stat
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from hashlib import blake2b
 from itertools import accumulate, count, groupby, islice
 from pathlib import Path
@@ -72,7 +72,8 @@ class Place(NamedTuple):
             return file.read(size)
 
     def __str__(self) -> str:
-        return self.path if self.size < 0 else f"{self.path} (byte {self.offset})"
+        path = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in self.path)  # on one line
+        return path if self.size < 0 else f"{path} (byte {self.offset})"
 
 
 class Sample(NamedTuple):
@@ -331,6 +332,12 @@ def keyed_members(file: BinaryIO, aside: list[LeftOut]) -> Iterator[tuple[str, s
             yield parts[1], parts[2].lower(), place
 
 
+def read_caption(data: bytes) -> str | None:
+    """The text of a .txt beside an image; None where there is none, or none in UTF-8."""
+    with suppress(UnicodeDecodeError):
+        return data.decode("utf-8-sig").strip() or None
+
+
 def _tar_sample(file: BinaryIO, image: TarImage, read: bool) -> Sample:
     def data(place: Place) -> bytes:
         file.seek(place.offset)
@@ -339,8 +346,7 @@ def _tar_sample(file: BinaryIO, image: TarImage, read: bool) -> Sample:
     name, text = f"{file.name}: {image.name}", image.parts.get("txt")
     if isinstance(image.place, ValueError) or not read:
         return Sample(image.place, name)
-    caption = data(text).decode("utf-8-sig", errors="replace").strip() if text else None
-    return Sample(data(image.place), name, caption or None)
+    return Sample(data(image.place), name, read_caption(data(text)) if text else None)
 
 
 def tar_images(tar: str, read: bool = True) -> Iterator[Sample]:

@@ -90,7 +90,7 @@ def _decoded(samples: Iterator[Sample], px: int, n: int, source: str, captioned:
         for sample, image, reason in _decode_ahead(samples, px, 2 * n, pool):
             taken += 1
             if captioned and not sample.caption and not reason:
-                reason = "no caption"
+                reason = "no caption, or none in UTF-8"
             if reason:
                 unread.append(LeftOut(sample.name, reason))
                 skipped.append(unread[-1])

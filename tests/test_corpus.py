@@ -5,17 +5,18 @@ expected, or "" where the right result is. A door is a function that takes what 
 asserts that a result is right. No case may run code that is planted in it, take 30 seconds of a processor, or 4 GB.
 
 To add cases, add entries to a list; to add an entry point, add a function to `DOORS` and a list to `CASES`. What is
-given may be a function of the working folder, which makes a file there and returns what the door takes. Cases of `SLOW`
-are left out unless pytest is called with `-m slow`.
+given may be a function of the working folder, which makes a file there and returns what the door takes; such cases are
+in `corpus_files`. Cases of `SLOW` are left out unless pytest is called with `-m slow`.
 """
 
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -26,11 +27,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from corpus_files import FILE_DOORS, FILES, LONG, QUICK, Case, report_exit, run_in_process
 from papermill.iorw import NoDatesSafeLoader
 from papermill.translators import PythonTranslator
 
 from diva_lab import figures
-from diva_lab.cli import EXPECTED, main
+from diva_lab.cli import EXPECTED
 from diva_lab.evaluation.results import update_csv
 from diva_lab.training.presets import parse_changes, replace_settings
 from diva_lab.training.settings import CHOICES, NAMES, RANGES, Settings
@@ -39,22 +41,9 @@ from diva_lab.workbook.report import write_report
 
 matplotlib.use("agg")
 SECONDS, KILOBYTES = 30, 4 * 2**20
-WAIT = 300  # seconds for a process of its own, on a machine that does other work too
+WAIT = 300  # seconds for a case at the clock, on a machine that does other work too
 PLANTED = "__import__('pathlib').Path('pwned').touch()"  # leaves a file where it is run
-LONG = "x" * 200_000
 NAN, INF = float("nan"), float("inf")
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is `given` at a `door`, and words of the error that is expected; "" where the right result is."""
-
-    door: str
-    given: object
-    error: str = ""
-
-    def __str__(self) -> str:
-        return re.sub(r"[^\w=.,+-]+", "-", f"{self.door}-{self.given}")[:60]
 
 
 # ruff: noqa: E501  (tables of cases)
@@ -221,27 +210,6 @@ COMMANDS = [
 ]  # fmt: skip
 
 
-def run_in_process(argv: tuple[str, ...]) -> None:
-    """Run `diva-lab` in this process; exit code 2 becomes the error that was printed."""
-    Path("a.txt").write_text("no table, no run\n")
-    try:
-        code = main(list(argv))
-    except SystemExit as stop:
-        code = stop.code
-    report_exit(code, *Case.capture.readouterr())
-
-
-def report_exit(code: int, out: str, err: str) -> None:
-    assert code in (0, 2), err
-    assert "Traceback" not in err
-    if code == 2:
-        lines = err.strip().splitlines()
-        assert lines[-1 if len(lines) == 1 else 0].startswith("error: ") and max(map(len, lines)) < 4500
-        assert all(line.startswith("- ") for line in lines[1:]), err
-        raise ValueError(err.strip())
-    assert out.strip()
-
-
 # --- texts in tables, figures and the report --------------------------------------------------------------------
 
 TEXTS = [
@@ -373,6 +341,7 @@ DOORS: dict[str, Callable[[object], None]] = {
     "figures": draw_in_figures,
     "report": report_on,
     "real command": run_real_command,
+    **FILE_DOORS,
 }
 CASES = [
     *SETTINGS[::3], *YAML, *CHECKED, *COMMANDS,
@@ -380,6 +349,9 @@ CASES = [
     *(Case(door, text) for door in ("figures", "report") for text in TEXTS[::4]),
     *(Case("report", text) for text in ACTIVE),
 ]  # fmt: skip
+OFTEN = [case for k, case in enumerate(FILES) if k % 40 == 0 or str(case.given) in QUICK]
+CASES += OFTEN
+SLOW += [case for case in FILES if case not in OFTEN]
 MARKED = [pytest.param(case, id=str(case)) for case in CASES]
 MARKED += [pytest.param(case, id=str(case), marks=pytest.mark.slow) for case in SLOW]
 
@@ -408,14 +380,24 @@ def without_annotations():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.mark.usefixtures("without_annotations")
+@pytest.fixture
+def alarm():
+    """What waits without end, as on a pipe, fails."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"not at its end after {WAIT} seconds"))
+    signal.alarm(WAIT)
+    yield
+    signal.alarm(0)
+
+
+@pytest.mark.usefixtures("without_annotations", "alarm")
 @pytest.mark.filterwarnings("ignore:.*Glyph.*missing from font")
 @pytest.mark.parametrize("case", MARKED)
 def test_an_odd_input_ends_in_the_right_result_or_in_one_clear_error(
-    case, tmp_path, monkeypatch, capsys, record_property
+    case, tmp_path, monkeypatch, capsys, record_property, small_clip, small_diffusion
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Case, "capture", capsys, raising=False)
+    for name, value in (("capture", capsys), ("clip", small_clip), ("diffusion", small_diffusion)):
+        monkeypatch.setattr(Case, name, value, raising=False)
     before = used()
     end, error = end_of(case, tmp_path)
     taken, grown = (after - first for first, after in zip(before, used(), strict=True))

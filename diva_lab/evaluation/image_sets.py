@@ -11,6 +11,7 @@ them.
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -152,13 +153,25 @@ def _lines(path: Path) -> tuple[str, ...]:
 
     An empty line between others is refused: without it all names behind it would be of other classes.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return ()
-    lines = [line.strip() for line in _utf8(path.read_bytes(), path).rstrip().splitlines()]
+    with open_regular(path) as file:
+        lines = [line.strip() for line in _utf8(file.read(), path).rstrip().splitlines()]
     if "" in lines or not lines:
         number = lines.index("") + 1 if lines else 1
         raise ValueError(f"{path}: line {number} is empty; expected a name or a prompt in every line")
     return tuple(lines)
+
+
+def _prompts(path: Path) -> tuple[str, ...]:
+    """The prompts in a file; refused where one has not one `{c}` for a class's name, and no other brace."""
+    prompts = _lines(path)
+    for number, prompt in enumerate(prompts, 1):
+        if prompt.count("{c}") != 1 or re.search("[{}]", prompt.replace("{c}", "")):
+            raise ValueError(
+                f"{path}: line {number} is {prompt!r}; expected {{c}} once, for the class, and no other brace"
+            )
+    return prompts
 
 
 def _utf8(data: bytes, where: Path | str) -> str:
@@ -224,11 +237,17 @@ def _from_folders(name: str, folder: Path, root: Path, templates: tuple[str, ...
     if all(kind.isdecimal() for kind in classes):
         classes.sort(key=int)
     _refuse(folder, list(filter(None, (_no_class(folder / kind, folder != root) for kind in classes))))
-    places, labels, left_out = [], [], []
+    places, labels = [], []
+    left_out = [LeftOut(str(path), "beside the class folders, of no class") for path in visible(folder)
+                if path.suffix.lower() in SUFFIXES and not path.is_dir()]  # fmt: skip
+    read = {folder.resolve(), *folder.resolve().parents}
     wrong = [] if len(classes) > 1 else [f"{classes[0]!r} is the only class folder; expected two or more"]
     for label, kind in enumerate(classes):
         found, beside = find_images(folder / kind)
         left_out += beside
+        if (real := (folder / kind).resolve()) in read:
+            wrong.append(f"{kind}: the same folder as another class, or one that holds it ({real})")
+        read.add(real)
         if not found:
             wrong.append(f"{kind}: no image in this class; expected {', '.join(SUFFIXES)} files")
         places += [Place(str(path)) for path in found]
@@ -283,8 +302,7 @@ def _from_tars(name: str, tars: list[Path], root: Path, templates: tuple[str, ..
             if "cls" in image.parts:
                 labels.append(_number(image.parts["cls"].read(), f"{key}.cls"))
             elif "txt" in image.parts:
-                text = _utf8(image.parts["txt"].read(), f"{key}.txt")
-                captions.append(tuple(line for line in text.splitlines() if line.strip()))
+                captions.append(_texts(image.parts["txt"].read(), f"{key}.txt"))
             else:
                 raise ValueError(f"{key}: {EXPECTED_MEMBERS}; found {found}")
         except ValueError as error:
@@ -305,9 +323,16 @@ def _from_tars(name: str, tars: list[Path], root: Path, templates: tuple[str, ..
 
 
 def _number(data: bytes, where: str) -> int:
-    if not data.strip().isdigit():
+    if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", data):
         raise ValueError(f"{where}: {data[:20]!r}; expected the number of a class, from 0 on")
     return int(data)
+
+
+def _texts(data: bytes, where: str) -> tuple[str, ...]:
+    texts = tuple(line for line in _utf8(data, where).splitlines() if line.strip())
+    if not texts:
+        raise ValueError(f"{where}: no caption in it")
+    return texts
 
 
 def _split(folder: Path, split: str) -> Path:
@@ -375,7 +400,7 @@ def read_set(folder: str | Path, split: str = "test") -> ImageSet:
     if name == "voc2007" and any(any(folder.glob(f"{deep}JPEGImages")) for deep in ("", "*/", "*/*/")):
         raise ValueError(f"{folder}: VOC's own layout, {MULTILABEL}")
     where = _split(folder, split)
-    templates = _lines(folder / "zeroshot_classification_templates.txt")
+    templates = _prompts(folder / "zeroshot_classification_templates.txt")
     prompted = CLASSIFICATION_SETS[name].templates if name in CLASSIFICATION_SETS else ""
     templates = templates or _known("zeroshot_classification_templates", prompted or name) or DEFAULT_TEMPLATES
     if tars := _tars(where):

@@ -8,6 +8,7 @@ and similarities are float32.
 import csv
 import io
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -168,7 +169,7 @@ def _read_questions(path: Path) -> tuple[dict[int, tuple[str, str]], list[str]]:
     if not rows or len(rows) % 2:
         wrong.append(f"{len(rows)} questions, which are not pairs")
     for row in rows:
-        if len(row) != 3 or not all(row) or not row[0].isdecimal() or int(row[0]) < 1:
+        if len(row) != 3 or not all(row) or not re.fullmatch(r"\d{1,9}", row[0]) or int(row[0]) < 1:
             wrong.append(f"no id, type and statement in the row {','.join(row)!r}")
         elif int(row[0]) in questions:
             wrong.append(f"id {int(row[0])} stands twice")

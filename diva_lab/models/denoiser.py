@@ -4,6 +4,7 @@ The families are in `diffusion` and `flow`. Whatever a network predicts, `predic
 """
 
 import hashlib
+import math
 from collections import ChainMap
 from functools import cached_property
 from itertools import islice
@@ -43,7 +44,7 @@ class Denoiser(nn.Module):
 
     Raises:
         ValueError: for a scheduler that declares another `prediction_type` than epsilon or v_prediction, or whose
-            signal does not fall with the timestep.
+            signal does not fall with the timestep; for a `scaling_factor` of 0.
     """
 
     scratch = False
@@ -51,6 +52,8 @@ class Denoiser(nn.Module):
     def __init__(self, vae, network, scheduler, width: int, px: int):
         super().__init__()
         self.vae, self.network, self.scheduler, self.width, self.px = vae, network, scheduler, width, px
+        if not (scale := vae.config.scaling_factor) or not math.isfinite(scale):
+            raise ValueError(f"vae: scaling_factor = {scale}; expected a number other than 0, as 0.18215")
         self.timesteps: int = scheduler.config.num_train_timesteps
         self.flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
         if self.flow:
@@ -61,6 +64,7 @@ class Denoiser(nn.Module):
             if kind not in ("epsilon", "v_prediction"):
                 raise ValueError(f"prediction_type {kind!r}; expected epsilon or v_prediction")
             signal, sigma = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
+            signal[scheduler.betas > 1] = torch.nan  # where the product before is 0, its root is a number
             self.native = "noise" if kind == "epsilon" else "velocity"
         wrong = not signal.is_meta and (not (signal + sigma).isfinite().all() or (signal.diff() > 0).any())
         if wrong or len(signal) < 2:

@@ -7,8 +7,10 @@ unpacked first, so that a name stands for the same matrix in both formats. `load
 """
 
 import json
+import math
 import re
 import string
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -425,7 +427,17 @@ def _open_clip_config(folder: str | Path) -> dict:
         raise ValueError(f"{path}: timm_model_name = {trunk!r}; expected a name that timm.list_models() has")
     if text not in texts:
         raise ValueError(f"{path}: hf_model_name = {text!r}; expected one of {', '.join(texts[1:])}")
+    preprocess = config.get("preprocess_cfg") or {}
+    _check_colours(preprocess.get("mean", [0] * 3), preprocess.get("std", [1] * 3), path)
     return config
+
+
+def _check_colours(mean: object, std: object, path: str | Path) -> None:
+    """Raise ValueError unless both are three finite numbers, those of `std` above 0."""
+    for name, values, least in (("mean", mean, -math.inf), ("std", std, 0)):
+        numbers = values if isinstance(values, Sequence) and len(values) == 3 else [None]
+        if not all(isinstance(x, int | float) and least < x < math.inf for x in numbers):
+            raise ValueError(f"{path}: {name} = {values!r}; expected a number for red, green and blue, std above 0")
 
 
 def read_open_clip(folder: str | Path, weights: bool = True) -> tuple[nn.Module, object, dict]:
@@ -493,6 +505,7 @@ def _preprocessing(folder: str | Path, px: int) -> dict:
     edge = processor.size.get("shortest_edge") or processor.size.get("height")
     if edge != px:
         raise ValueError(f"{folder}: image processor that resizes to {edge} px; expected the model's {px} px")
+    _check_colours(processor.image_mean, processor.image_std, folder)
     return {
         "size": px, "mean": tuple(processor.image_mean), "std": tuple(processor.image_std),
         "interpolation": _RESAMPLE[processor.resample],

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from diva_lab.image_files import open_regular
+
 State = dict[str, Tensor]
 SUFFIXES = (".safetensors", ".bin", ".pth")  # of files of weights in a folder, the first choice first
 _SCALARS = [np.dtype, *{type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OVMmSU"}]
@@ -61,8 +63,9 @@ def read_json(path: str | Path) -> dict:
         ValueError: where the file holds anything else; names it.
     """
     try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON, and of UTF-8
+        with open_regular(path) as file:
+            settings = json.loads(file.read().decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, and of a pipe
         raise ValueError(f"{path}: not a JSON file: {one_line(error)}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected an object with settings, found {type(settings).__name__}")
@@ -157,7 +160,7 @@ def read_folder(folder: str | Path, stems: Iterable[str]) -> State:
 def weight_files(folder: Path) -> dict[str, Path]:
     """The files of weights in a folder by name, of the first of `SUFFIXES` that there is; no variants (`.fp16.`)."""
     files = next((files for suffix in SUFFIXES if (files := sorted(folder.glob(f"*{suffix}")))), [])
-    return {file.name: file for file in files if "." not in file.stem}
+    return {file.name: file for file in files if "." not in file.stem and file.is_file()}
 
 
 def _refuse(source: object, kind: str, names: Iterable[str], expected: int) -> None:
@@ -309,10 +312,10 @@ def load_scheduler(kind: type, folder: str | Path) -> SchedulerMixin:
     """A diffusers scheduler of the class `kind`, from the settings of any that it can take the place of.
 
     Raises:
-        ValueError: for the settings of a scheduler of another family.
+        ValueError: for the settings of a scheduler of another family, or of none.
     """
     path = Path(folder, "scheduler_config.json")
-    name = read_json(path).get("_class_name", kind.__name__)
+    name = read_json(path).get("_class_name")
     with reading(path):
         scheduler = kind.from_pretrained(folder)
     known = {kind.__name__, *(other.__name__ for other in scheduler.compatibles)}

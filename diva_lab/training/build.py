@@ -64,6 +64,11 @@ def _load_stage_one(settings: Settings, module: nn.Module, part: str) -> None:
             f"projector={settings.projector!r}: no {path}; expected 'new', 'shipped' or 'anchored' (tiny models only), "
             "or the folder of a finished run of align()"
         )
+    run = Path(settings.projector)
+    if (run / "settings.json").is_file() and not (run / "done").exists():
+        raise ValueError(
+            f"projector={settings.projector!r}: a run that is not finished; run the same again, it goes on"
+        )
     weights = {n.removeprefix(part): w for n, w in read_weights(path).items() if n.startswith(part)}
     if isinstance(module, Conditioner) and "gap" in weights:
         module.gap = torch.zeros_like(weights["gap"])
@@ -98,7 +103,7 @@ def weight_hashes(settings: Settings) -> dict[str, dict[str, str]]:
     if settings.objective not in CONTROLS:
         files["denoiser"] = lambda: denoiser_files(settings.denoiser)
         projector = _projector_file(settings)
-        files["projector"] = lambda: {} if settings.projector == "new" else {projector.name: projector}
+        files["projector"] = lambda: {projector.name: projector} if projector.is_file() else {}
     hashes = {}
     for model, find in files.items():
         with suppress(OSError, ValueError):

@@ -197,7 +197,9 @@ class Trainer:
         return gradients, dict(zip(losses, means.tolist(), strict=True))
 
     def _record(self, step: int, line: dict[str, float]) -> None:
-        self.skipped += [{"step": step, "name": name, "reason": reason} for name, reason in self.batches.images.skipped]
+        for left_out in self.batches.images.skipped:  # pandas takes no name with bytes that are not UTF-8
+            name, reason = (text.encode("utf-8", "backslashreplace").decode() for text in left_out)
+            self.skipped.append({"step": step, "name": name, "reason": reason})
         self.batches.images.skipped.clear()
         if self.rank == 0:
             self.run.log("metrics", step=step, **line)
@@ -234,7 +236,13 @@ class Trainer:
                 f"run {self.run.id}: its checkpoint does not fit {min(wrong)}; put {self.run.folder} back from a copy, "
                 "or delete it to train the run anew"
             )
-        self.optimizer.load_state_dict(optimizer)
+        try:
+            self.optimizer.load_state_dict(optimizer)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # torch looks at little before it uses it
+            raise ValueError(
+                f"run {self.run.id}: the optimizer's state in its checkpoint does not fit ({error}); put "
+                f"{self.run.folder} back from a copy, or delete its checkpoint to train it anew"
+            ) from error
         self.modules.load_state_dict(weights, strict=False)
 
     def save(self, steps: int) -> None:

@@ -33,6 +33,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from diva_lab.image_files import open_regular
 from diva_lab.paths import RUNS
 from diva_lab.provenance import environment, sha256
 
@@ -181,7 +182,10 @@ class Run:
 
     @property
     def environment(self) -> dict:
-        return self._facts("environment.json", ("git", "versions"))
+        facts = self._facts("environment.json", ("git", "versions"))
+        if not all(isinstance(facts.get(key) or {}, dict) for key in ("versions", "weights")) or not facts["versions"]:
+            raise self._damage(self.folder / "environment.json", "expected objects as versions and weights")
+        return facts
 
     @property
     def source(self) -> str:
@@ -219,6 +223,8 @@ class Run:
             ValueError: for a line that is no record; names file and line.
         """
         path = self.folder / f"{kind}.jsonl"
+        if path.exists() and not path.is_file():
+            raise self._damage(path, "not a regular file")
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         records = [r if (r := _parse(line)) and isinstance(r.get("step"), int) else None for line in lines]
         while records and records[-1] is None and not self.done:  # is being written, or a kill came in between
@@ -300,6 +306,8 @@ class Run:
         if self._checkpoint is None:
             raise FileNotFoundError(f"run {self.id} has no checkpoint in {self.folder}; was it ever trained?")
         path = self._checkpoint / "weights.safetensors"
+        if not path.is_file():
+            raise self._damage(path, "gone, or not a regular file")
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
@@ -315,8 +323,11 @@ class Run:
             return None
         path = self._checkpoint / "optimizer.pt"
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            step = int(state["step"])
+            with open_regular(path) as file:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            step, _, _ = int(state["step"]), float(state["seconds"]), state["optimizer"]
+            if not all(isinstance(position, int) for position in state.get("positions", [])):
+                raise TypeError("positions are whole numbers")
         except Exception as error:  # torch has many
             raise self._damage(path, f"cannot be read ({type(error).__name__})") from error
         steps = self.settings.get("steps", step)
