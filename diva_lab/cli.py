@@ -202,13 +202,18 @@ def benchmark(args: argparse.Namespace) -> int:
 
 
 def add_presets(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="print this preset's settings as YAML, for papermill's -f")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("name", nargs="?", help="print this preset's settings as YAML, for papermill's -f")
+    what.add_argument("--compare", nargs=2, metavar="NAME", help="print in what two presets differ, and why")
 
 
 def presets(args: argparse.Namespace) -> int:
-    from diva_lab.training.presets import describe_presets, preset_yaml
+    from diva_lab.training.presets import compare_presets, describe_presets, preset_yaml
 
-    print(describe_presets() if args.name is None else preset_yaml(args.name))
+    if args.compare:
+        print(compare_presets(*args.compare))
+    else:
+        print(describe_presets() if args.name is None else preset_yaml(args.name))
     return 0
 
 

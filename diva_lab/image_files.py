@@ -7,6 +7,7 @@ end. An image that lies in a source and is not handed out is listed with the rea
 import functools
 import glob
 import io
+import math
 import os
 import re
 import stat
@@ -173,10 +174,40 @@ def _to_rgb(image: Image.Image, upright: bool) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # without a copy: large images fill the memory
 
 
+def draw_box(
+    width: int, height: int, random: np.random.Generator, ratios: tuple[float, float] = (3 / 4, 4 / 3)
+) -> tuple[int, int, int, int]:
+    """Left, top, width and height of a random part of an image, as torchvision's RandomResizedCrop draws it.
+
+    It has .9 to 1 of the area, and its width is to its height as `ratios` say. Where ten draws do not fit into the
+    image, it is the largest part at the centre whose sides are within these ratios.
+    """
+    low, high = ratios
+    for _ in range(10):
+        area = random.uniform(0.9, 1) * width * height
+        ratio = math.exp(random.uniform(math.log(low), math.log(high)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(random.integers(width - w + 1)), int(random.integers(height - h + 1)), w, h
+    w, h = min(width, round(height * high)), min(height, round(width / low))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def crop_square(image: Image.Image, px: int, random: np.random.Generator) -> Image.Image:
+    """A random part of an image (see `draw_box`), squashed into a square of `px` on each side, bicubic."""
+    left, top, w, h = draw_box(*image.size, random)
+    return image.crop((left, top, left + w, top + h)).resize((px, px), Image.Resampling.BICUBIC)
+
+
 def decode_square(
-    data: bytes | Path | Place | ValueError, px: int, large: AbstractContextManager | None = None
+    data: bytes | Path | Place | ValueError,
+    px: int,
+    large: AbstractContextManager | None = None,
+    random: np.random.Generator | None = None,
 ) -> UInt8[np.ndarray, "px px 3"]:
     """One image as RGB, upright, its shorter side resized to `px`, cut at the centre; `large` as in `open_picture`.
+
+    With `random` it is cut as in `crop_square`.
 
     Raises:
         ValueError: if it cannot be read; says why.
@@ -184,6 +215,8 @@ def decode_square(
     if isinstance(data, ValueError):
         raise data
     with open_picture(data, True, large) as image:
+        if random is not None:
+            return np.asarray(crop_square(image, px, random))
         return np.asarray(ImageOps.fit(image, (px, px), Image.Resampling.BICUBIC))
 
 

@@ -5,8 +5,8 @@ and the position alone, so a resumed run sees what an uninterrupted one would ha
 or has no caption, is skipped and listed.
 
 In training all models see one square, cut at the centre: the denoiser is to reconstruct what the encoder saw. The
-encoder's own resize mode, such as SigLIP's and DFN's `squash`, is used in evaluation only. DIVA's released code also
-gives SigLIP the denoiser's square, made smaller, but draws its place and shape: RandomResizedCrop, scale (.9, 1).
+encoder's own resize mode, such as SigLIP's and DFN's `squash`, is used in evaluation only. The papers' released code
+draws the square's place and shape; see `crop_square`.
 """
 
 import math
@@ -22,7 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
 
 from diva_lab.captions import folder_captions, mention_details, refuse_column
 from diva_lab.image_files import (
@@ -30,9 +32,11 @@ from diva_lab.image_files import (
     LeftOut,
     Place,
     Sample,
+    crop_square,
     dataset_cell,
     dealt_order,
     decode_square,
+    draw_box,
     find_images,
     find_tars,
     open_dataset,
@@ -43,6 +47,7 @@ from diva_lab.world import World, draw_scenes, named_world
 PATIENCE = 100  # unreadable samples in a row that are taken for a broken source
 # images; their captions, if asked for; what was skipped before them; how many samples were taken for them
 Batch = tuple[Tensor, list[str], list[LeftOut], int]
+Crop = tuple[int, ...] | None
 
 
 class Images:
@@ -74,16 +79,30 @@ def _tensor(images: list[np.ndarray] | np.ndarray) -> UInt8[Tensor, "n 3 px px"]
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
 
 
-def _world_batches(world: World, n: int, seed: int, first: int, rank: int, mentions: float | None) -> Iterator[Batch]:
+def _world_batches(
+    world: World, n: int, seed: int, first: int, rank: int, mentions: float | None, crop: Crop
+) -> Iterator[Batch]:
     for step in count(first // n):
         place = (seed, step, *([rank] if rank else []))
         scenes = draw_scenes(n, (world.seed, 40, *place))
         texts = [] if mentions is None else mention_details(scenes, (world.seed, 41, *place), mentions)
-        yield _tensor(world.render(scenes)), texts, [], n
+        images = world.render(scenes)
+        if crop is not None:
+            images = np.stack(
+                [
+                    np.asarray(crop_square(Image.fromarray(image), len(image), _crop_draws(crop, n * step + i)))
+                    for i, image in enumerate(images)
+                ]
+            )
+        yield _tensor(images), texts, [], n
 
 
-def _decoded(samples: Iterator[Sample], px: int, n: int, source: str, captioned: bool) -> Iterator[Batch]:
-    """Batches of `n`, decoded by threads, the next one while the last is used."""
+def _crop_draws(crop: Crop, number: int) -> np.random.Generator | None:
+    return None if crop is None else np.random.default_rng((*crop, number))
+
+
+def _decoded(samples: Iterator[tuple], px: int, n: int, source: str, captioned: bool) -> Iterator[Batch]:
+    """Batches of `n` of the samples and their draws, decoded by threads, the next one while the last is used."""
     images, texts, skipped, taken = [], [], [], 0  # the batch so far
     unread = []  # the broken ones since the last readable image
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -107,13 +126,13 @@ def _decoded(samples: Iterator[Sample], px: int, n: int, source: str, captioned:
 
 
 def _decode_ahead(
-    samples: Iterator[Sample], px: int, ahead: int, pool: ThreadPoolExecutor
+    samples: Iterator[tuple[Sample, np.random.Generator | None]], px: int, ahead: int, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[Sample, np.ndarray | None, str]]:
     """Each sample without its data, its image or None, and why there is none; `ahead` of them are being decoded."""
     queue: deque = deque()
     large = Lock()
-    for sample in samples:
-        queue.append((sample._replace(data=b""), pool.submit(decode_square, sample.data, px, large)))
+    for sample, random in samples:
+        queue.append((sample._replace(data=b""), pool.submit(decode_square, sample.data, px, large, random)))
         if len(queue) <= ahead:
             continue
         sample, image = queue.popleft()
@@ -142,6 +161,7 @@ def open_images(
     processes: int = 1,
     captions: str | None = None,
     mentions: float = 1.0,
+    crop: Crop = None,
 ) -> Images:
     """Endless batches of `n` images, uint8 [n, 3, px, px], from the sample `first` on; each process has its own.
 
@@ -156,6 +176,8 @@ def open_images(
             (see `text_column`). A folder's lie in `captions.csv` or NAME.txt, a tar's in its .txt members. No other
             source takes a name.
         mentions: the world's captions mention each detail with p ~ U(0, mentions), drawn for each image.
+        crop: None for the square at an image's centre; or numbers, of which with that of the sample the draws of
+            `crop_square` are made.
 
     Raises:
         FileNotFoundError: where there is no such folder, tar or dataset, no image in it, or no caption asked for.
@@ -166,7 +188,7 @@ def open_images(
         refuse_column(source, captions)
     if (world := named_world(source)) is not None:
         mentioned = None if captions is None else mentions
-        return Images(_world_batches(world, n, seed, first, rank, mentioned), first)
+        return Images(_world_batches(world, n, seed, first, rank, mentioned, crop), first)
     left_out: list[LeftOut] = []
     if source.startswith("hf:"):
         rows = open_dataset(source, captions)
@@ -185,7 +207,8 @@ def open_images(
         order = (files[i] for i in dealt_order(len(files), seed, first, rank, processes))
         samples = (Sample(Place(str(file)), str(file), texts.get(file)) for file in order)
     told = left_out if first == 0 and rank == 0 else []
-    return Images(_decoded(samples, px, n, source, captions is not None), first, told)
+    drawn = ((sample, _crop_draws(crop, first + i)) for i, sample in enumerate(samples))
+    return Images(_decoded(drawn, px, n, source, captions is not None), first, told)
 
 
 def _folder_images(source: str) -> tuple[list[Path], list[LeftOut]]:
@@ -227,7 +250,7 @@ def augment(
 
     ColorJitter(.1, .1, .1, .05), RandomResizedCrop scale (.9, 1), ratio (.9, 1.1), and with `flips` a horizontal and a
     vertical flip with p = .5 each. As positives of a contrast the flips teach invariance to orientation and text, two
-    of MMVP's nine patterns: an ablation. The released code augments after normalisation; here, as in the paper, before.
+    of MMVP's nine patterns: an ablation. The released code augments after normalisation: `augment_pixels`.
     """
     from kornia import enhance
 
@@ -249,3 +272,32 @@ def augment(
     images = enhance.adjust_contrast_with_mean_subtraction(images, 0.9 + 0.2 * u[5, :, 0])
     images = enhance.adjust_saturation_with_gray_subtraction(images, 0.9 + 0.2 * u[6, :, 0])
     return enhance.adjust_hue(images, 2 * math.pi * (0.1 * u[7, :, 0] - 0.05))
+
+
+def augment_pixels(
+    pixels: Float[Tensor, "b 3 h w"], generator: torch.Generator, flips: bool = True
+) -> Float[Tensor, "b 3 h w"]:
+    """DCR's augmentation as its released code has it: image by image, of an encoder's *normalised* input.
+
+    torchvision's colour jitter, in a random order of its four parts, clamps what it is given to [0, 1]: of the
+    normalised values all below 0 and above 1 are lost.
+    """
+    views = []
+    for view in pixels.float():
+        u = torch.rand(6, generator=generator).tolist()
+        jitter = (
+            lambda x, u=u: transforms.adjust_brightness(x, 0.9 + 0.2 * u[0]),
+            lambda x, u=u: transforms.adjust_contrast(x, 0.9 + 0.2 * u[1]),
+            lambda x, u=u: transforms.adjust_saturation(x, 0.9 + 0.2 * u[2]),
+            lambda x, u=u: transforms.adjust_hue(x, 0.1 * u[3] - 0.05),
+        )
+        for i in torch.randperm(4, generator=generator).tolist():
+            view = jitter[i](view)
+        if flips and u[4] < 0.5:
+            view = view.flip(2)
+        if flips and u[5] < 0.5:
+            view = view.flip(1)
+        random = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
+        left, top, w, h = draw_box(view.shape[2], view.shape[1], random, (0.9, 1.1))
+        views.append(transforms.resized_crop(view, top, left, h, w, list(view.shape[1:]), antialias=True))
+    return torch.stack(views)

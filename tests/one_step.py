@@ -94,20 +94,22 @@ class Record:
 @contextmanager
 def record(one: OneStep) -> Iterator[Record]:
     """Record the steps that are taken inside the context."""
-    seen, draw, features = Record(), Step.draw_noisy, one.encoder.features
+    seen, draw, resize, features = Record(), Step.draw_noisy, one.encoder.resize, one.encoder.read_pixels
+    images: list[Tensor] = []
 
     def draw_and_keep(step: Step, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         seen.draws.append(draw(step, x0))
         return seen.draws[-1]
 
-    def encode_and_keep(images: Tensor) -> Features:
-        seen.encoded.append((images, features(images)))
+    def encode_and_keep(pixels: Tensor) -> Features:
+        seen.encoded.append((images.pop(), features(pixels)))
         return seen.encoded[-1][1]
 
     hook = one.denoiser.network.register_forward_hook(lambda *args: seen.predicted.append(args[2].sample.detach()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Step, "draw_noisy", draw_and_keep)
-        patch.setattr(one.encoder, "features", encode_and_keep)
+        patch.setattr(one.encoder, "resize", lambda x: images.append(x) or resize(x))
+        patch.setattr(one.encoder, "read_pixels", encode_and_keep)
         yield seen
     hook.remove()
 

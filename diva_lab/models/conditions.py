@@ -8,6 +8,8 @@ arguments:
     project     the projector, d -> c
     empty       the embedding of the empty prompt, [l, c]
     generator   of random draws; None (evaluation) for a fixed choice of tokens
+
+Those that draw tokens (`DRAWN`) have one argument more: `each`, whether they are drawn for each image.
 """
 
 from collections.abc import Callable
@@ -43,20 +45,32 @@ def _embedding_and(features: Features, patches: Float[Tensor, "b n d"]) -> Float
     return torch.cat([features.embedding[:, None], patches], dim=1)  # [b, 1 + n, d]
 
 
+def _draw_each(patches: Float[Tensor, "b n d"], count: int, generator: torch.Generator) -> Float[Tensor, "b m d"]:
+    """`count` of each image's patch tokens, drawn with replacement."""
+    index = torch.randint(patches.shape[1], (len(patches), count), generator=generator)  # [b, m]
+    return patches.take_along_dim(index[..., None].to(patches.device), dim=1)
+
+
 def recap(
-    features: Features, project: nn.Module, empty: Float[Tensor, "l c"], generator: torch.Generator | None
+    features: Features,
+    project: nn.Module,
+    empty: Float[Tensor, "l c"],
+    generator: torch.Generator | None,
+    each: bool = False,
 ) -> Float[Tensor, "b l c"]:
     """DIVA for OpenAI's CLIP: the global embedding and l - 1 patch tokens, added position by position.
 
-    The patch tokens are drawn at random with replacement, one draw for the whole batch; without a generator they are
-    evenly spaced. DIVA's released code draws for each image, without a seed, and at evaluation too.
+    The patch tokens are drawn at random with replacement, one draw for the whole batch, or for each image as in DIVA's
+    released code, which draws without a seed and at evaluation too. Without a generator they are evenly spaced.
     """
     count, patches = len(empty) - 1, features.patches
     if generator is None:
-        index = torch.linspace(0, patches.shape[1] - 1, count).round().long()  # [l - 1]
+        patches = patches[:, torch.linspace(0, patches.shape[1] - 1, count).round().long().to(patches.device)]
+    elif each:
+        patches = _draw_each(patches, count, generator)
     else:
-        index = torch.randint(patches.shape[1], (count,), generator=generator)  # [l - 1]
-    return empty + project(_embedding_and(features, patches[:, index.to(patches.device)]))  # [b, l, c]
+        patches = patches[:, torch.randint(patches.shape[1], (count,), generator=generator).to(patches.device)]
+    return empty + project(_embedding_and(features, patches))  # [b, l, c]
 
 
 def _add_mean(tokens: Float[Tensor, "b n d"], project: nn.Module, empty: Float[Tensor, "l c"]) -> Tensor:
@@ -72,14 +86,21 @@ def recap_all(
 
 
 def recap_half(
-    features: Features, project: nn.Module, empty: Float[Tensor, "l c"], generator: torch.Generator | None
+    features: Features,
+    project: nn.Module,
+    empty: Float[Tensor, "l c"],
+    generator: torch.Generator | None,
+    each: bool = False,
 ) -> Float[Tensor, "b n c"]:
     """DIVA for DFN at 378 px: the global embedding and half of the patch tokens, none twice.
 
-    Without a generator it is every second token. DIVA's released code draws with replacement.
+    Without a generator it is every second token. With `each` they are drawn for each image and with replacement, as in
+    DIVA's released code.
     """
     patches = features.patches
     half = patches.shape[1] // 2
+    if each and generator is not None:
+        return _add_mean(_embedding_and(features, _draw_each(patches, half, generator)), project, empty)
     index = (
         torch.arange(half) * 2 if generator is None else torch.randperm(patches.shape[1], generator=generator)[:half]
     )  # [n // 2]
@@ -106,6 +127,7 @@ CONDITIONS: dict[str, Callable] = {
     "recap-pool6": recap_pooled,
     "recap-pool10": partial(recap_pooled, window=10),
 }
+DRAWN = ("recap", "recap-half")  # conditions that draw tokens
 
 
 class Conditioner(nn.Module):
@@ -117,6 +139,7 @@ class Conditioner(nn.Module):
         width: the denoiser's cross-attention width c.
         seed: of the projector's initial weights.
         projection: a key of `PROJECTIONS`.
+        each: whether a condition of `DRAWN` draws its tokens for each image, not once for a batch.
 
     Attributes:
         gap: the mean image embedding less the mean text embedding [d], both of unit length, of a projector that is
@@ -128,11 +151,13 @@ class Conditioner(nn.Module):
 
     gap: Tensor | None
 
-    def __init__(self, name: str, dim: int, width: int, seed: int = 0, projection: str = "mlp"):
+    def __init__(self, name: str, dim: int, width: int, seed: int = 0, projection: str = "mlp", each: bool = False):
         super().__init__()
         if name not in CONDITIONS:
             raise ValueError(f"unknown condition {name!r}; expected one of {', '.join(CONDITIONS)}")
         self.name, self._function = name, CONDITIONS[name]
+        if each and name in DRAWN:
+            self._function = partial(self._function, each=True)
         self.register_buffer("gap", None)
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -12,6 +12,7 @@ from itertools import islice
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from jaxtyping import Float, Int
+from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
@@ -40,6 +41,12 @@ class Denoiser(nn.Module):
         native: what the network itself predicts, `noise` or `velocity`.
         scratch: whether the network has random weights until stage 1 trains it.
         prompt: the text that `empty` encodes; set it before `empty` is first used.
+        prompt_mask: whether the prompt is encoded with the attention mask, as DCR's released code has it: every token
+            behind its end is then another one. Stable Diffusion 1 and 2 only.
+        vae_input: `image`, or `imagenet` for DIVA's released code: normalised with OpenAI's mean and deviation, taken
+            back with ImageNet's, so that black to white becomes .064 to .927.
+        noise_precision: `float32`, or `bf16` for DCR's released code: latents, noise and their coefficients are rounded
+            before they are added, and sigma of the first two timesteps of 1000 is 0.
         keep_latents: the number of images whose latents are kept in memory.
 
     Raises:
@@ -76,7 +83,8 @@ class Denoiser(nn.Module):
             )
         self.register_buffer("signal", signal, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)
-        self.prompt = ""
+        self.prompt, self.prompt_mask = "", False
+        self.vae_input, self.noise_precision = "image", "float32"
         self.keep_latents = 0
         self._posteriors: dict[bytes, Tensor] = {}  # sha1 of an image -> mean and standard deviation of its latent
         self.requires_grad_(False).eval()
@@ -107,6 +115,10 @@ class Denoiser(nn.Module):
         return (mean - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
 
     def _encode_images(self, images: Tensor) -> Tensor:
+        if self.vae_input == "imagenet":
+            images = transforms.normalize(images, list(OPENAI_DATASET_MEAN), list(OPENAI_DATASET_STD))
+            mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+            images = images * std + mean
         posterior = self.vae.encode(images * 2 - 1).latent_dist
         return torch.stack([posterior.mean, posterior.std], dim=1).float()  # [b, 2, c, hl, wl]
 
@@ -136,8 +148,18 @@ class Denoiser(nn.Module):
 
         Diffusion: signal_t^2 = abar_t = 1 - sigma_t^2. Flow: sigma_t = (t + 1) / timesteps = 1 - signal_t.
         """
+        signal, sigma, x0, noise = self._rounded(t, x0, noise)
+        return (signal * x0 + sigma * noise).float()
+
+    def _rounded(self, t: Tensor, x0: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """signal_t, sigma_t, x0 and noise in `noise_precision`."""
         signal, sigma = self._coefficients(t)
-        return signal * x0 + sigma * noise
+        if self.noise_precision == "float32":
+            return signal, sigma, x0, noise
+        if self.flow:
+            return signal.bfloat16(), sigma.bfloat16(), x0.bfloat16(), noise.bfloat16()
+        kept = signal.square().bfloat16()  # abar, which diffusers' schedulers round before they take roots
+        return kept.sqrt(), (1 - kept).sqrt(), x0.bfloat16(), noise.bfloat16()
 
     def target(
         self, kind: str, x0: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
@@ -154,8 +176,8 @@ class Denoiser(nn.Module):
             raise ValueError(f"unknown target {kind!r}; expected one of {', '.join(TARGETS)}")
         if kind == "noise":
             return noise
-        signal, sigma = self._coefficients(t)
-        return noise - x0 if self.flow else signal * noise - sigma * x0
+        signal, sigma, x0, noise = self._rounded(t, x0, noise)
+        return (noise - x0 if self.flow else signal * noise - sigma * x0).float()
 
     def predict(
         self, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], context: Float[Tensor, "n l c2"], kind: str = "noise"

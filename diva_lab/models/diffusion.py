@@ -1,6 +1,7 @@
 """Stable Diffusion 1 and 2: a UNet that predicts noise or velocity, as its scheduler's configuration says."""
 
 from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 from diffusers import (
@@ -66,14 +67,20 @@ class StableDiffusion(Denoiser):
         finally:
             self.repeats = 1  # after an error too; in `sample` no rows share a latent
 
+    @cached_property
+    def empty(self) -> Float[Tensor, "l c"]:
+        return self.encode_text([self.prompt], self.prompt_mask)[0].clone()
+
     @torch.no_grad()
-    def encode_text(self, prompts: list[str]) -> Float[Tensor, "n l c"]:
+    def encode_text(self, prompts: list[str], masked: bool = False) -> Float[Tensor, "n l c"]:
+        """As `Denoiser.encode_text`; `masked` hides the padding from the text encoder."""
         length = self.tokenizer.model_max_length
-        ids = self.tokenizer(
+        tokens = self.tokenizer(
             prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids  # [n, l]
+        ).to(self.device)  # ids and mask, [n, l] each
+        mask = tokens.attention_mask if masked else None
         with torch.autocast(self.device.type, enabled=False):  # else `empty` would depend on where it is first used
-            return self.text_encoder(ids.to(self.device))[0].float()
+            return self.text_encoder(tokens.input_ids, attention_mask=mask)[0].float()
 
     def _pipeline(self) -> DiffusionPipeline:
         return StableDiffusionPipeline(

@@ -118,19 +118,27 @@ class Encoder(nn.Module):
             blank = torch.zeros(1, 3, self.px, self.px, device=self.mean.device)
             self.dim: int = self.features(blank).embedding.shape[1]
 
+    def resize(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 px px"]:
+        """Resize images in [0, 1] of any size, and crop or squash them, as the model was trained."""
+        if images.shape[-2:] == (self.px, self.px):
+            return images
+        mode = transforms.InterpolationMode(self.interpolation if self.interpolation != "random" else "bicubic")
+        size = [self.px, self.px] if self.squash else [self.px]
+        images = transforms.resize(images, size, mode, antialias=True).clamp(0, 1)
+        return transforms.center_crop(images, [self.px, self.px])
+
     def preprocess(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 px px"]:
-        """Resize images in [0, 1] of any size, crop or squash them, and normalise them, as the model was trained."""
-        if images.shape[-2:] != (self.px, self.px):
-            mode = transforms.InterpolationMode(self.interpolation if self.interpolation != "random" else "bicubic")
-            size = [self.px, self.px] if self.squash else [self.px]
-            images = transforms.resize(images, size, mode, antialias=True).clamp(0, 1)
-            images = transforms.center_crop(images, [self.px, self.px])
-        return (images - self.mean) / self.std
+        """Resize images in [0, 1] of any size and normalise them, as the model was trained."""
+        return (self.resize(images) - self.mean) / self.std
 
     def features(self, images: Float[Tensor, "b 3 h w"]) -> Features:
         """Global embedding and patch tokens of images in [0, 1]; differentiable."""
+        return self.read_pixels(self.preprocess(images))
+
+    def read_pixels(self, pixels: Float[Tensor, "b 3 px px"]) -> Features:
+        """Global embedding and patch tokens of what `preprocess` returns; differentiable."""
         out = self.model.visual.forward_intermediates(
-            self.preprocess(images), indices=1, normalize_intermediates=True, output_fmt="NLC", stop_early=False
+            pixels, indices=1, normalize_intermediates=True, output_fmt="NLC", stop_early=False
         )
         embedding, patches = out["image_features"], out["image_intermediates"][-1]  # [b, d], [b, n, d]
         if not isinstance(self.model.visual, TimmModel):

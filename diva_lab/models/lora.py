@@ -1,5 +1,7 @@
 """The weights that are trained in an encoder: LoRA (peft) on every linear layer of the visual tower, or all weights."""
 
+import re
+
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -9,7 +11,13 @@ from diva_lab.models.layers import replace_layers
 
 
 def make_trainable(
-    encoder: nn.Module, rank: int = 16, alpha: float = 16, dropout: float = 0.1, seed: int = 0, bias: bool = True
+    encoder: nn.Module,
+    rank: int = 16,
+    alpha: float = 16,
+    dropout: float = 0.1,
+    seed: int = 0,
+    bias: bool = True,
+    targets: str = "all",
 ) -> None:
     """Open the visual tower for training, in place; the text tower stays frozen. The defaults are DCR's.
 
@@ -19,24 +27,30 @@ def make_trainable(
             all weights of the tower instead.
         seed: of LoRA's initial weights.
         bias: whether to train the biases of the adapted layers too (peft's `lora_only`).
+        targets: `all`, or `released` for DCR's released code: in SigLIP's attention pooling no projection is adapted;
+            of the output's, only the bias is trained.
     """
     if rank == 0:
         encoder.model.visual.requires_grad_(True)
         encoder.proj.requires_grad_(True)
         return
-    targets = [
+    adapted = [
         name
         for name, module in encoder.named_modules()
         if isinstance(module, nn.Linear) and (name == "proj" or name.startswith("model.visual."))
     ]
+    pooling = r"\.attn_pool\.(q|kv|proj)\b"
+    if targets == "released":
+        adapted = [name for name in adapted if not re.search(pooling, name)]
     kind = "lora_only" if bias else "none"
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias=kind)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=adapted, bias=kind)
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # LoRA's A is drawn from the global generator
         inject_adapter_in_model(config, encoder)
     encoder.eval()  # peft's new layers are in training mode
+    own = r"base_layer\.bias$" + (r"|\.attn_pool\.proj\.bias$" if targets == "released" else "")
     for name, p in encoder.named_parameters():
-        p.requires_grad_("lora_" in name or (bias and name.endswith("base_layer.bias")))
+        p.requires_grad_("lora_" in name or (bias and re.search(own, name) is not None))
 
 
 def merge_lora(encoder: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diva_lab.models.encoders import Features
-from diva_lab.objectives.diva import diva, reconstruction
+from diva_lab.objectives.diva import diva, reconstruction, sum_draws
 from diva_lab.objectives.step import Step
 
 
@@ -41,7 +41,7 @@ def anchored(step: Step) -> dict[str, Tensor]:
                 target = step.denoiser.predict(noisy, at, meant.repeat(n, 1, 1))
         context = step.condition(Features(embedding, embedding[:, None])).repeat(n, 1, 1)  # [n r, l, w]
         predicted = step.denoiser.predict(noisy, at, context)
-        return len(embedding) / b * reconstruction(predicted, target).view(n, -1).mean(0)  # [r]
+        return len(embedding) / b * sum_draws(step, reconstruction(predicted, target))  # [r]
 
     meant = step.denoiser.encode_text(list(captions[:k])) if settings.anchor == "text" else None  # [k, l, w]
     terms = {"text": settings.anchor_weight * loss(slice(0, k), texts, meant)}

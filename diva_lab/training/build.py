@@ -10,15 +10,16 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
-from diva_lab.images import augment
 from diva_lab.models.conditions import Conditioner
 from diva_lab.models.denoiser import Denoiser
+from diva_lab.models.diffusion import StableDiffusion
 from diva_lab.models.encoders import Encoder, Features, encoder_files, load_encoder
 from diva_lab.models.lora import make_trainable, merge_lora, mix_weights, visual_weights
 from diva_lab.models.registry import denoiser_files, load_denoiser
 from diva_lab.models.weights import load_weights, read_weights
 from diva_lab.objectives.step import Step
 from diva_lab.provenance import sha256
+from diva_lab.training.batches import Pixels
 from diva_lab.training.runs import Run
 from diva_lab.training.settings import CONTROLS, SHIPPED, Settings
 
@@ -29,8 +30,9 @@ def build_encoder(settings: Settings, device: torch.device | str = "cpu") -> Enc
     """The encoder, its image tower open for training as the settings say."""
     encoder = load_encoder(settings.encoder, device)
     make_trainable(
-        encoder, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed, settings.lora_bias
-    )
+        encoder, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed, settings.lora_bias,
+        settings.lora_targets,
+    )  # fmt: skip
     encoder.model.visual.set_grad_checkpointing(settings.rows > 0)  # by rows, the encoder holds the most memory
     return encoder.to(device)
 
@@ -40,9 +42,16 @@ def build_denoiser(settings: Settings, device: torch.device | str = "cpu") -> De
 
     Raises:
         FileNotFoundError, ValueError: as `build_conditioner`, where a light denoiser's weights are asked for.
+        ValueError: for a `prompt_mask` that the denoiser does not take.
     """
     denoiser = load_denoiser(settings.denoiser, device, settings.vae_px or None)
-    denoiser.prompt, denoiser.keep_latents = settings.prompt, settings.keep_latents
+    if settings.prompt_mask and not isinstance(denoiser, StableDiffusion):
+        raise ValueError(
+            f"setting prompt_mask=True: denoiser {settings.denoiser!r} takes no attention mask of a prompt; expected "
+            "Stable Diffusion 1 or 2, or prompt_mask=False"
+        )
+    for name in ("prompt", "prompt_mask", "vae_input", "noise_precision", "keep_latents"):
+        setattr(denoiser, name, getattr(settings, name))
     if denoiser.scratch and settings.projector != "new":
         _load_stage_one(settings, denoiser.network, "network.")
     return denoiser
@@ -88,7 +97,10 @@ def build_conditioner(settings: Settings, encoder: Encoder, denoiser: Denoiser) 
         FileNotFoundError: where there is no such projector; says how to make one.
         ValueError: where it does not fit the encoder and the denoiser.
     """
-    conditioner = Conditioner(settings.condition, encoder.dim, denoiser.width, settings.seed, settings.projection)
+    conditioner = Conditioner(
+        settings.condition, encoder.dim, denoiser.width, settings.seed, settings.projection,
+        settings.token_draws == "each",
+    )  # fmt: skip
     if settings.projector != "new":
         _load_stage_one(settings, conditioner, "conditioner.")
     return conditioner.to(denoiser.device)
@@ -134,8 +146,10 @@ def make_step(
     over the batch, of all processes, is taken out of the gradient in the embedding: no step moves all images alike.
     """
 
+    pixels = Pixels(settings, encoder)
+
     def encode(views: Tensor) -> Features:
-        features = encoder.features(views)
+        features = encoder.read_pixels(pixels(views))
         if shift is not None:
             features = replace(features, embedding=features.embedding + shift)
         if settings.centre and features.embedding.requires_grad:
@@ -146,7 +160,7 @@ def make_step(
         images=images,
         encode=encode,
         condition=lambda features: conditioner(features, denoiser.empty, random),
-        augment=lambda views: augment(views, random, settings.flips),
+        augment=lambda views: pixels.augment(views, random),
         denoiser=denoiser,
         generator=random,
         settings=settings,

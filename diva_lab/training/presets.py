@@ -1,6 +1,8 @@
 """The papers' recipes for every backbone, by one name: `preset("openai-l14-dcr")`.
 
-The numbers are those of data/published/recipes.csv; here they become `Settings`. The papers trained in 8 processes;
+The numbers are those of data/published/recipes.csv; here they become `Settings`. A recipe is the paper's; `-released`
+behind its name makes it what the released code does, where there is code for that backbone. The papers trained in 8
+processes;
 with another number of them `accumulate` changes so that a step still sees as many images. The images are the tars of
 CC3M's usable copy under `cc3m`; where they are missing an error says what fetches them.
 """
@@ -40,34 +42,72 @@ GENHANCER = DCR | {  # stage 1 trains a light denoiser with the projector; decay
     "objective": "genhancer", "denoiser": "light", "steps": 10_000, "timesteps": "logit-normal",
 }  # fmt: skip
 ALIGN = {"steps": 100_000, "lr": 1e-4, "projector": "new", "save_every": 1000}
+# what the released code does otherwise; docs/method.md says where it does so, and what it changes
+LOADER = {"loader_crop": True, "normalise": "openai"}
+DIVA_RELEASED = DIVA | LOADER | {
+    "draw_weights": "5,1", "clip": 1.0, "warmup_zero": True, "token_draws": "each", "vae_input": "imagenet",
+    "encoder_resize": "bilinear",
+}  # fmt: skip
+DCR_RELEASED = DCR | LOADER | {
+    "align_by": "dcr", "target": "velocity", "prompt_mask": True, "noise_precision": "bf16",
+    "augment_normalised": True, "shared_samples": True, "lora_targets": "released",
+}  # fmt: skip
+METACLIP_STEPS = 100_000  # of DCR's stage 2 in its file for MetaCLIP, perhaps left over; 4600 in the others
 # ours, not tuned at this size: stage 1 anchored in CC3M's captions, on images of its own; DCR's LoRA and rate
 ANCHOR = {"anchor": "captions", "seed": 10_000}
 DCR_ANCHORED = DCR | {"timesteps": "high-noise"}
 DIVA_ANCHORED = DCR_ANCHORED | {"objective": "diva", "draws": 2}
-RECIPES = {"diva": DIVA, "dcr": DCR, "genhancer": GENHANCER, "diva-anchored": DIVA_ANCHORED,
-           "dcr-anchored": DCR_ANCHORED}  # fmt: skip
+RECIPES = {
+    "diva": DIVA, "dcr": DCR, "genhancer": GENHANCER, "diva-released": DIVA_RELEASED, "dcr-released": DCR_RELEASED,
+    "diva-anchored": DIVA_ANCHORED, "dcr-anchored": DCR_ANCHORED,
+}  # fmt: skip
+RELEASES = {  # method -> the backbones that its authors released code for
+    "diva": BACKBONES,
+    "dcr": tuple(name for name in BACKBONES if not name.startswith("dfn")),
+    "genhancer": ("openai-l14", "openai-l14-336", "siglip-so400m-384"),
+}
 # what the notebooks train on the tiny world: 4 minutes of one core; pair score 17.8 -> 27.5, zero-shot 96.7 -> 95.0
 TINY_DIVA = {
     "objective": "diva", "projector": "anchored", "batch": 16, "timesteps": "high-noise", "steps": 500, "lr": 4e-4,
 }  # fmt: skip
 CC3M_SHARDS = "cc3m/cc3m-train-*.tar"
-IMAGES_PER_STEP = {"diva": 640} | dict.fromkeys(("dcr", "genhancer", "diva-anchored", "dcr-anchored"), 256)  # a step
+IMAGES_PER_STEP = dict.fromkeys(RECIPES, 256) | dict.fromkeys(("diva", "diva-released"), 640)
 FREE_FIELDS = (  # a run that differs in these only is still of its preset
     "images", "seed", "projector", "accumulate", "rows", "keep_latents", "compile", "evaluate_every", "save_every",
 )  # fmt: skip
-PRESETS = {f"{backbone}-{recipe}": (backbone, recipe) for backbone in BACKBONES for recipe in RECIPES}
+PRESETS = {
+    f"{backbone}-{recipe}": (backbone, recipe)
+    for backbone in BACKBONES
+    for recipe in RECIPES
+    if not recipe.endswith("-released") or backbone in RELEASES[recipe.removesuffix("-released")]
+}
 
 
 def stages(name: str) -> tuple[int, ...]:
     """The stages of a preset: DIVA as published trains encoder and projector together, in stage 2 alone."""
-    return (2,) if _parts(name)[1] == "diva" else (1, 2)
+    return (2,) if _parts(name)[1] in ("diva", "diva-released") else (1, 2)
 
 
 def _parts(name: str) -> tuple[str, str]:
     """Backbone and recipe of a preset."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    if name in PRESETS:
+        return PRESETS[name]
+    backbone = name.rsplit("-", 2)[0]
+    if name.endswith("-released") and any(preset.startswith(f"{backbone}-") for preset in PRESETS):
+        method = name.rsplit("-", 2)[1]
+        known = ", ".join(RELEASES.get(method, ())) or "none"
+        raise ValueError(f"no preset {name!r}: {method} has released code for {known}")
+    raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
+
+
+def origin(name: str) -> str:
+    """Whose recipe a preset is: `paper`, `released code`, or `ours`; says so where no release is behind a paper's."""
+    backbone, recipe = _parts(name)
+    if recipe.endswith("anchored"):
+        return "ours, not tuned at this size"
+    if recipe.endswith("released"):
+        return "released code"
+    return "paper" if backbone in RELEASES[recipe] else "paper, no release for this backbone"
 
 
 def preset(name: str, stage: int = 2, processes: int = 1) -> Settings:
@@ -86,7 +126,9 @@ def preset(name: str, stage: int = 2, processes: int = 1) -> Settings:
         raise ValueError(f"preset {name!r} has no stage {stage}")
     px = PX.get(backbone, 224)
     chosen = RECIPES[recipe]
-    if recipe == "diva":
+    if recipe == "dcr-released" and backbone.startswith("metaclip"):
+        chosen = chosen | {"steps": METACLIP_STEPS}
+    if stages(name) == (2,):
         chosen = chosen | {"condition": DIVA_CONDITION[backbone]}
     else:
         chosen = chosen | {"vae_px": px} | (ALIGN if stage == 1 else {})
@@ -174,6 +216,42 @@ def describe_presets() -> str:
     for name in PRESETS:
         last = preset(name)
         steps = " + ".join(str(preset(name, stage).steps) for stage in stages(name))
-        ours = "; ours, not tuned at this size" if PRESETS[name][1].endswith("anchored") else ""
-        lines.append(f"{name:32} {steps:14} steps, {last.optimizer}, lr {last.lr:g}, condition {last.condition}{ours}")
+        what = f"{last.optimizer}, lr {last.lr:g}, condition {last.condition}; {origin(name)}"
+        lines.append(f"{name:32} {steps:15} steps, {what}")
     return "\n".join(lines)
+
+
+REASONS = {  # setting -> why the released code differs in it
+    "draw_weights": "the backward pass of draw 1 runs inside the model and is not divided by the 5 accumulation steps",
+    "clip": "no largest norm is given, so the Trainer's default holds",
+    "warmup_zero": "the Trainer's schedule begins at 0",
+    "token_draws": "tokens are drawn for each image, and anew for each draw of noise",
+    "vae_input": "the image is normalised with OpenAI's mean and deviation and taken back with ImageNet's",
+    "encoder_resize": "the denoiser's image is made smaller as a tensor, without antialiasing",
+    "loader_crop": "the loader draws RandomResizedCrop with scale (.9, 1)",
+    "normalise": "OpenAI's mean and deviation for every backbone",
+    "align_by": "stage 1 runs the whole loss of stage 2",
+    "target": "get_velocity, though the denoiser predicts noise",
+    "prompt_mask": "the empty prompt is encoded with the tokenizer's attention mask",
+    "noise_precision": "the latents are bfloat16 when noise is added",
+    "augment_normalised": "the augmentation follows the normalisation",
+    "shared_samples": "the loader is not prepared for several processes, and its seed is 0 in each",
+    "lora_targets": "layers are named q, k, v, out_proj, fc1, fc2, which misses the packed matrix of the pooling",
+    "steps": "the file for MetaCLIP says 100 000 steps, perhaps left over",
+}
+
+
+def compare_presets(one: str, other: str) -> str:
+    """The differences of two presets, a setting a line: stage, name, both values, and why the released code differs."""
+    lines, released = [], "released" in f"{one} {other}"
+    for stage in sorted({*stages(one), *stages(other)}):
+        having = [name for name in (one, other) if stage in stages(name)]
+        if len(having) == 1:
+            lines.append(f"stage {stage}: only {having[0]} has it")
+            continue
+        a, b = (asdict(preset(name, stage)) for name in having)
+        for name in a:
+            if a[name] != b[name]:
+                why = f"  # {REASONS[name]}" if released and name in REASONS else ""
+                lines.append(f"stage {stage}: {name}: {a[name]!r} -> {b[name]!r}{why}")
+    return "\n".join(lines) or f"{one} and {other} have the same settings"

@@ -40,6 +40,9 @@ from diva_lab.provenance import environment, sha256
 ADDED: dict[str, object] = {  # setting added since 0.2 -> its default, at which it is left out of a run's id
     "anchor": "none", "captions": "", "mentions": 1.0, "anchor_share": 0.5, "anchor_weight": 1.0, "anchor_noise": 0.1,
     "anchor_shift": True, "centre": False, "truth_weight": 1.0, "view_weight": 1.0, "push_weight": 1.0,
+    "prompt_mask": False, "vae_input": "image", "noise_precision": "float32", "encoder_resize": "own",
+    "normalise": "own", "loader_crop": False, "shared_samples": False, "token_draws": "batch", "draw_weights": "",
+    "augment_normalised": False, "warmup_zero": False, "lora_targets": "all",
 }  # fmt: skip
 RECORDS = {"metrics": 1, "skipped": 1, "evaluations": 0, "probes": 0}  # kind -> its last step less the checkpoint's
 

@@ -11,6 +11,7 @@ from diva_lab.gradients import COMBINE
 from diva_lab.models.conditions import CONDITIONS, PROJECTIONS
 from diva_lab.models.denoiser import TARGETS
 from diva_lab.objectives import OBJECTIVES
+from diva_lab.objectives.diva import read_draw_weights
 from diva_lab.objectives.timesteps import timestep_weights
 from diva_lab.paths import DATA
 from diva_lab.training.runs import Run
@@ -35,14 +36,22 @@ class Settings:
     vae_px: int = 0  # side of the images that the denoiser encodes, in pixels; 0 for its own
     latent: str = "mean"  # of the VAE's posterior: the `mean` (DIVA) or a `sample` (DCR's code)
     prompt: str = ""  # the empty prompt; DIVA's is its template without a class
+    prompt_mask: bool = False  # whether the prompt is encoded with the attention mask (DCR's code)
+    vae_input: str = "image"  # what the VAE encodes: the `image`, or `imagenet`, of less contrast (DIVA's code)
+    noise_precision: str = "float32"  # in which noise is added: `float32`, or `bf16` (DCR's code)
+    encoder_resize: str = "own"  # to the encoder's size: its `own` way, or `bilinear`, not antialiased (DIVA's code)
+    normalise: str = "own"  # the encoder's input in training: its `own` mean and deviation, or `openai` (released)
 
     # images
     images: str = "world"  # `world`, `world:SEED`, a folder, webdataset tars, or `hf:` and a Hugging Face dataset
     batch: int = 8  # images of a micro-batch, in each process
     accumulate: int = 1  # micro-batches of a step
+    loader_crop: bool = False  # a random crop of .9 to 1 of an image, made square (released); else its centre's square
+    shared_samples: bool = False  # whether all processes see the same images (DCR's code)
 
     # condition and projector
     condition: str = "global"  # a key of CONDITIONS: which visual tokens the denoiser reads
+    token_draws: str = "batch"  # of a condition that draws: one a `batch`; or `each` image and draw of noise (released)
     projection: str = "mlp"  # `mlp` (DCR: LayerNorm, Linear, GELU, Linear) or one `linear` (DIVA)
     projector: str = "shipped"  # `shipped`, `anchored` (shipped too), `new`, a run of stage 1, or a .safetensors file
     train_projector: bool = False  # in stage 2 too, together with the encoder, as DIVA as published does
@@ -51,11 +60,13 @@ class Settings:
     objective: str = "dcr"  # of stage 2, a key of OBJECTIVES; stage 1 takes genhancer's loss, or as `align_by` says
     align_by: str = "rec"  # stage 1's loss: `rec` (paper: L_rec, b evaluations) or `dcr` (code: all of DCR's)
     draws: int = 2  # of (t, eps) an image, in DIVA's loss
+    draw_weights: str = ""  # of the draws, as `5,1`: their losses are added with them; "" for the mean (paper)
     timesteps: str = "uniform"  # a key of TIMESTEPS, or relative weights of equal parts of them, as `0,0,1,3`
     lambda_con: float = 1.0  # weight of the contrastive term
     lambda_rec: float = 1.0  # weight of the reconstruction term
     tau: float = 0.1  # temperature of both contrasts
     flips: bool = True  # horizontal and vertical flips in the augmentation
+    augment_normalised: bool = False  # the augmentation takes the encoder's normalised input (DCR's code)
     centre: bool = False  # the batch's mean is taken out of the gradient in the embedding, over all processes
     combine: str = "sum"  # how the terms' gradients become one: `sum`, or surgery by a key of COMBINE
 
@@ -85,6 +96,7 @@ class Settings:
     lr: float = 1e-4  # learning rate after the warm-up
     weight_decay: float = 0.01  # of the optimizer
     warmup: int = 0  # steps over which lr rises linearly
+    warmup_zero: bool = False  # whether lr rises from 0, so that the first step changes nothing (DIVA's code)
     schedule: str = "constant"  # of lr after the warm-up: `constant`, or `cosine` down to zero at the last step
     clip: float = 1.0  # largest norm of the gradient; 0 for none
 
@@ -93,6 +105,7 @@ class Settings:
     lora_alpha: float = 16.0  # the update is scaled by alpha / rank
     lora_dropout: float = 0.1  # on the input of each adapter
     lora_bias: bool = True  # whether the biases of the adapted layers are tuned too
+    lora_targets: str = "all"  # `all` matrices; `released` leaves out SigLIP's pooling attention (DCR's code)
 
     # machine
     precision: str = "auto"  # `bf16`, `no`, or `auto`: bf16 where the device multiplies it in hardware
@@ -109,6 +122,7 @@ class Settings:
             value = _read(field.name, field.type, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         timestep_weights(self.timesteps)
+        read_draw_weights(self.draw_weights, self.draws)
         self._check_anchor()
         if (images := self.batch * self.accumulate) > IMAGES_A_STEP:
             raise ValueError(
@@ -181,6 +195,12 @@ CHOICES: dict[str, Callable[[], Iterable[str]]] = {  # setting -> its values; re
     "latent": lambda: ("mean", "sample"),
     "optimizer": lambda: ("adamw", "sgd"),
     "precision": lambda: ("auto", "bf16", "no"),
+    "vae_input": lambda: ("image", "imagenet"),
+    "noise_precision": lambda: ("float32", "bf16"),
+    "encoder_resize": lambda: ("own", "bilinear"),
+    "normalise": lambda: ("own", "openai"),
+    "token_draws": lambda: ("batch", "each"),
+    "lora_targets": lambda: ("all", "released"),
 }
 NAMES = ("encoder", "denoiser", "images", "projector")  # settings that name something, so "" is none
 LONGEST = 4096  # characters of a text
@@ -252,7 +272,11 @@ def _shown(value: object) -> str:
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """The learning rate of a step: linear warm-up, then the schedule over the steps that are left."""
+    """The learning rate of a step: linear warm-up, then the schedule over the steps that are left.
+
+    Over w steps of warm-up it is lr (step + 1) / (w + 1), or with `warmup_zero` lr step / w.
+    """
     if step < settings.warmup:
-        return settings.lr * (step + 1) / (settings.warmup + 1)
+        first = not settings.warmup_zero
+        return settings.lr * (step + first) / (settings.warmup + first)
     return settings.lr * SCHEDULES[settings.schedule]((step - settings.warmup) / (settings.steps - settings.warmup))
