@@ -15,7 +15,8 @@ run on record is not run again. Parts may run side by side on rows of their own.
 The rate of a row is the one with the highest pair score among those that end within 5 points of the original's
 zero-shot accuracy; if there is none, the one with the highest sum of both. A rate at an end of its grid widens it. The
 rates are chosen after the anchored and after the image-only alignment; an unpaired row takes the anchored one's, a
-placebo the image-only one's. A run whose zero-shot accuracy falls below 70 % has diverged and is stopped.
+placebo the image-only one's, and a row of `RELEASED` that of the row from which it differs in one setting. A run whose
+zero-shot accuracy falls below 70 % has diverged and is stopped.
 
 At its end each run is measured at `MIXES` too: between the original's weights and its own (`mix_weights`). The row
 `diva, mixed` chooses rate and mix together: the highest pair score within 2 points of the original's zero-shot accuracy
@@ -74,6 +75,18 @@ OBJECTIVES = {  # name -> settings of stage 2; 16,000 images each
     "dcr, guided": DCR | {"objective": "dcr-guidance"},
     "caption-contrast": {"objective": "caption-contrast", "batch": 16, "steps": 1000, "tau": 0.01},
 }
+RELEASED = {  # row -> the row that it differs from in one setting of the released code, and that setting
+    "diva, draws 5 to 1": ("diva", {"draw_weights": "5,1"}),
+    "diva, VAE input": ("diva", {"vae_input": "imagenet"}),
+    "diva, loader crop": ("diva", {"loader_crop": True}),
+    "diva, normalise": ("diva", {"normalise": "openai"}),
+    "diva, prompt mask": ("diva", {"prompt_mask": True}),
+    "diva, noise in bf16": ("diva", {"noise_precision": "bf16"}),
+    "diva, warm-up from 0": ("diva", {"warmup": 5, "warmup_zero": True}),
+    "dcr, velocity": ("dcr", {"target": "velocity"}),
+    "dcr, augment normalised": ("dcr", {"augment_normalised": True}),
+}
+OBJECTIVES |= {name: OBJECTIVES[base] | change for name, (base, change) in RELEASED.items()}
 MIXED = ("diva, mixed",)  # objectives whose mix is chosen too
 RATES = {name: (1e-4, 2e-4, 4e-4) for name in ("diva", "naive, equal norms", "caption-contrast")}
 RATES |= {name: (1e-5, 3e-5, 1e-4) for name in ("dcr", "dcr, bounded", "dcr, guided")} | {
@@ -230,9 +243,10 @@ def run_once(plan: Plan, settings: Settings, report: Report, **facts: object) ->
 
     try:
         run = tune(settings, plan.runs, watch)
-        facts["mixes"] = measure_mixes(plan, settings, report)
-        if facts["split"] == "measure":
-            facts["pushes"] = measure_pushes(plan, run, report)
+        if facts["row"].rpartition("/")[0] not in RELEASED:
+            facts["mixes"] = measure_mixes(plan, settings, report)
+            if facts["split"] == "measure":
+                facts["pushes"] = measure_pushes(plan, run, report)
         facts["shift"] = plan.shift(load_encoder(settings.encoder), tuned_encoder(run), plan.world, facts["split"])
     except (Diverged, FloatingPointError):
         facts["diverged"] = True
@@ -262,9 +276,15 @@ def trial_rows(plan: Plan, row: Row, grid: Sequence[float], report: Report | Non
     return pd.concat(tables)[TRIED].reset_index(drop=True) if tables else pd.DataFrame(columns=TRIED)
 
 
+def rate_row(row: Row) -> Row:
+    """The row whose learning rate a row takes."""
+    objective, _ = RELEASED.get(row.objective, (row.objective, {}))
+    return Row(objective, RATE_FROM.get(row.alignment, row.alignment))
+
+
 def choose_trial(plan: Plan, row: Row, report: Report | None = None) -> tuple[pd.Series | None, pd.DataFrame]:
     """The row's chosen trial and all of them; without `report` nothing is trained, and there may be none."""
-    row = Row(row.objective, RATE_FROM.get(row.alignment, row.alignment))
+    row = rate_row(row)
     grid, chosen = sorted(plan.rates or RATES[row.objective]), None
     for _ in range(plan.wider + 1):
         trials = trial_rows(plan, row, grid, report)
@@ -316,14 +336,14 @@ def write_tables(plan: Plan) -> None:
     """What is on record, and what is missing, as tables.
 
     feedback.csv: every evaluation of every run. feedback_mixes.csv: every mix of every run's end. feedback_pushes.csv:
-    random pushes as far as each run went. feedback_rates.csv: every trial of a rate. feedback_missing.csv: the seeds
-    that are not on record.
+    random pushes as far as each run went. feedback_rates.csv: every trial of a rate. feedback_released.csv: the end of
+    each run of `RELEASED`. feedback_missing.csv: the seeds that are not on record.
     """
-    curves, mixes, pushes, tried, missing = [], [], [], [], []
+    curves, mixes, pushes, tried, released, missing = [], [], [], [], [], []
     for row in all_rows():
         place = {"objective": row.objective, "alignment": row.alignment}
         chosen, trials = choose_trial(plan, row)
-        if row.alignment not in RATE_FROM and len(trials):
+        if rate_row(row) == row and len(trials):
             own = (trials["lr"] == chosen["lr"]) & (trials["mix"] == chosen["mix"])
             tried.append(trials.assign(**place, chosen=own))
         for seed in plan.seeds:
@@ -333,6 +353,9 @@ def write_tables(plan: Plan) -> None:
                 missing.append(place | {"seed": seed})
                 continue
             facts = place | _facts(plan, row, record)
+            if row.objective in RELEASED:
+                released.append(_kept("step", record["evaluations"].iloc[[-1]]).assign(**facts))
+                continue
             if row.objective not in MIXED:
                 images = record["evaluations"]["step"] * settings.batch
                 curves.append(_kept("step", record["evaluations"]).assign(images=images, **facts))
@@ -341,6 +364,7 @@ def write_tables(plan: Plan) -> None:
             pushed = pd.DataFrame(record.get("pushes", {})).T.rename_axis("match").reset_index()
             pushes.append(_kept("match", pushed).assign(**facts))
     tables = {"feedback": curves, "feedback_mixes": mixes, "feedback_pushes": pushes, "feedback_rates": tried}
+    tables["feedback_released"] = released
     for name, parts in (tables | {"feedback_missing": [pd.DataFrame(missing)]}).items():
         parts = [part for part in parts if len(part)]
         if parts:
@@ -411,7 +435,7 @@ def all_rows() -> list[Row]:
     rows = [Row(objective, alignment) for objective in ("diva", "dcr", "dcr, bounded") for alignment in ALIGNMENTS]
     rows += [Row("diva, mixed", alignment) for alignment in ALIGNMENTS]
     rows += [Row("caption-contrast", NO_PROJECTOR)]
-    return rows + [Row(objective, "anchored") for objective in ("naive, equal norms", "dcr, guided")]
+    return rows + [Row(objective, "anchored") for objective in ("naive, equal norms", "dcr, guided", *RELEASED)]
 
 
 def read_rows(names: Sequence[str]) -> Iterator[Row]:

@@ -97,6 +97,27 @@ def test_a_rival_without_projector_is_run_once_without_alignment(plan):
     assert [r for r in all_rows() if r.objective == "caption-contrast"] == [row]
 
 
+def test_a_row_of_the_released_code_takes_its_base_rows_rate_and_has_a_table_of_its_own(plan):
+    feedback.align_all(plan, ["anchored"])
+    row = Row("diva, VAE input", "anchored")
+    feedback.run_rows(replace(plan, seeds=(0,)), [ROW, row])
+    feedback.write_tables(plan)
+    table = pd.read_csv(plan.results / "feedback_released.csv")
+    assert table["objective"].tolist() == [row.objective] and table["step"].tolist() == [2]
+    base = pd.read_csv(plan.results / "feedback.csv")
+    assert set(base["objective"]) == {"diva"} and base["lr"].iloc[-1] == table["lr"].iloc[0]
+    assert len(list((plan.results / "records").glob("*.json"))) == 1 + 3 + 2  # stage 1, the rates, one of each row
+    made = plan.record(plan.stage_2(row, float(table["lr"].iloc[0]), 0))
+    assert made["settings"]["vae_input"] == "imagenet" and "mixes" not in made and "pushes" not in made
+
+
+def test_a_row_of_the_released_code_differs_in_what_it_names_alone():
+    made = Plan()
+    for name, (base, change) in feedback.RELEASED.items():
+        one, other = (made.stage_2(Row(objective, "anchored"), 1e-4, 0) for objective in (name, base))
+        assert one != other and replace(one, **{key: getattr(other, key) for key in change}) == other
+
+
 # --- the rule by which a rate is chosen -------------------------------------------------------------------------
 
 
