@@ -88,7 +88,8 @@ def build_conditioner(settings: Settings, encoder: Encoder, denoiser: Denoiser) 
         FileNotFoundError: where there is no such projector; says how to make one.
         ValueError: where it does not fit the encoder and the denoiser.
     """
-    conditioner = Conditioner(settings.condition, encoder.dim, denoiser.width, settings.seed, settings.projection)
+    width = denoiser.widths or denoiser.width
+    conditioner = Conditioner(settings.condition, encoder.dim, width, settings.seed, settings.projection)
     if settings.projector != "new":
         _load_stage_one(settings, conditioner, "conditioner.")
     return conditioner.to(denoiser.device)

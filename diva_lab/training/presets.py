@@ -39,23 +39,35 @@ DCR = {  # stage 1 by L_rec, as in the paper; the released code runs the whole D
 GENHANCER = DCR | {  # stage 1 trains a light denoiser with the projector; decay, clip and latent are not given: DCR's
     "objective": "genhancer", "denoiser": "light", "steps": 10_000, "timesteps": "logit-normal",
 }  # fmt: skip
+# as its authors' configurations: batch 16, decay .01, clip 1, a sample of the posterior and logit-normal t are the same
+GENHANCER_RELEASED = GENHANCER | {"denoiser": "light-flux"}
 ALIGN = {"steps": 100_000, "lr": 1e-4, "projector": "new", "save_every": 1000}
 # ours, not tuned at this size: stage 1 anchored in CC3M's captions, on images of its own; DCR's LoRA and rate
 ANCHOR = {"anchor": "captions", "seed": 10_000}
 DCR_ANCHORED = DCR | {"timesteps": "high-noise"}
 DIVA_ANCHORED = DCR_ANCHORED | {"objective": "diva", "draws": 2}
-RECIPES = {"diva": DIVA, "dcr": DCR, "genhancer": GENHANCER, "diva-anchored": DIVA_ANCHORED,
-           "dcr-anchored": DCR_ANCHORED}  # fmt: skip
+RECIPES = {"diva": DIVA, "dcr": DCR, "genhancer": GENHANCER, "genhancer-released": GENHANCER_RELEASED,
+           "diva-anchored": DIVA_ANCHORED, "dcr-anchored": DCR_ANCHORED}  # fmt: skip
+RELEASES = {  # method -> backbones that its authors' released code has a configuration for
+    "diva": BACKBONES,
+    "dcr": tuple(name for name in BACKBONES if not name.startswith("dfn")),
+    "genhancer": ("openai-l14", "openai-l14-336", "siglip-so400m-384"),
+}
 # what the notebooks train on the tiny world: 4 minutes of one core; pair score 17.8 -> 27.5, zero-shot 96.7 -> 95.0
 TINY_DIVA = {
     "objective": "diva", "projector": "anchored", "batch": 16, "timesteps": "high-noise", "steps": 500, "lr": 4e-4,
 }  # fmt: skip
 CC3M_SHARDS = "cc3m/cc3m-train-*.tar"
-IMAGES_PER_STEP = {"diva": 640} | dict.fromkeys(("dcr", "genhancer", "diva-anchored", "dcr-anchored"), 256)  # a step
+IMAGES_PER_STEP = {"diva": 640} | dict.fromkeys((name for name in RECIPES if name != "diva"), 256)  # a step
 FREE_FIELDS = (  # a run that differs in these only is still of its preset
     "images", "seed", "projector", "accumulate", "rows", "keep_latents", "compile", "evaluate_every", "save_every",
 )  # fmt: skip
-PRESETS = {f"{backbone}-{recipe}": (backbone, recipe) for backbone in BACKBONES for recipe in RECIPES}
+PRESETS = {  # a recipe NAME-released is there for the backbones of which there is a release
+    f"{backbone}-{recipe}": (backbone, recipe)
+    for backbone in BACKBONES
+    for recipe in RECIPES
+    if not recipe.endswith("-released") or backbone in RELEASES[recipe.removesuffix("-released")]
+}
 
 
 def stages(name: str) -> tuple[int, ...]:
@@ -66,6 +78,12 @@ def stages(name: str) -> tuple[int, ...]:
 def _parts(name: str) -> tuple[str, str]:
     """Backbone and recipe of a preset."""
     if name not in PRESETS:
+        method = next((method for method in RELEASES if name.endswith(f"-{method}-released")), "")
+        if name.removesuffix(f"-{method}-released") in BACKBONES:
+            raise ValueError(
+                f"preset {name!r}: there is no release behind it; {method}'s released code has configurations for "
+                f"{', '.join(RELEASES[method])}; our choice for this backbone: {name.removesuffix('-released')}"
+            )
         raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
@@ -174,6 +192,9 @@ def describe_presets() -> str:
     for name in PRESETS:
         last = preset(name)
         steps = " + ".join(str(preset(name, stage).steps) for stage in stages(name))
-        ours = "; ours, not tuned at this size" if PRESETS[name][1].endswith("anchored") else ""
-        lines.append(f"{name:32} {steps:14} steps, {last.optimizer}, lr {last.lr:g}, condition {last.condition}{ours}")
+        backbone, recipe = PRESETS[name]
+        ours = "; ours, not tuned at this size" if recipe.endswith("anchored") else ""
+        if recipe in RELEASES and backbone not in RELEASES[recipe]:
+            ours = "; no release behind it"
+        lines.append(f"{name:36} {steps:14} steps, {last.optimizer}, lr {last.lr:g}, condition {last.condition}{ours}")
     return "\n".join(lines)
