@@ -78,8 +78,8 @@ def stages(name: str) -> tuple[int, ...]:
 def _parts(name: str) -> tuple[str, str]:
     """Backbone and recipe of a preset."""
     if name not in PRESETS:
-        method = next((method for method in RELEASES if name.endswith(f"-{method}-released")), "")
-        if name.removesuffix(f"-{method}-released") in BACKBONES:
+        methods = {f"{backbone}-{r}": r.removesuffix("-released") for backbone in BACKBONES for r in RECIPES}
+        if method := methods.get(name):
             raise ValueError(
                 f"preset {name!r}: there is no release behind it; {method}'s released code has configurations for "
                 f"{', '.join(RELEASES[method])}; our choice for this backbone: {name.removesuffix('-released')}"
