@@ -5,6 +5,7 @@ latents with their row and column; one token `text` and one vector `vec`, each f
 """
 
 import copy
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def both(request, tmp_path_factory) -> tuple[Path, dict, Step, Step]:
 
 
 def packed_place(layer: str) -> tuple[str, int, int]:
-    """Where open_clip keeps a layer: the beginning of its parameters' names, and which of how many parts of the rows."""
+    """Where open_clip keeps a layer: how its parameters' names begin, and which of how many parts of the rows."""
     head, _, last = layer.rpartition(".")
     if last in ("q_proj", "k_proj", "v_proj"):
         return f"{head}.in_proj_", "qkv".index(last[0]), 3
@@ -188,46 +189,42 @@ def reference(step: Step, encoder: Path, preprocess: dict) -> tuple[Tensor, dict
     return loss.detach(), dict(zip(leaves, gradients, strict=True))
 
 
+def distance(found: Tensor, wanted: Tensor) -> float:
+    """|found - wanted| / |wanted|; 0 where both vanish, as the gradient of a key's bias, which no softmax sees."""
+    gap, size = (found - wanted).norm().item(), wanted.norm().item()
+    return gap / size if size > 1e-9 else float(gap > 1e-9)
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_step_is_that_of_the_released_recipe(both, stage):
     encoder, preprocess, *steps = both
     step, lr = steps[stage - 1], (1e-4, 1e-5)[stage - 1]
     loss, gradients = reference(step, encoder, preprocess)
-    parts = {".".join(name.split(".")[:3]) for name in gradients if not name.startswith("encoder.")}
-    wanted = {"conditioner.projector.vec", "conditioner.projector.text"}
-    assert wanted <= parts and any(name.startswith("network.") for name in parts) if stage == 1 else not parts
     line = step.trainer.run.metrics().iloc[0]
-    assert line["loss"] == pytest.approx(loss.item(), abs=1e-5)
-    norm = torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt()
-    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
-    scale = min(1.0, 1 / norm.item())  # clipped to a norm of 1
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    norm = torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt().item()
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-5)
     for name, gradient in gradients.items():
-        clipped = scale * gradient
-        torch.testing.assert_close(step.trainer.parameters[name].grad, clipped, atol=1e-5, rtol=1e-5, msg=name)
+        clipped = min(1.0, 1 / norm) * gradient
+        assert distance(step.trainer.parameters[name].grad, clipped) < 1e-5, name
         moved = step.before[name] * (1 - 0.01 * lr) - lr * clipped / (clipped.abs() + 1e-8)  # AdamW's first step
-        clear = clipped.abs() > 1e-6  # below, rounding decides the sign of the step
-        torch.testing.assert_close(step.after[name][clear], moved[clear], atol=1e-6, rtol=1e-5, msg=name)
-        assert (step.after[name] - step.before[name]).abs().max() <= 1.01 * lr + 0.011 * lr * step.before[
-            name
-        ].abs().max()
+        clear = clipped.abs() > max(1e-2 * clipped.square().mean().sqrt(), 1e-10)  # else rounding decides its sign
+        torch.testing.assert_close(step.after[name][clear], moved[clear], atol=2e-7, rtol=2e-7)
 
 
-def test_every_weight_has_a_gradient_and_the_encoder_has_one_through_each_projector(both):
-    encoder, preprocess, *steps = both
-    for step in steps:
-        _, gradients = reference(step, encoder, preprocess)
-        still = [
-            name
-            for name, g in gradients.items()
-            if g.abs().max() < 1e-9 and not name.endswith("k_proj.base_layer.bias")
-        ]
-        assert not [name for name in still if "attn" not in name], still
-    last = "3.weight"
-    through = {}
-    for part in ("vec", "text"):  # alone: the other gives zeros, whatever it reads
-        other = {"vec": "text", "text": "vec"}[part]
-        alone = replace(
-            steps[1], fixed=steps[1].fixed | {f"{other}.{last}": torch.zeros_like(steps[1].fixed[f"{other}.{last}"])}
-        )
-        through[part] = reference(alone, encoder, preprocess)[1]
-    assert all(sum(g.norm() for g in gradients.values()) > 1e-3 for gradients in through.values())
+def test_stage_1_trains_the_denoiser_and_both_projectors_and_stage_2_the_encoder_alone(both):
+    *_, first, second = both
+    for step, wanted in (
+        (first, {"conditioner.projector.vec", "conditioner.projector.text", "network"}),
+        (second, {"encoder"}),
+    ):
+        gradients = {name: p.grad for name, p in step.trainer.parameters.items()}
+        assert {name.split(".")[0] for name in gradients} == {part.split(".")[0] for part in wanted}
+        assert all(any(name.startswith(part) for name in gradients) for part in wanted)
+        still = [name for name, g in gradients.items() if g.norm() < 1e-9]
+        assert all(re.search(r"\.k(_proj)?\.base_layer\.bias$", name) for name in still)
+    assert first.after.keys() == first.trainer.run.weights().keys()
+    for name, weight in second.fixed.items():
+        assert torch.equal(weight, first.after[f"conditioner.projector.{name}"])
+    for name, weight in second.network.state_dict().items():
+        assert torch.equal(weight, first.after[f"network.{name}"])
