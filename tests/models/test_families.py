@@ -234,9 +234,9 @@ def test_a_denoiser_with_two_projectors_resumes_exports_and_is_known_by_its_weig
     assert hashes["projector"] == {"weights.safetensors": sha256(whole.folder / "checkpoint" / "weights.safetensors")}
     run, again = kill_and_resume(tune, second, tmp_path, stop=2)
     assert same_weights(run, again) and run.environment["weights"] == hashes
-    export(run.folder, tmp_path / "exported")
+    export(run, tmp_path / "exported")
     images = torch.rand(2, 3, 32, 32)
-    exported = load_encoder(tmp_path / "exported")
+    exported = load_encoder(tmp_path / "exported" / "open_clip")
     torch.testing.assert_close(exported.encode_image(images), tuned_encoder(run).encode_image(images))
     with pytest.raises(ValueError, match=r"does not fit.*light-tiny"):  # one projector, not two
         tune(replace(second, denoiser="light-tiny"), tmp_path)

@@ -241,29 +241,25 @@ def light_flux() -> Denoiser:
         return Light(AutoencoderKL(**FLUX_VAE), LIGHT["light-flux"][1])
 
 
-def test_genhancers_denoiser_is_of_the_size_that_was_released_and_the_docs_state_its_memory():
-    network, vae = ((sum(p.numel() for p in part.parameters())) for part in (light_flux().network, light_flux().vae))
+def test_genhancers_denoiser_is_of_the_size_that_was_released_and_its_memory_is_stated():
+    network, vae = (sum(p.numel() for p in part.parameters()) for part in (light_flux().network, light_flux().vae))
     assert (network, vae) == (1_310_154_816, 83_819_683)
-    heads = light_flux().network.config
-    assert (heads.num_attention_heads, heads.attention_head_dim, heads.num_layers, heads.num_single_layers) == (
-        24,
-        128,
-        2,
-        4,
-    )
-    assert (heads.pooled_projection_dim, heads.joint_attention_dim, heads.guidance_embeds) == (768, 4096, True)
+    sizes = light_flux().network.config
+    assert (sizes.num_layers, sizes.num_single_layers) == (2, 4)
+    assert (sizes.num_attention_heads, sizes.attention_head_dim) == (24, 128)
+    assert (sizes.pooled_projection_dim, sizes.joint_attention_dim, sizes.guidance_embeds) == (768, 4096, True)
     with torch.device("meta"):
-        projectors = sum(p.numel() for p in Conditioner("global", 768, light_flux().widths).parameters())
-    trained = network + projectors
+        conditioner = Conditioner("global", encoder_of("openai-l14").dim, light_flux().widths)
+    trained = network + sum(p.numel() for p in conditioner.parameters())
     text = " ".join((ROOT / "docs" / "backbones.md").read_text().split())
-    assert f"{trained / 1e6:.0f} M" in text
-    for what, size in {
-        "weights": 4,
-        "weights, gradient and AdamW's two moments": 16,
-        "a frozen one in bfloat16": 2,
-    }.items():
-        trained_or_not = network if size == 2 else trained
-        assert f"{what}: {trained_or_not * size / 1e9:.1f} GB" in text
+    assert f"{network / 1e6:.0f} M weights" in text and f"{trained / 1e6:.0f} M with both projectors" in text
+    for gigabytes in (
+        f"| weights, gradient, AdamW's two moments | 16 | {16 * trained / 1e9:.1f} GB |",
+        f"| the same while micro-batches accumulate | 24 | {24 * trained / 1e9:.1f} GB |",
+        f"| a checkpoint on disk | 12 | {12 * trained / 1e9:.1f} GB |",
+        f"| frozen, in bfloat16 (stage 2) | 2 | {2 * network / 1e9:.1f} GB |",
+    ):
+        assert gigabytes in text
 
 
 def test_the_denoiser_is_of_the_size_that_was_published():
