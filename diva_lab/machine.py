@@ -7,6 +7,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import GatedRepoError
 
 
 def default_device() -> torch.device:
@@ -32,18 +33,24 @@ def autocast(device: torch.device | str = "cpu") -> torch.autocast:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast_bf16(device))
 
 
-def fetch_hint(*repositories: str) -> str:
+def fetch_command(repository: str, part: str = "") -> str:
+    """The command that downloads a hub repository `owner/name`, or one folder of it."""
+    return f"hf download {repository}" + (f' --include "{part}/*"' if part else "")
+
+
+def fetch_hint(*repositories: str, part: str = "") -> str:
     """For error messages: the cache folders of hub repositories `owner/name`, and the commands that download them."""
     folders = ", ".join(str(Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}")) for name in repositories)
-    return f"looked in {folders}; fetch with network: {' && '.join(f'hf download {name}' for name in repositories)}"
+    return f"looked in {folders}; fetch with network: {' && '.join(fetch_command(name, part) for name in repositories)}"
 
 
-def fetch_repository(repository: str, files: list[str]) -> str:
+def fetch_repository(repository: str, files: list[str], part: str = "") -> str:
     """The local folder of a hub repository: its files come from the cache, or with a network from the hub.
 
     Args:
         repository: `owner/name`.
         files: glob patterns of the files to fetch.
+        part: the folder that holds all of them, where it is not the whole repository.
 
     Raises:
         FileNotFoundError: where it is not in the cache and cannot be downloaded; names the cache folder and the
@@ -52,7 +59,10 @@ def fetch_repository(repository: str, files: list[str]) -> str:
     try:
         return snapshot_download(repository, allow_patterns=files)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"no {repository} on this machine; {fetch_hint(repository)}") from error
+        hint = fetch_hint(repository, part=part)
+        if isinstance(error, GatedRepoError):
+            hint += "; first accept its terms on huggingface.co, then: hf auth login"
+        raise FileNotFoundError(f"no {repository} on this machine; {hint}") from error
 
 
 def generator(*numbers: int | str) -> torch.Generator:

@@ -151,7 +151,15 @@ def write_clip_of(folder: Path, model_cfg: dict, seed: int = 0, **preprocess_cfg
 def small_vae(**changes) -> AutoencoderKL:
     sizes = {"block_out_channels": (8, 8, 8), "latent_channels": 4, "norm_num_groups": 4, "sample_size": 32}
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-    return AutoencoderKL(**sizes, **blocks, **{"scaling_factor": 0.5} | changes)
+    return AutoencoderKL(**sizes | blocks | {"scaling_factor": 0.5} | changes)
+
+
+def write_flux_vae(folder: Path, seed: int = 0) -> Path:
+    """A small VAE in the folder `vae`, as FLUX.1's repository has it: 16 channels, its factors, no quant_conv."""
+    torch.manual_seed(seed)
+    changes = {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+    small_vae(**changes, use_quant_conv=False, use_post_quant_conv=False).save_pretrained(folder / "vae")
+    return folder
 
 
 UNET1 = {"attention_head_dim": 2}  # Stable Diffusion 1: so many heads everywhere

@@ -31,6 +31,13 @@ class Projector(nn.Sequential):
         super().__init__(nn.LayerNorm(dim), nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width))
 
 
+class Projectors(nn.ModuleDict):
+    """Projectors by name that read the same features; what they return stands side by side in one token."""
+
+    def forward(self, features: Float[Tensor, "*b d"]) -> Float[Tensor, "*b c"]:
+        return torch.cat([project(features) for project in self.values()], dim=-1)
+
+
 PROJECTIONS: dict[str, Callable[[int, int], nn.Module]] = {"mlp": Projector, "linear": nn.Linear}  # DCR's, DIVA's
 
 
@@ -136,7 +143,7 @@ class Conditioner(nn.Module):
     Args:
         name: a key of `CONDITIONS`.
         dim: the encoder's width d.
-        width: the denoiser's cross-attention width c.
+        width: the denoiser's cross-attention width c; or the widths that add up to it, for a projector each, by name.
         seed: of the projector's initial weights.
         projection: a key of `PROJECTIONS`.
         each: whether a condition of `DRAWN` draws its tokens for each image, not once for a batch.
@@ -151,7 +158,15 @@ class Conditioner(nn.Module):
 
     gap: Tensor | None
 
-    def __init__(self, name: str, dim: int, width: int, seed: int = 0, projection: str = "mlp", each: bool = False):
+    def __init__(
+        self,
+        name: str,
+        dim: int,
+        width: int | dict[str, int],
+        seed: int = 0,
+        projection: str = "mlp",
+        each: bool = False,
+    ):
         super().__init__()
         if name not in CONDITIONS:
             raise ValueError(f"unknown condition {name!r}; expected one of {', '.join(CONDITIONS)}")
@@ -161,7 +176,9 @@ class Conditioner(nn.Module):
         self.register_buffer("gap", None)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.projector = PROJECTIONS[projection](dim, width)
+            new = partial(PROJECTIONS[projection], dim)
+            several = isinstance(width, dict)
+            self.projector = Projectors({part: new(w) for part, w in width.items()}) if several else new(width)
 
     def forward(
         self, features: Features, empty: Float[Tensor, "l c"], generator: torch.Generator | None = None

@@ -39,6 +39,7 @@ class Denoiser(nn.Module):
         signal, sigma: the coefficients of x_t = signal_t x0 + sigma_t eps, [timesteps] each.
         flow: whether the network matches a flow: sigma = 1 - signal.
         native: what the network itself predicts, `noise` or `velocity`.
+        widths: those of the parts of a context's token, by name, where each part has a projector of its own.
         scratch: whether the network has random weights until stage 1 trains it.
         prompt: the text that `empty` encodes; set it before `empty` is first used.
         prompt_mask: whether the prompt is encoded with the attention mask, as DCR's released code has it: every token
@@ -55,6 +56,7 @@ class Denoiser(nn.Module):
     """
 
     scratch = False
+    widths: dict[str, int] = {}  # noqa: RUF012 (a family sets its own)
 
     def __init__(self, vae, network, scheduler, width: int, px: int):
         super().__init__()

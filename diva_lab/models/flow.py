@@ -1,6 +1,7 @@
 """Transformers that match a flow: Stable Diffusion 3, and a light one like GenHancer's, which stage 1 trains."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -79,29 +80,52 @@ class StableDiffusion3(Denoiser):
         return self._diffusers
 
 
+@dataclass(frozen=True)
+class LightSizes:
+    """Of a `Light` denoiser.
+
+    Attributes:
+        heads, head_width: number and width of its attention heads; the transformer is heads x head_width wide.
+        channels: of the latents that its autoencoder gives.
+        widths: of the parts of a context's token, a projector for each: `vec` modulates the blocks, `text` is the
+            context. Without them one projector gives a token as wide as the transformer, which does both.
+        guidance: the scale that is embedded with the timestep, the same for every image; None for none.
+    """
+
+    heads: int
+    head_width: int = 64
+    channels: int = 4
+    widths: dict[str, int] = field(default_factory=dict)
+    guidance: float | None = None
+
+
 class Light(Denoiser):
     """A denoiser like GenHancer's: two joint and four single transformer blocks that match a flow, from random weights.
 
-    The blocks are Flux's. The context is one token, which also modulates every block. There is no text encoder: the
-    empty prompt is one token of zeros. The width is our choice; GenHancer's is 3072, with 24 heads of 128.
+    The blocks are Flux's. The context is one token; it, or a part of it, also modulates every block. There is no text
+    encoder: the empty prompt is one token of zeros.
 
     Args:
         vae: a frozen autoencoder; one token of the transformer is a patch of 2 x 2 of its latents.
-        heads: number of attention heads, each 64 wide; the context's width is 64 heads.
+        sizes: GenHancer's released ones, or ours: see `registry.LIGHT`.
         px: side in pixels of the images that `latents` encodes; the autoencoder's own size if None.
     """
 
     scratch = True
 
-    def __init__(self, vae: AutoencoderKL, heads: int, px: int | None = None):
+    def __init__(self, vae: AutoencoderKL, sizes: LightSizes, px: int | None = None):
+        width, axis = sizes.heads * sizes.head_width, (sizes.head_width - 16) // 2
+        vec, text = (sizes.widths.get(part, width) for part in ("vec", "text"))
         with torch.random.fork_rng():
             torch.manual_seed(0)
             network = FluxTransformer2DModel(
-                in_channels=4 * vae.config.latent_channels, num_layers=2, num_single_layers=4, attention_head_dim=64,
-                num_attention_heads=heads, joint_attention_dim=64 * heads, pooled_projection_dim=64 * heads,
-                axes_dims_rope=(16, 24, 24),
+                in_channels=4 * vae.config.latent_channels, num_layers=2, num_single_layers=4,
+                attention_head_dim=sizes.head_width, num_attention_heads=sizes.heads, joint_attention_dim=text,
+                pooled_projection_dim=vec, guidance_embeds=sizes.guidance is not None, axes_dims_rope=(16, axis, axis),
             )  # fmt: skip
-        super().__init__(vae, network, FlowMatchEulerDiscreteScheduler(), 64 * heads, px or vae.config.sample_size)
+        total = sum(sizes.widths.values()) or width
+        super().__init__(vae, network, FlowMatchEulerDiscreteScheduler(), total, px or vae.config.sample_size)
+        self.widths, self.guidance = sizes.widths, sizes.guidance
 
     @cached_property
     def empty(self) -> Float[Tensor, "l c"]:
@@ -112,8 +136,10 @@ class Light(Denoiser):
         x_t = F.pad(x_t, (0, width % 2, 0, height % 2))  # [n, c, 2 rows, 2 columns]
         rows, columns = (size // 2 for size in x_t.shape[-2:])
         places = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).to(x_t)  # [r c, 3]
+        vec, text = context.split([*self.widths.values()], -1) if self.widths else (context, context)  # [n, l, ...]
+        guidance = None if self.guidance is None else x_t.new_full((len(x_t),), self.guidance)
         out = self.network(
-            F.pixel_unshuffle(x_t, 2).flatten(2).transpose(1, 2), context, context.mean(1), self.sigma[t],
-            img_ids=places, txt_ids=places.new_zeros(context.shape[1], 3),
+            F.pixel_unshuffle(x_t, 2).flatten(2).transpose(1, 2), text, vec.mean(1), self.sigma[t],
+            img_ids=places, txt_ids=places.new_zeros(text.shape[1], 3), guidance=guidance,
         ).sample  # fmt: skip
         return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, (rows, columns)), 2)[..., :height, :width]

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from diva_lab.machine import fetch_repository
-from diva_lab.models.denoiser import Denoiser
+from diva_lab.machine import fetch_command, fetch_repository
+from diva_lab.models.denoiser import Denoiser, check_widths
 from diva_lab.models.diffusion import StableDiffusion
-from diva_lab.models.flow import Light, StableDiffusion3
+from diva_lab.models.flow import Light, LightSizes, StableDiffusion3
 from diva_lab.models.frozen import LEVERS
 from diva_lab.models.weights import load_diffusers, read_json, reading, weight_files
 from diva_lab.paths import DATA
@@ -23,7 +23,15 @@ DENOISERS = {  # name -> folder or hub id
     "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
     "sd35-medium": "stabilityai/stable-diffusion-3.5-medium",
 }
-LIGHT = {"light": ("sd21-base", 16), "light-tiny": ("tiny", 2)}  # name -> (denoiser whose VAE it uses, heads)
+LIGHT = {  # name -> (denoiser or hub id whose VAE it uses, sizes); `light-flux` is GenHancer's own, 1310 M parameters
+    "light": ("sd21-base", LightSizes(heads=16)),
+    "light-tiny": ("tiny", LightSizes(heads=2, channels=16)),
+    "light-flux": (
+        "black-forest-labs/FLUX.1-dev",
+        LightSizes(heads=24, head_width=128, channels=16, widths={"vec": 768, "text": 4096}, guidance=4.0),
+    ),
+    "light-flux-tiny": ("tiny", LightSizes(heads=2, channels=16, widths={"vec": 32, "text": 48}, guidance=4.0)),
+}
 HUB_FILES = [  # to download: no half precision, no other formats, and not Stable Diffusion 3's T5
     "*.json", "*/*.txt", "*/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
     "text_encoder_2/model.safetensors",
@@ -46,12 +54,35 @@ def _pipeline_class(folder: str) -> str:
     return kind
 
 
-def _denoiser_hint(source: str) -> str:
-    """For error messages: how to get a denoiser's folder."""
+def _parse_name(name: str) -> tuple[str, LightSizes | None]:
+    """The folder or hub id that a name means, and the sizes of a light denoiser; NAME@FOLDER has its VAE from there."""
+    label, at, folder = name.partition("@")
+    if label not in LIGHT or Path(name).exists():
+        return DENOISERS.get(name, name), None
+    base, sizes = LIGHT[label]
+    return folder if at else DENOISERS.get(base, base), sizes
+
+
+def _fetch_source(name: str) -> tuple[str, LightSizes | None]:
+    """As `_parse_name`, with the local folder of a hub id.
+
+    By its id, AutoTokenizer would look for more files than there are offline.
+    """
+    source, sizes = _parse_name(name)
+    if _is_hub_id(source):
+        source = fetch_repository(source, ["vae/*"], "vae") if sizes else fetch_repository(source, HUB_FILES)
+    return source, sizes
+
+
+def _denoiser_hint(name: str) -> str:
+    """For error messages: what a denoiser's folder holds, and how to get it."""
+    source, sizes = _parse_name(name)
+    parts = "vae" if sizes else "vae, unet (or transformer), text_encoder, tokenizer and scheduler"
     if source == DENOISERS["tiny"]:
-        return "it ships with the repository"
-    command = f"hf download {source}" if _is_hub_id(source) else "hf download OWNER/NAME --local-dir FOLDER"
-    return f"fetch all of it, with network: {command}"
+        return f"{source} to hold {parts}: it ships with the repository"
+    part, place = ("vae" if sizes else ""), ("" if _is_hub_id(source) else " --local-dir FOLDER")
+    command = fetch_command(source if _is_hub_id(source) else "OWNER/NAME", part)
+    return f"{source} to hold {parts}: fetch all of it, with network: {command}{place}"
 
 
 def load_denoiser(
@@ -60,7 +91,8 @@ def load_denoiser(
     """Load a frozen denoiser.
 
     Args:
-        name: a key of `DENOISERS` or `LIGHT`, a folder in diffusers' layout, or a hub id `owner/name`.
+        name: a key of `DENOISERS` or `LIGHT`, a folder in diffusers' layout, or a hub id `owner/name`. With
+            `NAME@FOLDER` a light denoiser has its VAE from `FOLDER/vae`, or from that hub id.
         px: side in pixels of the images that its `latents` encodes; the model's own size if None.
         levers: names in `frozen.LEVERS`, used by Stable Diffusion 1 and 2.
 
@@ -69,26 +101,26 @@ def load_denoiser(
         ValueError: for an unknown name, and for a folder of another family of models; lists the known ones.
     """
     name = str(name)
-    base, heads = LIGHT.get(name, (name, 0))
-    source = DENOISERS.get(base, base)
-    if base not in DENOISERS and not Path(source).exists() and not _is_hub_id(source):
+    source, sizes = _parse_name(name)
+    known = source in DENOISERS.values() or Path(source).exists() or _is_hub_id(source) or sizes
+    if not source or not known:
         raise ValueError(
             f"unknown denoiser {name!r}; expected one of {', '.join((*DENOISERS, *LIGHT))}, a folder in Stable "
-            "Diffusion's layout (vae, unet, text_encoder, tokenizer, scheduler), or a hub id as 'owner/name'"
+            "Diffusion's layout (vae, unet, text_encoder, tokenizer, scheduler), a hub id as 'owner/name', or "
+            "light-flux@FOLDER with a folder that holds vae"
         )
-    folder = source
     try:
-        if _is_hub_id(source):  # as a folder: by its id, AutoTokenizer would look for more files than there are offline
-            folder = fetch_repository(source, ["vae/*"] if heads else HUB_FILES)
+        folder, _ = _fetch_source(name)
         with reading(folder):
-            if heads:
-                denoiser = Light(load_diffusers(AutoencoderKL, f"{folder}/vae"), heads, px)
+            if sizes:
+                vae = load_diffusers(AutoencoderKL, f"{folder}/vae")
+                check_widths(folder, latent=(vae.config.latent_channels, sizes.channels))
+                denoiser = Light(vae, sizes, px)
             else:
                 denoiser = FAMILIES[_pipeline_class(folder)].load(folder, device, px, levers)
     except OSError as error:
         raise FileNotFoundError(
-            f"denoiser {name!r}: {' '.join(str(error).split())}. Expected {folder} to hold vae, unet (or transformer), "
-            f"text_encoder, tokenizer and scheduler: {_denoiser_hint(source)}"
+            f"denoiser {name!r}: {' '.join(str(error).split())}. Expected {_denoiser_hint(name)}"
         ) from error
     except ValueError as error:
         raise ValueError(f"denoiser {name!r}: {error}") from error
@@ -101,9 +133,6 @@ def denoiser_files(name: str) -> dict[str, Path]:
     Raises:
         FileNotFoundError: where they are not on this machine and cannot be downloaded.
     """
-    base, heads = LIGHT.get(name, (name, 0))
-    folder = DENOISERS.get(base, base)
-    if _is_hub_id(folder):
-        folder = fetch_repository(folder, ["vae/*"] if heads else HUB_FILES)
-    parts = ("vae",) if heads else ("vae", "unet", "transformer", "text_encoder", "text_encoder_2")
+    folder, sizes = _fetch_source(name)
+    parts = ("vae",) if sizes else ("vae", "unet", "transformer", "text_encoder", "text_encoder_2")
     return {f"{part}/{n}": file for part in parts for n, file in weight_files(Path(folder, part)).items()}

@@ -98,7 +98,7 @@ def build_conditioner(settings: Settings, encoder: Encoder, denoiser: Denoiser) 
         ValueError: where it does not fit the encoder and the denoiser.
     """
     conditioner = Conditioner(
-        settings.condition, encoder.dim, denoiser.width, settings.seed, settings.projection,
+        settings.condition, encoder.dim, denoiser.widths or denoiser.width, settings.seed, settings.projection,
         settings.token_draws == "each",
     )  # fmt: skip
     if settings.projector != "new":

@@ -2,9 +2,8 @@
 
 The numbers are those of data/published/recipes.csv; here they become `Settings`. A recipe is the paper's; `-released`
 behind its name makes it what the released code does, where there is code for that backbone. The papers trained in 8
-processes;
-with another number of them `accumulate` changes so that a step still sees as many images. The images are the tars of
-CC3M's usable copy under `cc3m`; where they are missing an error says what fetches them.
+processes; with another number of them `accumulate` changes so that a step still sees as many images. The images are the
+tars of CC3M's usable copy under `cc3m`; where they are missing an error says what fetches them.
 """
 
 import ast
@@ -41,7 +40,7 @@ DCR = {  # stage 1 by L_rec, as in the paper; the released code runs the whole D
 GENHANCER = DCR | {  # stage 1 trains a light denoiser with the projector; decay, clip and latent are not given: DCR's
     "objective": "genhancer", "denoiser": "light", "steps": 10_000, "timesteps": "logit-normal",
 }  # fmt: skip
-ALIGN = {"steps": 100_000, "lr": 1e-4, "projector": "new", "save_every": 1000}
+ALIGN = {"steps": 100_000, "lr": 1e-4, "projector": "new", "save_every": 1000, "lora_targets": "all"}  # no LoRA here
 # what the released code does otherwise; docs/method.md says where it does so, and what it changes
 LOADER = {"loader_crop": True, "normalise": "openai"}
 DIVA_RELEASED = DIVA | LOADER | {
@@ -52,6 +51,9 @@ DCR_RELEASED = DCR | LOADER | {
     "align_by": "dcr", "target": "velocity", "prompt_mask": True, "noise_precision": "bf16",
     "augment_normalised": True, "shared_samples": True, "lora_targets": "released",
 }  # fmt: skip
+GENHANCER_RELEASED = GENHANCER | {  # its configurations give DCR's decay, clip and sample too; no other normalisation
+    "denoiser": "light-flux", "loader_crop": True, "shared_samples": True, "lora_targets": "released",
+}  # fmt: skip
 METACLIP_STEPS = 100_000  # of DCR's stage 2 in its file for MetaCLIP, perhaps left over; 4600 in the others
 # ours, not tuned at this size: stage 1 anchored in CC3M's captions, on images of its own; DCR's LoRA and rate
 ANCHOR = {"anchor": "captions", "seed": 10_000}
@@ -59,7 +61,7 @@ DCR_ANCHORED = DCR | {"timesteps": "high-noise"}
 DIVA_ANCHORED = DCR_ANCHORED | {"objective": "diva", "draws": 2}
 RECIPES = {
     "diva": DIVA, "dcr": DCR, "genhancer": GENHANCER, "diva-released": DIVA_RELEASED, "dcr-released": DCR_RELEASED,
-    "diva-anchored": DIVA_ANCHORED, "dcr-anchored": DCR_ANCHORED,
+    "genhancer-released": GENHANCER_RELEASED, "diva-anchored": DIVA_ANCHORED, "dcr-anchored": DCR_ANCHORED,
 }  # fmt: skip
 RELEASES = {  # method -> the backbones that its authors released code for
     "diva": BACKBONES,
@@ -217,7 +219,7 @@ def describe_presets() -> str:
         last = preset(name)
         steps = " + ".join(str(preset(name, stage).steps) for stage in stages(name))
         what = f"{last.optimizer}, lr {last.lr:g}, condition {last.condition}; {origin(name)}"
-        lines.append(f"{name:32} {steps:15} steps, {what}")
+        lines.append(f"{name:36} {steps:15} steps, {what}")
     return "\n".join(lines)
 
 
@@ -231,6 +233,7 @@ REASONS = {  # setting -> why the released code differs in it
     "loader_crop": "the loader draws RandomResizedCrop with scale (.9, 1)",
     "normalise": "OpenAI's mean and deviation for every backbone",
     "align_by": "stage 1 runs the whole loss of stage 2",
+    "denoiser": "the released sizes, FLUX's VAE, two projectors and an embedded guidance of 4",
     "target": "get_velocity, though the denoiser predicts noise",
     "prompt_mask": "the empty prompt is encoded with the tokenizer's attention mask",
     "noise_precision": "the latents are bfloat16 when noise is added",

@@ -152,3 +152,17 @@ def test_the_projector_is_norm_linear_gelu_linear():
 def test_an_unknown_condition_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=f"unknown condition 'local'; expected one of {', '.join(CONDITIONS)}"):
         Conditioner("local", D, C)
+
+
+@EACH
+def test_several_projectors_read_the_same_tokens_and_stand_side_by_side(name, features):
+    conditioner = Conditioner(name, D, {"vec": 3, "text": C}, seed=2)
+    assert {key.split(".")[1] for key in conditioner.state_dict()} == {"vec", "text"}
+    context = conditioner(features, torch.zeros(L, 3 + C), seeded(0))
+    assert context.shape == (B, LENGTHS[name], 3 + C)
+    for part, width in (("vec", slice(0, 3)), ("text", slice(3, None))):
+        alone = Conditioner(name, D, C)
+        alone.projector = conditioner.projector[part]
+        torch.testing.assert_close(
+            context[..., width], alone(features, torch.zeros(L, context[..., width].shape[2]), seeded(0))
+        )

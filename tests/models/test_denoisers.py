@@ -2,11 +2,11 @@ import shutil
 
 import pytest
 import torch
-from small_models import write_diffusion
+from small_models import write_diffusion, write_flux_vae
 
 from diva_lab.models.denoiser import TARGETS, Denoiser
 from diva_lab.models.diffusion import StableDiffusion
-from diva_lab.models.registry import DENOISERS, load_denoiser
+from diva_lab.models.registry import DENOISERS, denoiser_files, load_denoiser
 
 PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
 
@@ -180,6 +180,27 @@ def test_an_incomplete_folder_is_refused_saying_what_belongs_there(small_diffusi
     with pytest.raises(FileNotFoundError, match="fetch") as caught:
         load_denoiser(folder)
     assert str(folder) in str(caught.value) and all(name in str(caught.value) for name in PARTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("light-flux@", ValueError, "unknown denoiser 'light-flux@'.*light-flux@FOLDER"),
+        ("light-flux@nowhere", FileNotFoundError, 'nowhere.*to hold vae: .*OWNER/NAME --include "vae/\\*"'),
+        ("light@{}", ValueError, "takes a latent 4 wide, found 16"),
+        ("light-flux-tiny@{}/vae", FileNotFoundError, "config.json.*to hold vae"),
+    ],
+)
+def test_a_light_denoiser_refuses_a_folder_without_its_vae(tmp_path, name, error, message):
+    with pytest.raises(error, match=message) as caught:
+        load_denoiser(name.format(write_flux_vae(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_light_denoiser_needs_nothing_but_the_folder_vae(tmp_path):
+    denoiser = load_denoiser(f"light-flux-tiny@{write_flux_vae(tmp_path)}", px=16)
+    assert denoiser.latents(torch.rand(1, 3, 16, 16)).shape == (1, 16, 4, 4) and denoiser.width == 32 + 48
+    assert [file.parent.name for file in denoiser_files(f"light-flux-tiny@{tmp_path}").values()] == ["vae"]
 
 
 def test_a_known_denoiser_whose_folder_is_missing_is_refused_naming_the_folder(monkeypatch, tmp_path):

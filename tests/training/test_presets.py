@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKL
 from small_models import on_meta
 
 from diva_lab import figures
@@ -27,12 +28,13 @@ from diva_lab.models.flow import Light
 from diva_lab.models.layers import block_name
 from diva_lab.models.lora import make_trainable
 from diva_lab.models.registry import LIGHT
-from diva_lab.paths import DATA
+from diva_lab.paths import DATA, ROOT
 from diva_lab.training.presets import (
     BACKBONES,
     CC3M_SHARDS,
     PRESETS,
     PX,
+    describe_presets,
     parse_changes,
     preset,
     preset_name,
@@ -50,8 +52,11 @@ from tools.write_presets import PRESET_FILES, write_presets
 TABLE = list(csv.DictReader((DATA / "published" / "recipes.csv").read_text().splitlines()))
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row['recipe']}-stage{row['stage']}")
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(
+    ("backbone", "row"),
+    [(name, row) for name in BACKBONES for row in TABLE if f"{name}-{row['recipe']}" in PRESETS],
+    ids=lambda part: part if isinstance(part, str) else f"{part['recipe']}-stage{part['stage']}",
+)
 def test_a_preset_has_the_numbers_of_the_published_recipe(row, backbone):
     found = asdict(preset(f"{backbone}-{row['recipe']}", int(row["stage"]), int(row["processes"] or 8)))
     numbers = ("steps", "lr", "weight_decay", "warmup", "batch", "accumulate", "lora_rank", "clip", "draws")
@@ -95,11 +100,32 @@ def test_dcrs_denoiser_sees_the_pictures_that_clip_sees():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("resnet-dcr",), "unknown preset"), (("openai-l14-diva", 1), "no stage 1"), (("openai-l14-dcr", 2, 3), "3 proc")],
+    [
+        (("resnet-dcr",), "unknown preset"),
+        (("openai-l14-diva", 1), "no stage 1"),
+        (("openai-l14-dcr", 2, 3), "3 proc"),
+        (
+            ("dfn-h14-genhancer-released",),
+            "genhancer has released code for openai-l14, openai-l14-336, siglip",
+        ),
+        (("resnet-genhancer-released",), "unknown preset"),
+    ],
 )
 def test_a_preset_that_is_not_there_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         preset(*arguments)
+
+
+def test_presets_without_a_release_behind_them_say_so_and_none_is_called_released():
+    lines = {line.split()[0]: line for line in describe_presets().splitlines()}
+    marked = {name for name, line in lines.items() if "no release for this backbone" in line}
+    assert marked == {
+        "dfn-h14-dcr", "dfn-h14-378-dcr", "dfn-h14-genhancer", "dfn-h14-378-genhancer", "metaclip-l14-genhancer",
+        "metaclip-h14-genhancer", "siglip-so400m-genhancer",
+    }  # fmt: skip
+    released = {name.removesuffix("-genhancer-released") for name in PRESETS if name.endswith("genhancer-released")}
+    assert released == {"openai-l14", "openai-l14-336", "siglip-so400m-384"}
+    assert not any(f"{name}-released" in PRESETS for name in marked)
 
 
 def test_settings_are_changed_by_name():
@@ -175,6 +201,11 @@ def test_a_preset_trains_on_cc3ms_training_tars_alone_and_says_how_to_fetch_them
 
 # --- shapes at real size, without weights -----------------------------------------------------------------------
 
+FLUX_VAE = {  # the configuration of FLUX.1's
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16, "sample_size": 1024,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False,
+}  # fmt: skip
 TOWERS = {"l14": (24, 768, 14), "h14": (32, 1024, 14), "so400m": (27, 1152, 14)}  # blocks, dimension, pixels a patch
 TOKENS = {"global": 1, "recap": 77, "recap-all": 257, "recap-half": 1 + 729 // 2, "recap-pool6": 1 + 256 // 6,
           "recap-pool10": 1 + 729 // 10}  # fmt: skip
@@ -204,6 +235,33 @@ def light() -> Denoiser:
         return Light(sd21().vae, LIGHT["light"][1])
 
 
+@functools.cache
+def light_flux() -> Denoiser:
+    with torch.device("meta"):
+        return Light(AutoencoderKL(**FLUX_VAE), LIGHT["light-flux"][1])
+
+
+def test_genhancers_denoiser_is_of_the_size_that_was_released_and_its_memory_is_stated():
+    network, vae = (sum(p.numel() for p in part.parameters()) for part in (light_flux().network, light_flux().vae))
+    assert (network, vae) == (1_310_154_816, 83_819_683)
+    sizes = light_flux().network.config
+    assert (sizes.num_layers, sizes.num_single_layers) == (2, 4)
+    assert (sizes.num_attention_heads, sizes.attention_head_dim) == (24, 128)
+    assert (sizes.pooled_projection_dim, sizes.joint_attention_dim, sizes.guidance_embeds) == (768, 4096, True)
+    with torch.device("meta"):
+        conditioner = Conditioner("global", encoder_of("openai-l14").dim, light_flux().widths)
+    trained = network + sum(p.numel() for p in conditioner.parameters())
+    text = " ".join((ROOT / "docs" / "backbones.md").read_text().split())
+    assert f"{network / 1e6:.0f} M weights" in text and f"{trained / 1e6:.0f} M with both projectors" in text
+    for gigabytes in (
+        f"| weights, gradient, AdamW's two moments | 16 | {16 * trained / 1e9:.1f} GB |",
+        f"| the same while micro-batches accumulate | 24 | {24 * trained / 1e9:.1f} GB |",
+        f"| a checkpoint on disk | 12 | {12 * trained / 1e9:.1f} GB |",
+        f"| frozen, in bfloat16 (stage 2) | 2 | {2 * network / 1e9:.1f} GB |",
+    ):
+        assert gigabytes in text
+
+
 def test_the_denoiser_is_of_the_size_that_was_published():
     assert (sd21().px, sd21().width) == (512, 1024)
     counts = {name: sum(p.numel() for p in getattr(sd21(), name).parameters()) for name in ("network", "vae")}
@@ -224,20 +282,22 @@ def test_lora_reaches_every_matrix_of_a_real_tower_and_each_has_its_block(backbo
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_presets_models_fit_one_another_at_real_size(name):
     settings = preset(name)
-    denoiser = {"sd21-base": sd21, "light": light}[settings.denoiser]()
+    denoiser = {"sd21-base": sd21, "light": light, "light-flux": light_flux}[settings.denoiser]()
     encoder, (_, dim, patch) = encoder_of(settings.encoder), tower(settings.encoder)
     side = settings.vae_px or denoiser.px
     with torch.no_grad(), torch.device("meta"), mock.patch.object(denoiser, "px", side):
         images = torch.empty(2, 3, encoder.px, encoder.px)
         features, empty = encoder.features(images), torch.empty(1 if denoiser.scratch else 77, denoiser.width)
-        conditioner = Conditioner(settings.condition, encoder.dim, denoiser.width, projection=settings.projection)
+        width = denoiser.widths or denoiser.width
+        conditioner = Conditioner(settings.condition, encoder.dim, width, projection=settings.projection)
         context, latents = conditioner(features, empty), denoiser.latents(images)
         full = empty + context if context.shape[1] == 1 else context  # as `Denoiser.predict` has it
         predicted = denoiser._run(latents, torch.zeros(2, dtype=torch.long), full, 1)
     assert encoder.px == PX.get(settings.encoder, 224)
     assert features.embedding.shape == (2, dim) and features.patches.shape == (2, (encoder.px // patch) ** 2, dim)
-    assert context.shape == (2, TOKENS[settings.condition], 1024)
-    assert latents.shape == predicted.shape == (2, 4, side // 8, side // 8)
+    width, channels = (768 + 4096, 16) if settings.denoiser == "light-flux" else (1024, 4)
+    assert context.shape == (2, TOKENS[settings.condition], width)
+    assert latents.shape == predicted.shape == (2, channels, side // 8, side // 8)
 
 
 # --- a step at real size, random weights ------------------------------------------------------------------------
