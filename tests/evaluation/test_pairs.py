@@ -316,9 +316,7 @@ def test_the_strict_count_is_that_of_the_script_whatever_the_order_of_the_rows(t
     with (folder / "Questions.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([rows[0], *(row for pair in pairs for row in pair)])
     strict = score_pairs(encoder, folder, strict=True)
-    assert strict["correct"].groupby(np.arange(135) // 15).mean().tolist() == pytest.approx(
-        by_script(folder, encoder)
-    )
+    assert strict["correct"].groupby(np.arange(135) // 15).mean().tolist() == pytest.approx(by_script(folder, encoder))
     assert score_pairs(encoder, folder).equals(own)
     said = strict_differences(folder, own, strict)
     turned = [int(pair[0][0]) for pair in pairs if int(pair[0][0]) % 2 == 0]
