@@ -215,13 +215,14 @@ class FeatureStore:
         while True:
             try:
                 with cast:
-                    found = []
-                    for part, *own in zip(*(x.split(self.batch) for x in (images, *chosen)), strict=True):
-                        features = self.encoder.features(part.float() / 255)
-                        parts = [FEATURES[kind](features, draw) for draw in own] if own else [FEATURES[kind](features)]
-                        found.append(torch.stack(parts))  # [k, b, d]
-                return F.normalize(torch.cat(found, 1).float(), dim=-1).cpu()
+                    parts = zip(*(x.split(self.batch) for x in (images, *chosen)), strict=True)
+                    found = torch.cat([self._read_tokens(kind, *part) for part in parts], 1)
+                return F.normalize(found.float(), dim=-1).cpu()
             except torch.OutOfMemoryError:
                 if self.batch == 1:
                     raise
                 self.batch //= 2
+
+    def _read_tokens(self, kind: str, images: Tensor, *draws: Tensor) -> Float[Tensor, "k b d"]:
+        features = self.encoder.features(images.float() / 255)
+        return torch.stack([FEATURES[kind](features, *draw) for draw in zip(draws)] or [FEATURES[kind](features)])
