@@ -480,6 +480,7 @@ def read_open_clip(folder: str | Path, weights: bool = True) -> tuple[nn.Module,
     with reading(folder):
         tokenizer = open_clip.get_tokenizer(name, **safe)
     check_tokenizer(tokenizer, text_cfg.get("vocab_size", CLIPTextCfg.vocab_size), folder)
+    config.setdefault("preprocess_cfg", open_clip.get_model_preprocess_cfg(model))  # open_clip's defaults
     return use_activation(model, config), tokenizer, config
 
 

@@ -114,6 +114,15 @@ def test_the_layout_of_vit_h_goes_to_transformers_and_comes_back(images, tmp_pat
     assert again.config["model_cfg"]["vision_cfg"]["head_width"] == 40 and again.squash
 
 
+def test_a_folder_that_leaves_preprocessing_to_open_clip_is_saved_in_both_formats(images, tmp_path):
+    folder = write_clip_of(tmp_path / "clip", HUGE)
+    file = folder / "open_clip_config.json"
+    file.write_text(json.dumps({"model_cfg": json.loads(file.read_text())["model_cfg"]}))
+    encoder = load_encoder(folder)
+    written = save_encoder(encoder, tmp_path / "out")
+    same(by_transformers(written["transformers"], images), by_us(encoder, images))
+
+
 # --- how images are resized -------------------------------------------------------------------------------------
 
 
