@@ -113,9 +113,12 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, default=Path(), help="folder of the data (default: here)")
     parser.add_argument("--out", type=Path, default=Path("results.csv"), help="csv to write (default: results.csv)")
     parser.add_argument("--seed", type=whole(0, SEED), default=0, help="of k-means and bootstraps")
-    parser.add_argument("--features", default="global", help="global or class+patches (default: global)")
+    parser.add_argument(
+        "--features", default="global", help="global, class+patches, class+unit-patches or class+76patches"
+    )
     parser.add_argument("--precision", default="auto", help="auto, no (float32) or bf16 (default: auto)")
-    parser.add_argument("--strict-official", action="store_true", help="MMVP-VLM as circulating scripts count it")
+    parser.add_argument("--strict-official", action="store_true", help="MMVP-VLM as the official script counts it")
+    parser.add_argument("--corrections", type=Path, help="csv of corrected labels of pairs: set, id, label, source")
     parser.add_argument(
         "--max-images", type=whole(0, 10**9), default=0, help="of a set's split at most so many, drawn by the seed"
     )
@@ -134,8 +137,9 @@ def evaluate(args: argparse.Namespace) -> int:
     table = evaluate(
         args.encoder, args.benchmarks.split(","), args.root, args.out, args.seed, args.features, args.precision,
         args.strict_official, args.max_images, workers=args.workers, projector=args.projector, denoiser=args.denoiser,
+        corrections=args.corrections,
     )  # fmt: skip
-    shown = table[(table["category"] == "all") | table["category"].str.startswith("against ")]
+    shown = table[(table["category"] == "all") | table["category"].str.startswith(("against ", "corrected by "))]
     print(shown[COLUMNS].to_string(index=False))
     print("\n".join(count_sets(table)))
     print(args.out)

@@ -85,6 +85,13 @@ PUBLISHED = pd.DataFrame(
      ("clustering", "six sets", "nmi", "siglip-so400m", "dcr", 83.0, "a paper")],
     columns=["benchmark", "set", "metric", "backbone", "method", "percent", "source"],
 )  # fmt: skip
+REPLICATIONS = pd.DataFrame(
+    [("clustering", "six sets", "nmi", "all", "openai-l14", "none", 70.0, "official code", "owner/CODE issue 1"),
+     ("clustering", "six sets", "nmi", "Texts", "openai-l14", "none", 60.0, "official code", "owner/CODE issue 1"),
+     ("clustering", "six sets", "nmi", "all", "openai-l14", "dcr", np.nan, "not reproduced", "owner/CODE issue 2"),
+     ("clustering", "other sets", "nmi", "all", "openai-l14", "dcr", 50.0, "official code", "owner/CODE issue 3")],
+    columns=["benchmark", "set", "metric", "category", "backbone", "method", "percent", "finding", "source"],
+)  # fmt: skip
 QUALITY = pd.DataFrame({"attribute": ["class", *DETAILS], "share": 0.8, "low": 0.75, "high": 0.84, "n": 200})
 BOUNDS = pd.DataFrame(
     [
@@ -163,7 +170,7 @@ DRAWN = {
     ),
     "conflict_over_steps": lambda source="": figures.conflict_over_steps(METRICS, source=source),
     "conflict_by_block": lambda source="": figures.conflict_by_block(METRICS, source=source),
-    "benchmark_scores": lambda source="": figures.benchmark_scores(BENCHMARKS, PUBLISHED, source),
+    "benchmark_scores": lambda source="": figures.benchmark_scores(BENCHMARKS, PUBLISHED, source, REPLICATIONS),
     "term_norms": lambda source="": figures.term_norms(METRICS, source=source),
     "theorem_bounds": lambda source="": figures.theorem_bounds(BOUNDS, source),
     "affine_range": lambda source="": figures.affine_range(AFFINE, 2.5, source),

@@ -116,6 +116,20 @@ def test_results_are_paired_over_at_least_three_seeds():
     assert results["run"].notna().all() and results["git"].notna().all()
 
 
+def test_every_replication_has_a_source_and_repeats_what_was_published():
+    published, again = (pd.read_csv(DATA / "published" / f"{name}.csv") for name in ("results", "replications"))
+    assert again.drop(columns="percent").notna().all(axis=None)
+    issues = [("baaivision/DIVA", 11), ("baaivision/DIVA", 12), ("tsb0601/MMVP", 5), ("mashijie1028/GenHancer", 3)]
+    assert set(again["source"]) == {f"{name} issue {number}" for name, number in issues}
+    keys = ["benchmark", "set", "metric", "backbone"]
+    assert set(map(tuple, again[keys].to_numpy())) <= set(map(tuple, published[keys].to_numpy()))
+    assert set(again[again["percent"].isna()]["method"]) == {"diva", "genhancer"}  # whose numbers are not known
+    for source, rows in again.dropna(subset="percent").groupby("source"):
+        one = rows.set_index("category")["percent"]
+        assert set(one.index) == {"all", *PATTERNS.values()}, source
+        assert one["all"] == pytest.approx(one.drop("all").mean(), abs=0.05)
+
+
 def test_every_published_number_has_a_source_and_stands_once():
     published = pd.read_csv(DATA / "published" / "results.csv")
     assert published.notna().all(axis=None) and published["percent"].between(0, 100, inclusive="neither").all()

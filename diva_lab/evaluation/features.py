@@ -2,8 +2,17 @@
 
 A cache file's name is made of the encoder's weights and preprocessing, the precision, and the bytes of the images: a
 renamed folder or run finds its features again, and a changed one does not.
+
+Where DIVA's released code tests on MMVP-VLM, it reads more than the embedding (`global`) of some encoders:
+
+    OpenAI             class+76patches     embedding + mean of 76 patch tokens, drawn with replacement for each image
+    MetaCLIP, DFN@378  class+unit-patches  the same with all patch tokens, each token at unit length before
+    SigLIP, DFN@224    global
+
+Here every feature is brought to unit length at last. The released code leaves that out for DFN@378 alone.
 """
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transforms
@@ -30,6 +40,7 @@ from diva_lab.paths import CACHE
 
 LOADED = 256  # images that a worker hands over at once, however many go through the model together
 PRECISIONS = ("auto", "no", "bf16")
+PATCHES = 76  # that are drawn, as many as the prompt has tokens beside the first
 
 
 def _global(features: Features) -> Tensor:
@@ -40,10 +51,29 @@ def _with_patches(features: Features) -> Tensor:
     return features.embedding + features.patches.mean(1)
 
 
-FEATURES: dict[str, Callable[[Features], Tensor]] = {  # name -> [b, d] of what the visual tower gives
+def _with_unit_patches(features: Features) -> Tensor:
+    return F.normalize(features.embedding, dim=-1) + F.normalize(features.patches, dim=-1).mean(1)
+
+
+def _with_drawn_patches(features: Features, draw: Float[Tensor, "b k"]) -> Tensor:
+    """`draw`: uniform in [0, 1), a patch token each."""
+    index = (draw * features.patches.shape[1]).long()[..., None].to(features.patches.device)  # [b, k, 1]
+    return features.embedding + torch.take_along_dim(features.patches, index, 1).mean(1)
+
+
+FEATURES: dict[str, Callable[..., Tensor]] = {  # name -> [b, d] of what the visual tower gives
     "global": _global,
-    "class+patches": _with_patches,  # DIVA's test of OpenAI's, MetaCLIP's and DFN's @378
+    "class+patches": _with_patches,
+    "class+unit-patches": _with_unit_patches,
+    "class+76patches": _with_drawn_patches,
 }
+DRAWS = {"class+76patches": 20}  # of the features that are drawn at random: how many draws are measured
+UNIT_TOKENS = re.compile(r"metaclip|dfn.*378|378.*dfn", re.IGNORECASE)  # names of encoders
+
+
+def features_for(kind: str, encoder: str) -> str:
+    """The key of `FEATURES` for `class+patches` and the rest: MetaCLIP and DFN@378, by name, have unit tokens."""
+    return "class+unit-patches" if kind == "class+patches" and UNIT_TOKENS.search(encoder) else kind
 
 
 def prepare(image: Image.Image, px: int, interpolation: str, squash: bool) -> np.ndarray:
@@ -120,35 +150,42 @@ class FeatureStore:
             self._fingerprint = whole.hexdigest()
         return self._fingerprint
 
-    def __call__(self, places: Sequence[Place], kind: str = "global") -> Float[Tensor, "n d"]:
+    def __call__(
+        self, places: Sequence[Place], kind: str = "global", seed: int = 0, draw: int = 0
+    ) -> Float[Tensor, "n d"]:
         """Unit-length features [n, d] of the images, in float32 on the CPU.
 
         Args:
             kind: a key of `FEATURES`.
+            seed, draw: of features in `DRAWS`; all draws of a seed are computed and kept at once.
 
         Raises:
             ValueError: for an unknown kind; naming every image that cannot be read; for embeddings that are not finite.
         """
         if kind not in FEATURES:
             raise ValueError(f"unknown features {kind!r}; expected one of {', '.join(FEATURES)}")
+        name, own = (f"draw {draw}", f"-s{seed}") if kind in DRAWS else ("features", "")
         if self.cache is None:
-            return all_finite(self._embed(places, kind), places, "images")
-        path = Path(self.cache) / f"{self.fingerprint}-{content_hash(places)}-{kind}.safetensors"
+            return all_finite(self._embed(places, kind, seed)[name], places, "images")
+        path = Path(self.cache) / f"{self.fingerprint}-{content_hash(places)}-{kind}{own}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_suffix(f".{time.time_ns()}")
-            save_file({"features": self._embed(places, kind)}, draft)
+            save_file(self._embed(places, kind, seed), draft)
             draft.rename(path)  # whole or not at all
-        return all_finite(load_file(path)["features"], places, "images")
+        with safe_open(path, "pt") as file:
+            return all_finite(file.get_tensor(name), places, "images")
 
     @torch.no_grad()
-    def _embed(self, places: Sequence[Place], kind: str) -> Tensor:
+    def _embed(self, places: Sequence[Place], kind: str, seed: int) -> dict[str, Float[Tensor, "n d"]]:
+        """Name -> features: `features`, or `draw 0`, `draw 1` and so on."""
         own = partial(prepare, px=self.encoder.px, interpolation=self.encoder.interpolation, squash=self.encoder.squash)
         loader = DataLoader(
             _Pictures(places, own), min(self.batch, LOADED), collate_fn=_collate, num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         parts, held, wrong, start = [], [], [], time.perf_counter()
+        draws = [torch.Generator().manual_seed(seed * max(DRAWS.values()) + k) for k in range(DRAWS.get(kind, 0))]
         batches = iter(loader)
         while True:
             waiting = time.perf_counter()
@@ -160,27 +197,32 @@ class FeatureStore:
             if images is not None and not wrong:
                 held.append(images.to(self.device, non_blocking=True))
             if sum(map(len, held)) >= self.batch:
-                parts.append(self._forward(torch.cat(held), kind))
+                parts.append(self._forward(torch.cat(held), kind, draws))
                 held = []
         if held and not wrong:
-            parts.append(self._forward(torch.cat(held), kind))
+            parts.append(self._forward(torch.cat(held), kind, draws))
         self.seconds += time.perf_counter() - start
         self.images += len(places)
         if wrong:
             raise ValueError(f"{len(wrong)} of {len(places)} images cannot be read:\n- " + "\n- ".join(wrong))
-        return torch.cat(parts)
+        names = [f"draw {k}" for k in range(len(draws))] or ["features"]
+        return {name: torch.cat([part[k] for part in parts]) for k, name in enumerate(names)}
 
-    def _forward(self, images: Tensor, kind: str) -> Tensor:
-        """One batch, in as many parts as memory asks for."""
+    def _forward(self, images: Tensor, kind: str, draws: Sequence[torch.Generator]) -> Float[Tensor, "k b d"]:
+        """One batch, in as many parts as memory asks for; k is the number of draws, or 1 where nothing is drawn."""
+        chosen = [torch.rand(len(images), PATCHES, generator=draw) for draw in draws]
         cast = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
         while True:
             try:
                 with cast:
-                    found = [
-                        FEATURES[kind](self.encoder.features(part.float() / 255)) for part in images.split(self.batch)
-                    ]
-                return F.normalize(torch.cat(found).float(), dim=-1).cpu()
+                    parts = zip(*(x.split(self.batch) for x in (images, *chosen)), strict=True)
+                    found = torch.cat([self._read_tokens(kind, *part) for part in parts], 1)
+                return F.normalize(found.float(), dim=-1).cpu()
             except torch.OutOfMemoryError:
                 if self.batch == 1:
                     raise
                 self.batch //= 2
+
+    def _read_tokens(self, kind: str, images: Tensor, *draws: Tensor) -> Float[Tensor, "k b d"]:
+        features = self.encoder.features(images.float() / 255)
+        return torch.stack([FEATURES[kind](features, *draw) for draw in zip(draws)] or [FEATURES[kind](features)])

@@ -1,6 +1,6 @@
 """MMVP-VLM by its published rule: two images, two statements, and both statements must find their image.
 
-Tong et al., "Eyes Wide Shut?" (arXiv 2401.06209). Faults of the scripts in circulation are not copied: here the
+Tong et al., "Eyes Wide Shut?" (arXiv 2401.06209). Faults of the official script are not copied: here the
 category is the CSV's type and not the row's number, each image lies in the folder of its own type, ties are counted,
 and similarities are float32.
 """
@@ -9,7 +9,8 @@ import csv
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from scipy.stats import binomtest
 from torch import Tensor
 
-from diva_lab.evaluation.image_sets import IMAGE_FOLDERS, decode_image
+from diva_lab.evaluation.image_sets import IMAGE_FOLDERS, canonical_name, decode_image
 from diva_lab.evaluation.task import Task, benchmark, score_row
 from diva_lab.image_files import Place
 from diva_lab.models.encoders import embed
@@ -35,24 +36,32 @@ EXPECTED = (
 )
 HEADER = ("id", "type", "statement")  # words of Questions.csv's columns: Question ID, Type, Statement
 TABLE = ("image1", "image2", "text1", "text2", "pattern")  # columns of pairs of one's own
-PER_TYPE = 15  # pairs of a type, by which circulating scripts tell the category
-DISPLAY = {name.partition(" ")[0].lower(): name for name in PATTERNS.values()} | {"camera": PATTERNS["viewpoint"]}
+CORRECTIONS = ("set", "id", "label", "source")  # columns of corrected labels
+PER_TYPE = 15  # pairs of a pattern, by which the official script tells it
+DISPLAY = {name.partition(" ")[0].lower(): name for name in PATTERNS.values()}  # first word of a type -> pattern
+DISPLAY |= {"spatial": PATTERNS["position"], "text": PATTERNS["text"], "camera": PATTERNS["viewpoint"]}
 
 
-def display_name(kind: str) -> str:
-    """One of MMVP's nine pattern names where the type's first word is known (`Orientation`, `Camera_Perspective`)."""
-    return DISPLAY.get(kind.replace("_", " ").partition(" ")[0].lower(), kind)
+def display_names(kinds: Iterable[str]) -> dict[str, str]:
+    """Type -> MMVP's own name of the pattern, where its first word is known (`Spatial`, `Camera_Perspective`).
+
+    Types that would share a name, such as `Text size` and `Text colour`, keep their own.
+    """
+    names = {kind: DISPLAY.get(kind.replace("_", " ").partition(" ")[0].lower(), kind) for kind in kinds}
+    taken = Counter(names.values())
+    return {kind: name if taken[name] == 1 else kind for kind, name in names.items()}
 
 
 def read_pairs(folder: str | Path, strict: bool = False) -> pd.DataFrame:
     """One row a pair of an MMVP-VLM folder: pattern, and id_i, statement_i, image_i (a Path) for i = 1, 2.
 
     Ids 2k-1 and 2k are a pair and the odd one is image 1, in whatever order the rows stand; the pattern is image 1's
-    type, under its `display_name`. With `strict` the pairs are what the circulating scripts make of the rows: two that
-    follow each other are a pair, the first image 1 whatever its id, the pattern is the k-th type for the k-th fifteen
-    pairs, and both images are looked for in the folder of the first's type.
+    type, by `display_names`. With `strict` the pairs are what the official script makes of the rows: two that follow
+    each other are a pair, the first image 1 whatever its id; the k-th fifteen pairs are of the k-th of `PATTERNS`,
+    whatever their types; and both images are looked for in the folder of the first's type. So there must be 135.
 
-    A csv with the columns `TABLE` may stand for the folder: a pair a row, its images relative to the csv.
+    A csv with the columns `TABLE` may stand for the folder: a pair a row, its images relative to the csv. Row k has
+    the ids 2k-1 and 2k. `strict` changes nothing then, because the official script reads no such csv.
 
     Raises one error that lists everything wrong with the folder: FileNotFoundError where files are missing and
     nothing else is wrong, ValueError otherwise. Images are opened only where there is something to tell already;
@@ -81,17 +90,20 @@ def read_pairs(folder: str | Path, strict: bool = False) -> pd.DataFrame:
             paths[i] = next((file for file in files if file.is_file()), None)
             if paths[i] is None and kind not in absent:
                 missing.append(f"no image {images.name}/{kind}/{i}.jpg")
+    if strict and len(questions) != 2 * PER_TYPE * len(PATTERNS):
+        wrong.append(
+            f"{len(questions) // 2} pairs, where the official script's list has {len(PATTERNS)} patterns of {PER_TYPE} "
+            "pairs each; without --strict-official any number is counted"
+        )
     if missing or wrong:
         wrong += _unreadable(filter(None, paths.values()))
         problems = "".join(f"\n- {problem}" for problem in (*missing, *wrong))
         raise (ValueError if wrong else FileNotFoundError)(f"{folder}: {EXPECTED}; found{problems}")
 
     ids_in_order = list(questions) if strict else sorted(questions)
-    kinds = [display_name(questions[i][0]) for i in ids_in_order[::2]]
-    if strict:
-        order = list(dict.fromkeys(kinds))
-        kinds = [order[min(k // PER_TYPE, len(order) - 1)] for k in range(len(kinds))]
-    pairs = pd.DataFrame({"pattern": kinds})
+    names = display_names(kind for kind, _ in questions.values())
+    kinds = [names[questions[i][0]] for i in ids_in_order[::2]]
+    pairs = pd.DataFrame({"pattern": np.repeat(list(PATTERNS.values()), PER_TYPE) if strict else kinds})
     for n in (1, 2):
         ids = ids_in_order[n - 1 :: 2]
         pairs[f"id_{n}"] = ids
@@ -129,14 +141,22 @@ def is_pairs(path: Path) -> bool:
     return path.is_dir() and any(inside.name.lower().replace(" ", "_") in like for inside in path.iterdir())
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """The rows of a csv that has `columns`, as strings without space around them."""
     try:
         rows = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise ValueError(f"{path}: not a csv in UTF-8: {error}") from error
-    if not set(TABLE) <= set(rows.columns) or rows.empty:
-        raise ValueError(f"{path}: expected rows under {', '.join(TABLE)}; found {len(rows)} under {', '.join(rows)}")
-    pairs = pd.DataFrame({"pattern": rows["pattern"].map(display_name)})
+        raise ValueError(f"{path}: not a csv in UTF-8: {' '.join(str(error).split())}") from error
+    if not set(columns) <= set(rows.columns) or rows.empty:
+        raise ValueError(f"{path}: expected rows under {', '.join(columns)}; found {len(rows)} under {', '.join(rows)}")
+    if not isinstance(rows.index, pd.RangeIndex):  # pandas takes the first cells for names of the rows
+        raise ValueError(f"{path}: its rows have more cells than its header; expected a cell with commas in quotes")
+    return rows.map(str.strip)
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    rows = _read_csv(path, TABLE)
+    pairs = pd.DataFrame({"pattern": rows["pattern"].map(display_names(rows["pattern"]))})
     for n in (1, 2):
         pairs[f"id_{n}"] = [2 * k + n for k in range(len(rows))]
         pairs[f"statement_{n}"] = rows[f"text{n}"]
@@ -148,6 +168,54 @@ def _read_table(path: Path) -> pd.DataFrame:
         wrong = [*empty, *_unreadable(image for image in dict.fromkeys(images) if image.is_file())]
         raise (ValueError if wrong else FileNotFoundError)("\n- ".join([f"{path}: found", *wrong, *missing]))
     return pairs
+
+
+def read_corrections(path: str | Path) -> dict[str, dict[int, int]]:
+    """Set -> id -> label, from a csv with the columns `CORRECTIONS`.
+
+    The label says which image of its pair the statement of that id describes: 1 for the one with the odd id, else 2.
+    The set is named as in the table of `evaluate`. The source says who found the error, and where.
+
+    Raises:
+        ValueError: names the first row that is wrong.
+    """
+    found: dict[str, dict[int, int]] = {}
+    rows = _read_csv(Path(path), CORRECTIONS)
+    for k, (name, i, label, source) in enumerate(rows[list(CORRECTIONS)].itertuples(index=False), 1):
+        labels = found.setdefault(canonical_name(name), {})
+        if not name or not source:
+            wrong = "no set or no source; expected both"
+        elif not re.fullmatch("[0-9]{1,9}", i) or int(i) in labels:
+            wrong = f"id {i!r}; expected the number of a question, each once in a set"
+        elif label not in ("1", "2"):
+            wrong = f"label {label!r}; expected 1 or 2, the image of the pair that the statement describes"
+        elif int(label) == official_image(int(i)):
+            wrong = f"label {label} is what the rule says of id {i} already; expected the other one"
+        else:
+            labels[int(i)] = int(label)
+            continue
+        raise ValueError(f"{path}, row {k}: {wrong}")
+    return found
+
+
+def official_image(question: int) -> int:
+    """The image of its pair, 1 or 2, that a question's statement describes by the rule."""
+    return 1 if question % 2 else 2
+
+
+def correct_pairs(
+    similarity: Float[np.ndarray, "n 2 2"], ids: Int[np.ndarray, "n 2"], corrections: Mapping[int, int] | None = None
+) -> Bool[np.ndarray, " n"]:
+    """Whether both texts of each pair choose the image that their ids stand for, or that `corrections` says of them.
+
+    Raises:
+        ValueError: for a correction of an id that is not there.
+    """
+    corrections = corrections or {}
+    if absent := corrections.keys() - set(ids.flatten().tolist()):
+        raise ValueError(f"corrects id {min(absent)}; expected ids of this set, from {ids.min()} to {ids.max()}")
+    expected = [[corrections.get(i, official_image(i)) for i in pair] for pair in ids.tolist()]
+    return (pair_decisions(similarity)["chosen"] == np.array(expected)).all(axis=1)
 
 
 def _read_questions(path: Path) -> tuple[dict[int, tuple[str, str]], list[str]]:
@@ -229,8 +297,7 @@ def score_pairs(
     similarity = (texts @ images.transpose(1, 2)).numpy()  # [n, texts, images]
     decisions = pair_decisions(similarity)
     if strict:  # an odd id expects image 1, also where it stands second
-        expected = np.where(pairs[["id_1", "id_2"]].to_numpy() % 2 == 1, 1, 2)
-        decisions["correct"] = (decisions["chosen"] == expected).all(axis=1)
+        decisions["correct"] = correct_pairs(similarity, pairs[["id_1", "id_2"]].to_numpy())
         decisions["group"] = decisions["correct"] & decisions["image_to_text"]
     cosines = {f"t{t + 1}i{i + 1}": similarity[:, t, i] for t in (0, 1) for i in (0, 1)}
     chosen = {key: decisions[key] for key in ("correct", "tie", "image_to_text", "group")}
@@ -238,7 +305,7 @@ def score_pairs(
 
 
 def strict_differences(folder: str | Path, own: pd.DataFrame, strict: pd.DataFrame) -> list[str]:
-    """Where the circulating scripts' count of a folder leaves the rule, a line each: the scores of `score_pairs`
+    """Where the official script's count of a folder leaves the rule, a line each: the scores of `score_pairs`
     without and with `strict` (their means over the patterns), and the ids of the pairs concerned."""
     right, counted = read_pairs(folder), read_pairs(folder, strict=True)
     files = {row[f"id_{n}"]: row[f"image_{n}"] for _, row in right.iterrows() for n in (1, 2)}
@@ -250,7 +317,7 @@ def strict_differences(folder: str | Path, own: pd.DataFrame, strict: pd.DataFra
     ties = strict["id_1"][strict["tie"]].tolist()
     means = [float(table.groupby("pattern")["correct"].mean().mean()) for table in (strict, own)]
     return [
-        f"as the scripts count {means[0]:.4f}, by the rule {means[1]:.4f}",
+        f"as the script counts {means[0]:.4f}, by the rule {means[1]:.4f}",
         f"by position {len(moved)} pairs are of another category than the CSV says: {moved.tolist()}",
         f"{len(ties)} pairs with a tie, which counts for image 2: {ties}",
         f"{len(elsewhere)} images taken from the folder of the first row's type: {elsewhere}",
@@ -317,9 +384,17 @@ def compare_pairs(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, list[i
     return {"gained": gained, "lost": lost, "p": float(p)}
 
 
+def _correct_again(scores: pd.DataFrame, file: Path, labels: Mapping[int, int]) -> Bool[np.ndarray, " n"]:
+    similarity = scores[["t1i1", "t1i2", "t2i1", "t2i2"]].to_numpy().reshape(-1, 2, 2)
+    try:
+        return correct_pairs(similarity, scores[["id_1", "id_2"]].to_numpy(), labels)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
 @benchmark(data="pairs", heeds=("strict",))
 def mmvp_vlm(task: Task) -> Iterator[dict]:
-    """The official score and each pattern's; beside it image to text, the group score, and ties."""
+    """The official score and each pattern's; beside it image to text, the group score, ties, and corrected labels."""
     scores = score_pairs(task.encoder, task.folder, task.embed_files, task.strict)
     task.scores.append(scores)
     report = summarise(scores, seed=task.seed)
@@ -328,10 +403,16 @@ def mmvp_vlm(task: Task) -> Iterator[dict]:
         yield score_row("pairs", report[key], len(group), report[f"{key}/low"], report[f"{key}/high"], 0.25, name)
     for key, chance in (("image_to_text", 0.25), ("group", 1 / 6), ("ties", np.nan)):
         yield score_row(key, report[key], len(scores), report[f"{key}/low"], report[f"{key}/high"], chance)
-    if task.strict:
+    if task.corrections:
+        file, labels = task.corrections
+        corrected = scores.assign(correct=_correct_again(scores, file, labels))
+        report = summarise(corrected, seed=task.seed)
+        row = [report[f"mean{end}"] for end in ("", "/low", "/high")]
+        yield score_row("pairs", row[0], len(scores), *row[1:], 0.25, f"corrected by {file.name}")
+    if task.strict and task.draw == 0:
         try:
             own = score_pairs(task.encoder, task.folder, task.embed_files)
             said = strict_differences(task.folder, own, scores)
         except (ValueError, OSError) as error:
-            said = [f"only as the scripts count can it be read: {error}"]
+            said = [f"only as the script counts can it be read: {error}"]
         print("\n- ".join([f"{task.folder.name}, strictly:", *said]))

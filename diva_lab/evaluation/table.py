@@ -4,12 +4,15 @@
     >>> evaluate(["openai-l14", "runs/ID"], ["mmvp-vlm", "clustering", "zero-shot"], "data_root")
 
 A benchmark runs on every folder of the root that it can read (`zero-shot:cifar10` names one); features are computed
-once for each encoder and set. All that fails is listed at the end and has no row. Of two or more encoders, the later
+once for each encoder and set. Features that draw patches at random (`DRAWS`) are measured 20 times: the usual rows are
+of the first draw, and beside each stands `METRIC, 20 draws`: the mean, and as low and high the lowest and the highest
+draw. All that fails is listed at the end and has no row. Of two or more encoders, the later
 ones are compared with the first, pair by pair. An average stands only where all sets of a list are there: the 27 of
 zero-shot, the six of clustering.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,15 +22,15 @@ import torch
 
 from diva_lab.evaluation.clustering import cluster_benchmark
 from diva_lab.evaluation.emoji import emoji_benchmark
-from diva_lab.evaluation.features import FEATURES, PRECISIONS, FeatureStore
+from diva_lab.evaluation.features import DRAWS, FEATURES, PRECISIONS, FeatureStore, features_for
 from diva_lab.evaluation.feedback import readability_benchmark, world_readability
 from diva_lab.evaluation.image_sets import CLASSIFICATION_SETS, CLUSTERED, canonical_name, has_captions, is_set
 from diva_lab.evaluation.knn import knn_benchmark
-from diva_lab.evaluation.pairs import compare_pairs, is_pairs, mmvp_vlm
+from diva_lab.evaluation.pairs import compare_pairs, is_pairs, mmvp_vlm, read_corrections
 from diva_lab.evaluation.probes import linear_probe
 from diva_lab.evaluation.results import COLUMNS, FACTS, ResultFiles, versions_and_git
 from diva_lab.evaluation.retrieval import retrieval_benchmark
-from diva_lab.evaluation.task import Reads, Task, reads_of, score_row
+from diva_lab.evaluation.task import Reads, Task, reads_of, score_row, spread_rows
 from diva_lab.evaluation.world import world_benchmark
 from diva_lab.evaluation.zeroshot import zero_shot
 from diva_lab.image_files import visible
@@ -67,6 +70,7 @@ def evaluate(
     workers: int | None = None,
     projector: str = "shipped",
     denoiser: str = "tiny",
+    corrections: str | Path | None = None,
 ) -> pd.DataFrame:
     """One row for each encoder, benchmark, set, metric and category: `COLUMNS` and `FACTS`.
 
@@ -80,13 +84,17 @@ def evaluate(
         root: folder of the data; `image_sets` and `pairs` in diva_lab.evaluation say in what layouts.
         out: a csv that grows by each finished set; rows of the same measurement are replaced. Beside it OUT.pairs.csv
             lists the pairs gained and lost, OUT.speed.csv how many images were embedded and how fast.
-        seed: of k-means and bootstraps.
-        features: a key of `FEATURES`; texts are compared with them. The tiny world's rows are always `global`.
+        seed: of k-means, bootstraps and patches that are drawn.
+        features: a key of `FEATURES`; texts are compared with them. `class+patches` is `class+unit-patches`, and is
+            called so in the rows, for MetaCLIP and DFN@378, known by the name of the encoder or of the one that a run
+            tuned. The tiny world's rows are always `global`.
         precision, cache, workers: see `FeatureStore`. A row says what `auto` was; the tiny world's is always `no`.
-        strict: MMVP-VLM as the circulating scripts count it.
+        strict: MMVP-VLM as the official script counts it.
         max_images: so many images of a set's split, drawn by the seed, where it has more; 0 for all.
         projector, denoiser: of `readability`, as in `Settings`; its rows name the projector in `set`. A projector that
             is a run of stage 1 brings its denoiser.
+        corrections: a csv of corrected labels, see `pairs.read_corrections`. For each set that it names, mmvp-vlm has
+            one more row of `pairs` beside the official one, of the category `corrected by FILE`.
 
     Raises:
         ValueError: before anything is computed, where no data is there for a benchmark; else at the end, listing
@@ -96,9 +104,9 @@ def evaluate(
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
     options = {"kind": features, "seed": seed, "strict": strict, "max_images": max_images}
-    session = _Session(
-        ResultFiles(out), _work(Path(root), benchmarks), options | {"projector": str(projector), "denoiser": denoiser}
-    )
+    work = _work(Path(root), benchmarks)
+    labels = {} if corrections is None else _corrections(Path(corrections), work)
+    session = _Session(ResultFiles(out), work, options | {"projector": str(projector), "denoiser": denoiser}, labels)
     return session.run(encoders, partial(FeatureStore, cache=cache, precision=precision, workers=workers))
 
 
@@ -109,10 +117,13 @@ class _Session:
         files: where rows go as they come.
         work: benchmark, folder and label of the set, for each task.
         options: of every `Task`.
+        corrections: of the tasks on the folders that they name.
     """
 
-    def __init__(self, files: ResultFiles, work: list[tuple[str, Path, str]], options: dict):
-        self.files, self.work, self.options = files, work, options
+    def __init__(
+        self, files: ResultFiles, work: list[tuple[str, Path, str]], options: dict, corrections: dict[Path, tuple]
+    ):
+        self.files, self.work, self.options, self.corrections = files, work, options, corrections
         self.rows: list[dict] = []
         self.failures: list[str] = []
         self.failed_tasks = 0
@@ -143,25 +154,26 @@ class _Session:
     def measure(self, name: str, store: FeatureStore) -> None:
         """Run every task on one encoder, add its averages, and report the speed."""
         own: list[dict] = []
+        options = self.options | {"kind": features_for(self.options["kind"], _original_name(name))}
         for benchmark, folder, label in self.work:
-            task = Task(store.encoder, store, folder, **self.options)
+            task = Task(store.encoder, store, folder, **options, corrections=self.corrections.get(folder))
             try:
-                measured = list(BENCHMARKS[benchmark](task))
+                measured = _measure_draws(benchmark, task)
             except (ValueError, OSError) as error:
                 self.failed(1, f"{name}, {benchmark}, {label}: {error}")
                 continue
-            facts = self._facts(store, reads_of(BENCHMARKS[benchmark]))
+            facts = self._facts(store, task.kind, reads_of(BENCHMARKS[benchmark]))
             for scores in task.scores:
                 measured += self._compare_with_first(name, folder, label, scores, facts)
             through = f" through {task.projector}" if reads_of(BENCHMARKS[benchmark]).feedback else ""
             place = {"encoder": name, "benchmark": benchmark, "set": _label(label, task.classes) + through}
             own += self._add([{**place, **row, **facts} for row in measured])
         self._add(average_rows(own))
-        self._report_speed(name, store)
+        self._report_speed(name, store, options["kind"])
 
-    def _facts(self, store: FeatureStore, reads: Reads | None = None) -> dict:
+    def _facts(self, store: FeatureStore, kind: str, reads: Reads | None = None) -> dict:
         """What a row says of how it was measured; options that its benchmark does not heed are at their default."""
-        facts = {"seed": self.options["seed"], "features": self.options["kind"], "precision": store.precision}
+        facts = {"seed": self.options["seed"], "features": kind, "precision": store.precision}
         facts |= {"strict": False, "max_images": 0, "weights": store.fingerprint[:12], **self.provenance}
         if reads is None:
             return facts
@@ -181,14 +193,39 @@ class _Session:
         self.files.add_pairs(pairs, {"encoder": name, "against": first, "set": label} | facts)
         return rows
 
-    def _report_speed(self, name: str, store: FeatureStore) -> None:
+    def _report_speed(self, name: str, store: FeatureStore, kind: str) -> None:
         if not store.images:
             return
         speed, waiting = store.images / store.seconds, store.waited / store.seconds
         print(f"{Path(name).name}: {store.images} images, {speed:.0f} a second, {waiting:.0%} of the time without data")
         row = {"encoder": name, "embedded": store.images, "seconds": store.seconds, "images_per_second": speed}
         row |= {"waiting": waiting, "batch": store.batch, "workers": store.workers, "device": store.device.type}
-        self.files.add_speed(self._facts(store) | row)
+        self.files.add_speed(self._facts(store, kind) | row)
+
+
+def _measure_draws(benchmark: str, task: Task) -> list[dict]:
+    """A benchmark's rows, and those of the spread where the features of its images are drawn at random."""
+    function = BENCHMARKS[benchmark]
+    rows = list(function(task))
+    count = 0 if "features" in reads_of(function).fixed else DRAWS.get(task.kind, 0)
+    others = [list(function(replace(task, draw=k, scores=[], classes=[]))) for k in range(1, count)]
+    return rows + (spread_rows([rows, *others]) if others else [])
+
+
+def _corrections(file: Path, work: list[tuple[str, Path, str]]) -> dict[Path, tuple[Path, dict[int, int]]]:
+    """Folder -> the file and its labels, for the sets of mmvp-vlm that it names.
+
+    Raises:
+        ValueError: where it names none of them.
+    """
+    by_set = read_corrections(file)
+    sets = {folder: label for benchmark, folder, label in work if benchmark == "mmvp-vlm"}
+    if not by_set.keys() & set(sets.values()):
+        here = ", ".join(sets.values()) or "none"
+        raise ValueError(
+            f"{file}: corrects {', '.join(by_set)}; expected a set that mmvp-vlm reads in this call: {here}"
+        )
+    return {folder: (file, by_set[label]) for folder, label in sets.items() if label in by_set}
 
 
 def _label(label: str, classes: list[int]) -> str:
@@ -203,12 +240,22 @@ def open_encoder(name: str | Path, device: torch.device | str = "cpu") -> Encode
     A run is its folder, or the folder `checkpoint` in it; `RUN:MIX` lies so far between the original and the run's
     encoder, as in `mix_weights`.
     """
+    run, mix = _run_and_mix(name)
+    return load_encoder(str(name), device) if run is None else tuned_encoder(run, device, mix).to(device)
+
+
+def _run_and_mix(name: str | Path) -> tuple[Run | None, float]:
     folder, mix = split_mix(name)
     if folder.name == "checkpoint" and (folder.parent / "settings.json").is_file():
         folder = folder.parent
-    if (folder / "settings.json").is_file():
-        return tuned_encoder(Run(folder), device, mix).to(device)
-    return load_encoder(str(name), device)
+    return (Run(folder) if (folder / "settings.json").is_file() else None), mix
+
+
+def _original_name(name: str) -> str:
+    """The last part of the name of an encoder, of the one that a run tuned, or of the architecture of `NAME@FILE`."""
+    run, _ = _run_and_mix(name)
+    original = str(run.settings["encoder"]) if run else name
+    return Path(original if Path(original).exists() else original.partition("@")[0]).name
 
 
 def benchmark_folders(root: Path, benchmark: str) -> list[Path]:

@@ -56,10 +56,12 @@ class Task:
         store: computes the encoder's features of image files, once for each content.
         folder: of the set.
         kind: of the features, a key of `FEATURES`.
-        seed: of k-means, bootstraps and of the images that `max_images` leaves.
-        strict: MMVP-VLM as the circulating scripts count it.
+        seed: of k-means, bootstraps, of the images that `max_images` leaves and of the patches that `kind` draws.
+        draw: which draw of the patches it is, from 0, for a kind in `DRAWS`.
+        strict: MMVP-VLM as the official script counts it.
         max_images: of a split; 0 for all.
         projector, denoiser: through which feedback reaches the encoder, as in `Settings`.
+        corrections: file of labels and what it says of this set: id -> label; see `pairs.read_corrections`.
         scores: of pairs; a benchmark leaves them here to have encoders compared.
         classes: how many classes each set has that was read.
     """
@@ -69,10 +71,12 @@ class Task:
     folder: Path
     kind: str = "global"
     seed: int = 0
+    draw: int = 0
     strict: bool = False
     max_images: int = 0
     projector: str = "shipped"
     denoiser: str = "tiny"
+    corrections: tuple[Path, dict[int, int]] | None = None
     scores: list[pd.DataFrame] = field(default_factory=list)
     classes: list[int] = field(default_factory=list)
 
@@ -83,7 +87,7 @@ class Task:
         return images.draw(self.max_images, self.seed)
 
     def embed(self, places: Sequence[Place]) -> torch.Tensor:
-        return self.store(places, self.kind)
+        return self.store(places, self.kind, self.seed, self.draw)
 
     def embed_files(self, files: Sequence[Path]) -> torch.Tensor:
         return self.embed([Place(str(file)) for file in files])
@@ -100,6 +104,20 @@ def score_row(metric: str, value: float, n: int, low=np.nan, high=np.nan, chance
     note = "not above chance" if low <= chance else ""
     return {"metric": metric, "category": category, "n": n, "value": value, "low": low, "high": high, "chance": chance,
             "note": note}  # fmt: skip
+
+
+def spread_rows(draws: Sequence[Sequence[dict]]) -> list[dict]:
+    """For each row of a benchmark the mean over the draws, whose low and high are the lowest and the highest draw.
+
+    Args:
+        draws: the rows of each draw, in the same order.
+    """
+    rows = []
+    for same in zip(*draws, strict=True):
+        values, first = [row["value"] for row in same], same[0]
+        spread = float(np.mean(values)), first["n"], min(values), max(values), first["chance"], first["category"]
+        rows.append(score_row(f"{first['metric']}, {len(values)} draws", *spread))
+    return rows
 
 
 def labelled(task: Task, split: str = "test") -> tuple[ImageSet, torch.Tensor]:

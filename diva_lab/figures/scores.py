@@ -197,19 +197,26 @@ def runs_scatter(
 
 
 @style.apply
-def benchmark_scores(table: pd.DataFrame, published: pd.DataFrame | None = None, source: str = "") -> Figure:
+def benchmark_scores(
+    table: pd.DataFrame,
+    published: pd.DataFrame | None = None,
+    source: str = "",
+    replications: pd.DataFrame | None = None,
+) -> Figure:
     """A panel for each benchmark, set and metric: each encoder's value with its interval, chance as a line.
 
     Args:
         table: rows of `evaluate`; an encoder that is not above chance is drawn hollow.
         published: rows of data/published/results.csv. They have panels of their own beneath, one for each backbone,
             in grey: their sets, backbones and seeds are not ours. A number read second hand is drawn hollow.
+        replications: rows of data/published/replications.csv; those of a published panel stand in it, a cross each, or
+            what was found in words where no number is known.
     """
     needed = ("encoder", "benchmark", "set", "metric", "category", "value", "low", "high", "chance", "note")
     style.require_columns(table, needed)
     groups, columns = ["benchmark", "set", "metric"], 3
     ours = list(table[table["category"] == "all"].groupby(groups, sort=False))
-    theirs = [] if published is None else list(published.groupby([*groups, "backbone"], sort=False))
+    theirs = [] if published is None else _published_panels(published, replications, [*groups, "backbone"])
     above, below = -(-len(ours) // columns), -(-len(theirs) // columns)
     lines = max([table["encoder"].nunique()] + [len(rows) for _, rows in theirs])
     size = (style.WIDTH, 0.3 + (above + below) * (0.65 + 0.2 * lines))
@@ -227,10 +234,29 @@ def benchmark_scores(table: pd.DataFrame, published: pd.DataFrame | None = None,
         _label_panel(ax, rows["encoder"], f"{benchmark}: {metric}\n{style.shorten(name, 40)}")
     for ax, ((_, name, metric, backbone), rows) in zip(axes[above:].flat, theirs, strict=False):
         for y, row in enumerate(rows.itertuples()):
-            hollow = "second hand" in row.source
-            style.draw_interval(ax, y, row.percent, np.nan, np.nan, style.GREY, "D", hollow)
+            hollow, marker = "second hand" in row.source, "X" if row.replication else "D"
+            style.draw_interval(ax, y, row.percent, np.nan, np.nan, style.GREY, marker, hollow)
+            if np.isfinite(row.percent):
+                ax.text(row.percent, y, f"  {row.replication}", fontsize=6, va="center")
+            else:
+                words = textwrap.fill(row.replication, 30)
+                ax.text(0.03, y, words, transform=ax.get_yaxis_transform(), fontsize=6, va="center")
         _label_panel(ax, rows["method"], f"published, {backbone}: {metric}\n{name}")
     return style.finish(fig, source)
+
+
+def _published_panels(
+    published: pd.DataFrame, replications: pd.DataFrame | None, keys: list[str]
+) -> list[tuple[tuple, pd.DataFrame]]:
+    """Published rows by `keys`, then their replications, whose `replication` says where, and what if not how much."""
+    rows = published.assign(replication="")
+    if replications is not None:
+        whole = replications[replications["category"] == "all"]
+        again = whole.merge(published[keys].drop_duplicates(), on=keys)
+        where = again["source"].str.rpartition("/")[2]
+        said = where.where(again["percent"].notna(), where + ": " + again["finding"])
+        rows = pd.concat([rows, again.assign(replication=said)])
+    return list(rows.groupby(keys, sort=False))
 
 
 def _label_panel(ax: Axes, names: pd.Series, title: str) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from diva_lab.machine import fetch_hint, fetch_repository
-from diva_lab.models.formats import load_released, read_open_clip, read_transformers
+from diva_lab.models.formats import check_square, load_released, read_open_clip, read_transformers
 from diva_lab.models.layers import fuse_attention, split_attention
 from diva_lab.models.lora import merge_lora
 from diva_lab.models.weights import check_finite, weight_files
@@ -214,6 +214,7 @@ def encoder_hint(model_name: str, tag: str | None) -> str:
 def _create(label: str, model_name: str, tag: str | None, weights: bool) -> tuple[nn.Module, object, dict]:
     """open_clip's model by its name, with random weights unless `weights`, its tokenizer and its configuration."""
     config = {"model_cfg": open_clip.get_model_config(model_name)}
+    check_square(config["model_cfg"]["vision_cfg"], f"encoder {label!r}")
     safe = {"trust_remote_code": False} if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name") else {}
     options = {"pretrained": tag, "require_pretrained": True} if weights else {"load_weights": False}
     try:

@@ -429,7 +429,17 @@ def _open_clip_config(folder: str | Path) -> dict:
         raise ValueError(f"{path}: hf_model_name = {text!r}; expected one of {', '.join(texts[1:])}")
     preprocess = config.get("preprocess_cfg") or {}
     _check_colours(preprocess.get("mean", [0] * 3), preprocess.get("std", [1] * 3), path)
+    check_square(towers["vision_cfg"], path)
     return config
+
+
+def check_square(vision_cfg: dict, where: str | Path) -> None:
+    """Raise ValueError for an image tower whose images have many sizes (NaFlex) or are not square."""
+    name, size = vision_cfg.get("timm_model_name") or "", vision_cfg.get("image_size")
+    if "naflex" in name:
+        raise ValueError(f"{where}: {name!r} is a NaFlex model, of images of many sizes; expected one square size")
+    if isinstance(size, Sequence) and len(set(size)) != 1:
+        raise ValueError(f"{where}: image_size = {size!r} is not square; expected one number of pixels for both sides")
 
 
 def _check_colours(mean: object, std: object, path: str | Path) -> None:
@@ -470,6 +480,7 @@ def read_open_clip(folder: str | Path, weights: bool = True) -> tuple[nn.Module,
     with reading(folder):
         tokenizer = open_clip.get_tokenizer(name, **safe)
     check_tokenizer(tokenizer, text_cfg.get("vocab_size", CLIPTextCfg.vocab_size), folder)
+    config.setdefault("preprocess_cfg", open_clip.get_model_preprocess_cfg(model))  # open_clip's defaults
     return use_activation(model, config), tokenizer, config
 
 
@@ -502,14 +513,22 @@ def _preprocessing(folder: str | Path, px: int) -> dict:
     if processor.resample not in _RESAMPLE:
         numbers = " or ".join(f"{number} ({name})" for number, name in _RESAMPLE.items())
         raise ValueError(f"{folder}: image processor with resample = {processor.resample}; expected {numbers}")
-    edge = processor.size.get("shortest_edge") or processor.size.get("height")
-    if edge != px:
-        raise ValueError(f"{folder}: image processor that resizes to {edge} px; expected the model's {px} px")
+    size = dict(processor.size)
+    squash, crop = size.keys() == {"height", "width"}, dict(processor.crop_size) if processor.do_center_crop else {}
+    if not squash and (size.keys() != {"shortest_edge"} or not crop):
+        raise ValueError(
+            f"{folder}: image processor with size = {size} and crop_size = {crop}; expected height and width, or "
+            "shortest_edge and a crop"
+        )
+    if wrong := {*size.values(), *crop.values()} - {px}:
+        raise ValueError(
+            f"{folder}: image processor that makes {min(wrong)} px of a side; expected the model's {px} px"
+        )
     _check_colours(processor.image_mean, processor.image_std, folder)
     return {
         "size": px, "mean": tuple(processor.image_mean), "std": tuple(processor.image_std),
         "interpolation": _RESAMPLE[processor.resample],
-        "resize_mode": "shortest" if processor.size.get("shortest_edge") else "squash",
+        "resize_mode": "squash" if squash else "shortest",
     }  # fmt: skip
 
 
@@ -524,13 +543,16 @@ def read_transformers(folder: str | Path) -> tuple[nn.Module, HFTokenizer, dict]
         OSError: for an incomplete folder. Trainers that save the model alone, such as DCR's, leave out the image
             processor and the tokenizer; both are those of the model that was tuned.
     """
-    kind = read_json(Path(folder, "config.json")).get("model_type")
+    config, path = read_json(Path(folder, "config.json")), f"{folder}/config.json"
+    kind, vision = config.get("model_type"), config.get("vision_config")
     if kind not in tuple(_KINDS):  # a list has no hash
-        raise ValueError(f"{folder}/config.json: model_type = {kind!r}; expected {' or '.join(_KINDS)}")
+        naflex = " (SigLIP 2 NaFlex; a SigLIP 2 of one size is a siglip)" if kind == "siglip2" else ""
+        raise ValueError(f"{path}: model_type = {kind!r}{naflex}; expected {' or '.join(_KINDS)}")
+    check_square(vision if isinstance(vision, dict) else {}, path)
     for part in _BESIDE:
         _check_beside(folder, part)
     source = load_transformers(_KINDS[kind], folder)
-    with reading(f"{folder}/config.json"):
+    with reading(path):
         model_cfg = open_clip_config(source.config)
     preprocess = _preprocessing(folder, model_cfg["vision_cfg"]["image_size"])
     config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}

@@ -4,6 +4,7 @@ import csv
 import io
 import re
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -34,10 +35,12 @@ from diva_lab.evaluation.table import (
     evaluate,
     open_encoder,
 )
+from diva_lab.evaluation.task import Task, benchmark, score_row
 from diva_lab.evaluation.zeroshot import class_embeddings
 from diva_lab.image_files import Place
 from diva_lab.models.encoders import Encoder, Features, load_encoder
 from diva_lab.paths import DATA
+from diva_lab.training.runs import Run
 from diva_lab.training.settings import Settings
 from diva_lab.training.stages import tune
 from diva_lab.world import DETAILS, World, write_pairs
@@ -246,23 +249,26 @@ def test_mcnemars_exact_test_by_hand():
         compare_pairs(scores, after.assign(id_1=after.id_1 + 1))
 
 
-# --- MMVP-VLM as the circulating scripts count it ---------------------------------------------------------------
+# --- MMVP-VLM as the official script counts it ------------------------------------------------------------------
 
 
 def test_the_strict_count_goes_by_position_and_says_where_it_differs(root, tmp_path, capsys):
-    folder = write_pairs(tmp_path / "mmvp", World(), 10, seed=3)  # ten pairs a type where the scripts count fifteen
-    own, strict = read_pairs(folder), read_pairs(folder, strict=True)
-    order = list(dict.fromkeys(own["pattern"]))
-    assert strict["pattern"].tolist() == [order[k // 15] for k in range(90)]
-    moved = own["id_1"][own["pattern"] != strict["pattern"]].tolist()
+    folder = write_pairs(tmp_path / "mmvp", World(), 15, seed=3)
+    questions = folder / "Questions.csv"
+    header, *rows = questions.read_text().splitlines(keepends=True)
+    questions.write_text("".join([header, *rows[20:], *rows[:20]]))  # ten pairs have moved to the end
+    kinds = read_pairs(folder).set_index("id_1")["pattern"]
+    strict = read_pairs(folder, strict=True).set_index("id_1")["pattern"]
+    moved = [i for i, name in strict.items() if name != kinds[i]]
     table = evaluate(["tiny"], ["mmvp-vlm"], tmp_path, strict=True, cache=None)
     said = capsys.readouterr().out
     assert f"by position {len(moved)} pairs are of another category than the CSV says: {moved}" in said
     scores = score_pairs(load_encoder("tiny"), folder)
-    by_position = scores["correct"].groupby(np.arange(90) // 15).mean().mean()
+    by_position = scores.set_index("id_1")["correct"].groupby(strict).mean()
     own = scores.groupby("pattern")["correct"].mean().mean()
-    assert f"as the scripts count {by_position:.4f}, by the rule {own:.4f}" in said
-    assert value(table, "mmvp-vlm", "pairs").value == pytest.approx(by_position)
+    assert f"as the script counts {by_position.mean():.4f}, by the rule {own:.4f}" in said
+    for name, accuracy in by_position.items():
+        assert value(table, "mmvp-vlm", "pairs", name).value == pytest.approx(accuracy)
 
 
 def test_the_published_layout_gives_the_same_score_either_way(tmp_path):
@@ -287,6 +293,79 @@ def test_known_first_words_have_their_display_names(tmp_path):
     with (folder / "Questions.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
     assert {"Viewpoint and Perspective", "Own Type"} <= set(read_pairs(folder)["pattern"])
+
+
+# --- corrected labels -------------------------------------------------------------------------------------------
+
+
+def pairs_rows(table, set_):
+    rows = table[(table["set"] == set_) & (table["metric"] == "pairs")].set_index("category")["value"]
+    return rows[[name for name in rows.index if name == "all" or name.startswith("corrected")]].to_dict()
+
+
+def test_corrected_labels_stand_beside_the_official_score_of_their_set_alone(tmp_path, capsys):
+    one, _ = write_pairs(tmp_path / "one", World(), 2, seed=3), write_pairs(tmp_path / "two", World(), 2, seed=3)
+    scores = score_pairs(load_encoder("tiny"), one)
+    wrong = scores[(scores["t1i1"] < scores["t1i2"]) & (scores["t2i1"] > scores["t2i2"])].iloc[0]  # the other way round
+    right = scores[scores["correct"]].iloc[0]
+    file = tmp_path / "fixes.csv"
+    for row, gain in ((wrong, 1), (right, -1)):
+        file.write_text(f"set,id,label,source\none,{row['id_1']},2,by hand\none,{row['id_2']},1,by hand\n")
+        arguments = ["--encoder", "tiny", "--benchmarks", "mmvp-vlm", "--root", str(tmp_path), "--out"]
+        assert main(["evaluate", *arguments, str(tmp_path / "r.csv"), "--corrections", str(file)]) == 0
+        assert "corrected by fixes.csv" in capsys.readouterr().out
+        table = pd.read_csv(tmp_path / "r.csv")
+        official, corrected = pairs_rows(table, "one").values()
+        assert corrected - official == pytest.approx(gain / 18, abs=1e-5)  # 2 pairs of each of 9 patterns
+        assert pairs_rows(table, "two") == {"all": pytest.approx(official)}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [("other,7,2,me", "corrects other; expected a set that mmvp-vlm reads in this call: mmvp"),
+     ("mmvp,99,2,me", "corrects id 99; expected ids of this set, from 1 to 36")],
+)  # fmt: skip
+def test_corrections_that_apply_to_nothing_are_refused_by_the_command(row, message, root, tmp_path, capsys):
+    (tmp_path / "fixes.csv").write_text(f"set,id,label,source\n{row}\n")
+    arguments = ["--encoder", "tiny", "--benchmarks", "mmvp-vlm", "--root", str(root), "--out", str(tmp_path / "r.csv")]
+    assert main(["evaluate", *arguments, "--corrections", str(tmp_path / "fixes.csv")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "r.csv").exists()
+
+
+# --- patches that are drawn -------------------------------------------------------------------------------------
+
+
+@benchmark(data="nothing", fixed={"features": "global"})
+def fixed(task):
+    yield score_row("one", 1.0, 1)
+
+
+def test_the_spread_over_20_draws_stands_beside_the_first(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(BENCHMARKS, "fixed", fixed)
+    options = {"features": "class+76patches", "cache": tmp_path / "cache", "seed": 5}
+    table = evaluate(["tiny"], ["mmvp-vlm", "fixed"], root, **options)
+    store = FeatureStore(load_encoder("tiny"), tmp_path / "cache")
+    draws = []
+    for k in range(20):
+        task = Task(store.encoder, store, root / "mmvp", "class+76patches", 5, k)
+        draws.append(next(iter(BENCHMARKS["mmvp-vlm"](task)))["value"])
+    first, spread = value(table, "mmvp-vlm", "pairs"), value(table, "mmvp-vlm", "pairs, 20 draws")
+    assert first.value == draws[0] and first.n == spread.n and spread.features == "class+76patches"
+    assert (spread.value, spread.low, spread.high) == pytest.approx((np.mean(draws), min(draws), max(draws)))
+    assert len(set(draws)) > 1
+    assert table[table["benchmark"] == "fixed"][["metric", "features"]].to_numpy().tolist() == [["one", "global"]]
+
+
+def test_tokens_of_metaclip_and_dfn_378_are_normalised_by_their_names_and_of_runs_too(root, tmp_path, monkeypatch):
+    names = {"openai-l14": "", "dfn-h14": "", "siglip-so400m": "", "metaclip-h14": "unit-", "dfn-h14-378": "unit-",
+             "ViT-L-14-quickgelu:metaclip_fullcc": "unit-", "apple/DFN5B-CLIP-ViT-H-14-378": "unit-",
+             "metaclip-l14@released.pth": "unit-", "ViT-L-14@metaclip.pth": ""}  # fmt: skip
+    run = Run.open(asdict(Settings(encoder="metaclip-l14")) | {"stage": "tune"}, tmp_path)
+    monkeypatch.setattr(module, "open_encoder", lambda name, device: load_encoder("tiny"))
+    names |= {str(run.folder): "unit-", f"{run.folder}:0.5": "unit-"}
+    table = evaluate(list(names), ["mmvp-vlm"], root, features="class+patches", cache=None)
+    kinds = table.groupby("encoder")["features"].unique().map(list).to_dict()
+    assert kinds == {name: [f"class+{unit}patches"] for name, unit in names.items()}
 
 
 # --- pairs of one's own -----------------------------------------------------------------------------------------
@@ -500,7 +579,7 @@ def test_the_worlds_rows_have_their_own_n_and_chance_and_say_global_and_float32(
 
 
 def test_strict_and_drawn_rows_stand_beside_the_whole_ones(tmp_path):
-    write_pairs(tmp_path / "mmvp", World(px=16), 10, seed=3)
+    write_pairs(tmp_path / "mmvp", World(px=16), 15, seed=3)
     write_folders(tmp_path / "animals", each=4)
     out, benchmarks = tmp_path / "r.csv", ["mmvp-vlm", "clustering"]
     for _ in range(2):
@@ -508,7 +587,7 @@ def test_strict_and_drawn_rows_stand_beside_the_whole_ones(tmp_path):
         evaluate(["tiny"], benchmarks, tmp_path, out, strict=True, max_images=5, cache=None)
     table = pd.read_csv(out)
     own = table[table.metric.isin(["group", "nmi"])].set_index(["benchmark", "strict", "max_images"]).n
-    assert own.to_dict() == {("mmvp-vlm", False, 0): 90, ("mmvp-vlm", True, 0): 90,
+    assert own.to_dict() == {("mmvp-vlm", False, 0): 135, ("mmvp-vlm", True, 0): 135,
                              ("clustering", False, 0): 8, ("clustering", False, 5): 5}  # fmt: skip
 
 
@@ -591,7 +670,10 @@ def test_how_fast_it_was_lies_beside_the_table(root, tmp_path):
 # --- what is given ----------------------------------------------------------------------------------------------
 
 
-def test_every_flag_reaches_the_evaluation(root, tmp_path, monkeypatch):
+def test_every_flag_reaches_the_evaluation(tmp_path, monkeypatch):
+    root = tmp_path / "data"
+    write_pairs(root / "mmvp", World(px=16), 15, seed=3)
+    write_folders(root / "animals", ("big_cat", "dog", "owl"), 12)
     monkeypatch.setattr(module, "FeatureStore", lambda encoder, cache, *rest, **more: FeatureStore(
         encoder, tmp_path / "cache", *rest, **more))  # fmt: skip
     out = tmp_path / "r.csv"

@@ -25,7 +25,7 @@ from diva_lab.evaluation.image_sets import (
 from diva_lab.evaluation.table import benchmark_folders
 from diva_lab.evaluation.task import Task
 from diva_lab.image_files import Place, content_hash
-from diva_lab.models.encoders import embed, load_encoder
+from diva_lab.models.encoders import Features, embed, load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -376,6 +376,45 @@ def test_divas_feature_is_class_and_mean_of_patches(tmp_path, encoder):
     torch.testing.assert_close(FeatureStore(encoder, None)(found, "class+patches"), expected, atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match=", ".join(FEATURES).replace("+", r"\+")):
         FeatureStore(encoder, None)(found, "patches")
+
+
+def test_tokens_are_brought_to_unit_length_before_they_are_added(tmp_path, encoder):
+    found = places(tmp_path, [(32, 32)])
+    image = torch.from_numpy(np.array(pixels(0))).permute(2, 0, 1)[None].float() / 255
+    with torch.no_grad():
+        tokens = encoder.features(image)
+    unit = tokens.embedding / tokens.embedding.norm(), tokens.patches / tokens.patches.norm(dim=-1, keepdim=True)
+    expected = torch.nn.functional.normalize(unit[0] + unit[1].mean(1), dim=-1)
+    torch.testing.assert_close(FeatureStore(encoder, None)(found, "class+unit-patches"), expected, atol=1e-6, rtol=0)
+    assert (FeatureStore(encoder, None)(found, "class+patches") - expected).abs().max() > 1e-3
+
+
+def test_drawn_patches_follow_from_seed_and_draw_and_not_from_the_batch(tmp_path, encoder):
+    found = places(tmp_path, [(32, 32)] * 5)
+    cached = FeatureStore(encoder, tmp_path / "cache", batch=2)
+    kind, draws = "class+76patches", {}
+    for seed, draw in ((0, 0), (0, 1), (0, 19), (1, 0)):
+        draws[seed, draw] = FeatureStore(encoder, None)(found, kind, seed, draw)
+        torch.testing.assert_close(cached(found, kind, seed, draw), draws[seed, draw], atol=1e-6, rtol=0)
+    assert cached.images == 2 * 5  # once for a seed
+    flat = torch.stack(list(draws.values())).flatten(1)
+    assert (torch.cdist(flat, flat) + torch.eye(4) > 1e-3).all()
+
+
+def test_drawn_patches_are_76_with_replacement_for_each_image(tmp_path, encoder, monkeypatch):
+    found = places(tmp_path, [(32, 32)] * 2)
+    whole = encoder.features
+
+    def counted(images):  # the same tokens for both images: 16 axes of the embedding's space
+        tokens = whole(images)
+        patches = torch.eye(tokens.patches.shape[1], tokens.embedding.shape[1]).expand(len(images), -1, -1)
+        return Features(torch.zeros_like(tokens.embedding), patches)
+
+    monkeypatch.setattr(encoder, "features", counted)
+    counts = FeatureStore(encoder, None)(found, "class+76patches")
+    counts = 76 * counts / counts.sum(1, keepdim=True)
+    torch.testing.assert_close(counts, counts.round(), atol=1e-4, rtol=0)
+    assert (counts > 1.5).any() and not torch.equal(counts[0], counts[1])
 
 
 def test_all_unreadable_images_are_named_at_once_and_nothing_is_kept(tmp_path, encoder):

@@ -11,6 +11,7 @@ from diva_lab.evaluation.pairs import (
     embed_files,
     is_pairs,
     pair_decisions,
+    read_corrections,
     read_pairs,
     score_pairs,
     strict_differences,
@@ -173,6 +174,17 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, encoder):
         score_pairs(encoder, tmp_path)
 
 
+def test_the_folders_of_the_benchmark_have_the_papers_names(tmp_path):
+    rows = [(i, FOLDERS[(i - 1) // 2], f"statement {i}") for i in range(1, 19)]
+    assert tuple(read_pairs(write(tmp_path, rows))["pattern"]) == OFFICIAL
+
+
+def test_types_of_ones_own_that_would_share_a_name_keep_their_own(tmp_path):
+    kinds = ("Text size", "text colour", "Spatial")
+    rows = [(i, kinds[(i - 1) // 2], f"statement {i}") for i in range(1, 7)]
+    assert list(read_pairs(write(tmp_path, rows))["pattern"]) == ["Text size", "text colour", OFFICIAL[4]]
+
+
 # --- the rule ---------------------------------------------------------------------------------------------------
 
 
@@ -274,11 +286,11 @@ def test_the_other_scores_have_intervals_that_hold_them():
         assert report[f"{key}/low"] < report[key] < report[f"{key}/high"]
 
 
-# --- as the circulating scripts count it ------------------------------------------------------------------------
+# --- as the official script counts it ---------------------------------------------------------------------------
 
 
-def circulating(folder, encoder):
-    """Their loop, word by word: two rows at a time, the first row's folder, parity of the id, the category by place."""
+def by_script(folder, encoder):
+    """Its loop in our words: two rows at a time, the first row's folder, parity of the id, the category by place."""
     rows = list(csv.reader((folder / "Questions.csv").open(encoding="utf-8")))[1:]
     right = np.zeros(len(rows) // 30)
     for k in range(0, len(rows), 2):
@@ -293,40 +305,107 @@ def circulating(folder, encoder):
     return right / 15
 
 
-def test_the_strict_count_is_that_of_the_scripts_whatever_the_order_of_the_rows(tmp_path, encoder):
+def test_the_strict_count_is_that_of_the_script_whatever_the_order_of_the_rows(tmp_path, encoder):
     folder = write_pairs(tmp_path, World(px=8), 15, seed=3)
     rows = list(csv.reader((folder / "Questions.csv").open(encoding="utf-8")))
     own = score_pairs(encoder, folder)
     assert score_pairs(encoder, folder, strict=True).equals(own)
-    assert circulating(folder, encoder).mean() == pytest.approx(summarise(own)["mean"])
+    assert by_script(folder, encoder).mean() == pytest.approx(summarise(own)["mean"])
     rng = np.random.default_rng(0)
     pairs = [rows[1 + 2 * k : 3 + 2 * k][:: rng.choice((1, -1))] for k in rng.permutation(135)]
     with (folder / "Questions.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([rows[0], *(row for pair in pairs for row in pair)])
     strict = score_pairs(encoder, folder, strict=True)
-    assert strict["correct"].groupby(np.arange(135) // 15).mean().tolist() == pytest.approx(
-        circulating(folder, encoder)
-    )
+    assert strict["correct"].groupby(np.arange(135) // 15).mean().tolist() == pytest.approx(by_script(folder, encoder))
     assert score_pairs(encoder, folder).equals(own)
     said = strict_differences(folder, own, strict)
     turned = [int(pair[0][0]) for pair in pairs if int(pair[0][0]) % 2 == 0]
     assert said[-1] == f"{len(turned)} pairs whose rows stand in another order than their ids: {turned}"
-    assert said[0].startswith(f"as the scripts count {circulating(folder, encoder).mean():.4f}, by the rule ")
+    assert said[0].startswith(f"as the script counts {by_script(folder, encoder).mean():.4f}, by the rule ")
     kind = {row[0]: row[1] for row in rows[1:]}
-    order = list(dict.fromkeys(kind[pair[0][0]] for pair in pairs))
-    moved = [int(pair[0][0]) for k, pair in enumerate(pairs) if kind[pair[0][0]] != order[k // 15]]
+    moved = [int(pair[0][0]) for k, pair in enumerate(pairs) if kind[pair[0][0]] != list(PATTERNS.values())[k // 15]]
     assert said[1] == f"by position {len(moved)} pairs are of another category than the CSV says: {moved}"
+
+
+OFFICIAL = ("Orientation and Direction", "Presence of Specific Features", "State and Condition", "Quantity and Count",
+            "Positional and Relational Context", "Color and Appearance", "Structural Characteristics", "Texts",
+            "Viewpoint and Perspective")  # fmt: skip
+FOLDERS = ("Orientation", "Presence", "State", "Quantity", "Spatial", "Color", "Structural Character", "Text",
+           "Camera_Perspective")  # fmt: skip
+
+
+def test_strict_patterns_are_those_of_the_fixed_list_by_position(tmp_path, make_encoder):
+    """By hand: the types stand in reverse order, and the encoder is right about 3 pairs of the first, 1 of the last."""
+    rows = [(i, FOLDERS[8 - (i - 1) // 30], f"statement {i}") for i in range(1, 271)]
+    folder, encoder, right = write(tmp_path, rows), make_encoder(), {1, 3, 5, 269}
+    pairs = read_pairs(folder)
+    embeddings = embed_files(encoder, [*pairs["image_1"], *pairs["image_2"]])
+    for k, i in enumerate(pairs["id_1"]):
+        one, two = embeddings[k], embeddings[k + 135] if i in right else embeddings[k]
+        encoder.texts |= {f"a photo of statement {i}": one, f"a photo of statement {i + 1}": two}
+    strict, own = (summarise(score_pairs(encoder, folder, strict=strict)) for strict in (True, False))
+    for report, first, last in ((strict, OFFICIAL[0], OFFICIAL[8]), (own, OFFICIAL[8], OFFICIAL[0])):
+        expected = dict.fromkeys(OFFICIAL, 0.0) | {first: 3 / 15, last: 1 / 15}
+        assert {name: report[name] for name in OFFICIAL} == pytest.approx(expected)
+        assert report["mean"] == pytest.approx(4 / 135)
+    assert list(dict.fromkeys(read_pairs(folder, strict=True)["pattern"])) == list(OFFICIAL)
+
+
+@pytest.mark.parametrize("pairs", [1, 134, 136])
+def test_a_strict_count_of_other_than_135_pairs_is_refused(pairs, tmp_path):
+    folder = write(tmp_path, [(i, "Texts", f"statement {i}") for i in range(1, 2 * pairs + 1)])
+    with pytest.raises(ValueError, match=f"{pairs} pairs, where the official script's list has 9 patterns of 15 pairs"):
+        read_pairs(folder, strict=True)
+    assert len(read_pairs(folder)) == pairs
 
 
 def test_ties_and_images_of_the_first_rows_folder_are_told(tmp_path, make_encoder):
     encoder = make_encoder()
-    folder = write(tmp_path, [(1, "Texts", "a"), (2, "Letters", "b")])
+    rows = [(i, "Letters" if i == 2 else "Texts", f"statement {i}") for i in range(1, 271)]
+    folder = write(tmp_path, rows)
     images = folder / IMAGE_FOLDERS[0]
     (images / "Texts" / "2.png").write_bytes((images / "Texts" / "1.png").read_bytes())  # the same image: a tie
     own, strict = score_pairs(encoder, folder), score_pairs(encoder, folder, strict=True)
     said = "\n".join(strict_differences(folder, own, strict))
     assert "1 pairs with a tie, which counts for image 2: [1]" in said
     assert "1 images taken from the folder of the first row's type: [2]" in said
+
+
+# --- corrected labels -------------------------------------------------------------------------------------------
+
+
+def write_table(path, *rows, header="set,id,label,source"):
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+def test_corrections_are_read_by_set_and_id(tmp_path):
+    rows = ('MMVP, 7 ,2,"issue 14, by hand"', "wds_cars,2,1,me", "mmvp,8,1,me")
+    assert read_corrections(write_table(tmp_path / "a.csv", *rows)) == {"mmvp": {7: 2, 8: 1}, "cars": {2: 1}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["mmvp,7,2,me", "mmvp,8,3,me"], "row 2: label '3'; expected 1 or 2"),
+        (["mmvp,7,2,me", "MMVP,7,2,me"], "row 2: id '7'; expected the number of a question, each once in a set"),
+        (["mmvp,-7,2,me"], "row 1: id '-7'"), (["mmvp,7.0,2,me"], "row 1: id '7.0'"),
+        (["mmvp,7,2,"], "row 1: no set or no source"), ([",7,2,me"], "row 1: no set or no source"),
+        (["mmvp,7,2"], "row 1: no set or no source"), (["mmvp,7,1,me"], "what the rule says of id 7 already"),
+        (["mmvp,8,2,me"], "what the rule says of id 8 already"), ([], "found 0 under set, id, label, source"),
+        (["mmvp,7,2,issue 14, me"], "more cells than its header"), (["mmvp,7,2,me", "mmvp,9,2,a, b"], "not a csv"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_wrong_file_of_corrections_is_refused_in_one_line(rows, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        read_corrections(write_table(tmp_path / "a.csv", *rows))
+    assert str(caught.value).startswith(str(tmp_path / "a.csv")) and "\n" not in str(caught.value)
+
+
+def test_corrections_under_other_columns_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected rows under set, id, label, source; found 1 under set, question"):
+        read_corrections(write_table(tmp_path / "a.csv", "mmvp,7", header="set,question"))
 
 
 def test_a_table_with_a_cell_of_200_kilobytes_is_read(tmp_path):

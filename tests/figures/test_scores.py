@@ -7,6 +7,7 @@ from figure_records import (
     DIFFERENCES,
     LINE,
     PUBLISHED,
+    REPLICATIONS,
     REPORTS,
     RUNS,
     SUMMARY,
@@ -121,3 +122,15 @@ def test_published_numbers_have_panels_of_their_own_and_second_hand_ones_are_hol
     drawn = [(line.get_xydata().tolist(), line.get_markerfacecolor()) for line in theirs[1].lines]
     assert drawn == [([[78, 0]], "white"), ([[83, 1]], style.GREY)]
     assert [to_hex(line.get_color()) for ax in theirs for line in ax.lines] == [style.GREY.lower()] * 3
+
+
+def test_replications_stand_in_the_panel_of_what_they_repeat_in_words_where_there_is_no_number():
+    fig = figures.benchmark_scores(BENCHMARKS, PUBLISHED, replications=REPLICATIONS)
+    panels = {ax.get_title(loc="left"): ax for ax in fig.axes if ax.lines}
+    assert list(panels)[2:] == ["published, openai-l14: nmi\nsix sets", "published, siglip-so400m: nmi\nsix sets"]
+    ax = panels["published, openai-l14: nmi\nsix sets"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["DCR", "none (original)", "DCR"]
+    drawn = [(*line.get_xydata()[0], line.get_marker()) for line in ax.lines if np.isfinite(line.get_xdata()).all()]
+    assert drawn == [(76, 0, "D"), (70, 1, "X")]
+    words = {text.get_position()[1]: " ".join(text.get_text().split()) for text in ax.texts}
+    assert words == {0: "", 1: "CODE issue 1", 2: "CODE issue 2: not reproduced"}

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import string
 
@@ -8,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from one_step import pictures
 from open_clip.tokenizer import HFTokenizer
-from small_models import CLIPA, HUGE, on_meta, write_clip_of, write_transformers_clip
+from safetensors.torch import save_file
+from small_models import CLIPA, HUGE, on_meta, timm_tower, unlike, write_clip_of, write_transformers_clip
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -16,6 +18,7 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPProcessor,
+    GemmaTokenizer,
     SiglipConfig,
     SiglipModel,
     T5Tokenizer,
@@ -111,6 +114,15 @@ def test_the_layout_of_vit_h_goes_to_transformers_and_comes_back(images, tmp_pat
     assert again.config["model_cfg"]["vision_cfg"]["head_width"] == 40 and again.squash
 
 
+def test_a_folder_that_leaves_preprocessing_to_open_clip_is_saved_in_both_formats(images, tmp_path):
+    folder = write_clip_of(tmp_path / "clip", HUGE)
+    file = folder / "open_clip_config.json"
+    file.write_text(json.dumps({"model_cfg": json.loads(file.read_text())["model_cfg"]}))
+    encoder = load_encoder(folder)
+    written = save_encoder(encoder, tmp_path / "out")
+    same(by_transformers(written["transformers"], images), by_us(encoder, images))
+
+
 # --- how images are resized -------------------------------------------------------------------------------------
 
 
@@ -158,8 +170,15 @@ def test_an_image_processor_inside_a_processors_file_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"resample": 0}, r"resample = 0; expected 2 \(bilinear\) or 3"), ({"size": 40}, "resizes to 40 px.*32 px")],
-    ids=["nearest", "another size"],
+    [
+        ({"resample": 0}, r"resample = 0; expected 2 \(bilinear\) or 3"),
+        ({"size": 40}, "makes 40 px of a side; expected the model's 32 px"),
+        ({"size": {"height": 32, "width": 16}}, "makes 16 px of a side"),
+        ({"crop_size": {"height": 24, "width": 32}}, "makes 24 px of a side"),
+        ({"do_center_crop": False}, "expected height and width, or shortest_edge and a crop"),
+        ({"size": {"longest_edge": 32}}, "expected height and width, or shortest_edge and a crop"),
+    ],
+    ids=str,
 )
 def test_a_way_to_resize_that_is_not_ours_is_refused_naming_it(change, message, tmp_path):
     folder = write_transformers_clip(tmp_path / "clip", "clip", "gelu")
@@ -204,6 +223,45 @@ def test_transformers_reads_a_siglips_texts_as_open_clip_does_capitals_and_punct
     same((F.normalize(getattr(text, "pooler_output", text), dim=-1),), (encoder.encode_text(MESSY),))
     for path in written.values():
         assert torch.equal(load_encoder(path).tokenizer(MESSY), tokens.input_ids)
+
+
+SIGLIP2 = {  # open_clip's layout of a SigLIP 2: exact GELU in the image tower, tanh in the text tower, 64 tokens
+    "embed_dim": 48, "init_logit_bias": -10, "custom_text": True,
+    "vision_cfg": {"timm_model_name": "vit_small_patch8_siglip_32", "timm_model_pretrained": False,
+                   "timm_pool": "map", "timm_proj": "none", "patch_size": 16},  # the default, which timm does not read
+    "text_cfg": {"width": 32, "heads": 2, "layers": 2, "no_causal_mask": True, "proj_bias": True, "pool_type": "last",
+                 "norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"},
+                 "tokenizer_kwargs": {"clean": "canonicalize"}},
+}  # fmt: skip
+
+
+def gemma_tokenizer(folder):
+    """A small tokenizer of SigLIP 2's class and settings, <eos> at the end, <pad> after it; how many words it has."""
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{i:02X}>" for i in range(256))]
+    words += ["\u2581", *sorted(set(string.printable) - set(string.whitespace)), "st", "ar", "star"]
+    merges = [("s", "t"), ("a", "r"), ("st", "ar")]
+    options = {"add_bos_token": False, "add_eos_token": True, "padding_side": "right"}
+    GemmaTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=merges, **options).save_pretrained(folder)
+    return len(words)
+
+
+def test_a_siglip_2_of_one_size_is_exported_and_loads_in_transformers(images, tmp_path):
+    folder = write_clip_of(tmp_path / "siglip2", SIGLIP2, mean=[0.5] * 3, std=[0.5] * 3, resize_mode="squash")
+    words = {"vocab_size": gemma_tokenizer(folder), "context_length": 64}
+    change_json(folder / "open_clip_config.json", ("model_cfg", "text_cfg"), **words)
+    torch.manual_seed(0)
+    model = unlike(open_clip.create_model(f"local-dir:{folder}", load_weights=False))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    encoder = load_encoder(folder)
+    ids = encoder.tokenizer(TEXTS)
+    assert ids.shape == (3, 64) and (ids[:2] == 1).sum(1).tolist() == [1, 1] and ids[2].tolist()[:2] == [1, 0]
+    written = save_encoder(encoder, tmp_path / "out")
+    assert type(AutoModel.from_pretrained(written["transformers"])) is SiglipModel
+    same(by_transformers(written["transformers"], images), by_us(encoder, images))
+    tokens = AutoTokenizer.from_pretrained(written["transformers"])(MESSY, padding="max_length", max_length=64)
+    assert tokens.input_ids == encoder.tokenizer(MESSY).tolist()
+    for path in written.values():
+        same(by_us(load_encoder(path), images), by_us(encoder, images), atol=1e-6)
 
 
 # --- what transformers does not support -------------------------------------------------------------------------
@@ -277,6 +335,41 @@ def test_a_transformers_folder_without_weights_is_refused_naming_it(folder, tmp_
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("size", [[32, 16], [16, 32]])
+def test_models_of_images_that_are_not_square_are_refused_by_name(size, tmp_path):
+    ours, theirs = ("model_cfg", "vision_cfg"), ("vision_config",)
+    changes = {
+        write_clip_of(tmp_path / "clip", HUGE) / "open_clip_config.json": ours,
+        write_clip_of(tmp_path / "eva", timm_tower("eva_small_patch8_32")) / "open_clip_config.json": ours,
+        write_transformers_clip(tmp_path / "hf", "clip", "gelu") / "config.json": theirs,
+        write_transformers_clip(tmp_path / "siglip", "siglip", "gelu") / "config.json": theirs,
+    }
+    for path, keys in changes.items():
+        change_json(path, keys, image_size=size)
+        with pytest.raises(ValueError, match=re.escape(f"{path}: image_size = {size} is not square")):
+            load_encoder(path.parent)
+
+
+def test_naflex_models_are_refused_by_name(tmp_path):
+    ours = write_clip_of(tmp_path / "clip", timm_tower("eva_small_patch8_32")) / "open_clip_config.json"
+    change_json(ours, ("model_cfg", "vision_cfg"), timm_model_name="naflexvit_base_patch16_siglip")
+    with pytest.raises(ValueError, match=f"{ours}: 'naflexvit_base_patch16_siglip' is a NaFlex model"):
+        load_encoder(ours.parent)
+    theirs = write_transformers_clip(tmp_path / "hf", "siglip", "gelu") / "config.json"
+    change_json(theirs, (), model_type="siglip2")
+    with pytest.raises(ValueError, match=rf"{theirs}: model_type = 'siglip2' \(SigLIP 2 NaFlex; .* is a siglip\)"):
+        load_encoder(theirs.parent)
+
+
+def change_json(path, keys, **changes) -> None:
+    """Change a part of a file, which `keys` lead to."""
+    whole = part = json.loads(path.read_text())
+    for key in keys:
+        part = part[key]
+    part.update(changes)
+    path.write_text(json.dumps(whole))
 
 
 # --- names and shapes at real size ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pandas as pd
 import pytest
@@ -9,19 +10,25 @@ import torch
 import torch.nn.functional as F
 from damage import DAMAGE, change_weights
 from one_step import pictures
+from PIL import Image
+from small_models import write_transformers_clip
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from diva_lab.cli import main
+from diva_lab.evaluation.features import prepare
+from diva_lab.evaluation.pairs import read_pairs, score_pairs
 from diva_lab.evaluation.results import COLUMNS, FACTS
 from diva_lab.evaluation.table import open_encoder
-from diva_lab.models.encoders import load_encoder
+from diva_lab.models.encoders import embed, load_encoder
 from diva_lab.models.lora import visual_weights
 from diva_lab.training.build import split_mix, tuned_encoder
 from diva_lab.training.controls import perturb
-from diva_lab.training.export import export, model_card
+from diva_lab.training.export import TANH, differences, export, model_card, save_encoder
 from diva_lab.training.presets import preset
 from diva_lab.training.runs import Run
+from diva_lab.training.settings import Settings
 from diva_lab.training.stages import tune
+from diva_lab.world import World, write_pairs
 
 TEXTS = ["a photo of a disc", "a photo of a red star"]
 
@@ -128,6 +135,81 @@ def test_rows_of_evaluates_table_that_are_of_the_run_are_on_the_card(run, tmp_pa
     assert "| zero-shot | cifar10 | global | top-1 | 200 | 0.7500 | 0.7000 | 0.8000 |" in card
     assert "| zero-shot | cifar10 | global | nmi | 200 | 0.5000 |  | 0.5500 |" in card
     assert "0.9000" not in card and "0.1250" not in card
+
+
+# --- where the libraries differ ---------------------------------------------------------------------------------
+
+
+def squares(image: Image.Image, px: int) -> tuple[np.ndarray, np.ndarray]:
+    """What transformers and we make of an image, px x px."""
+    processor = CLIPImageProcessor(size={"shortest_edge": px}, crop_size=px, do_rescale=False, do_normalize=False)
+    theirs = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    return theirs.astype(int), prepare(image, px, "bicubic", squash=False).astype(int)
+
+
+@pytest.mark.parametrize(("size", "px"), [((35, 32), 32), ((32, 39), 32), ((227, 224), 224), ((640, 427), 224)])
+def test_transformers_crops_one_pixel_further_left_or_higher_where_the_card_says_so(size, px):
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(*size[::-1], 3), dtype=np.uint8))
+    theirs, ours = squares(image, px)
+    if size[0] > size[1]:
+        theirs, ours = theirs.swapaxes(0, 1), ours.swapaxes(0, 1)
+    assert abs(theirs[1:] - ours[:-1]).max() <= 1 < abs(theirs - ours).mean()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 32), (34, 32), (36, 32), (37, 32), (32, 38), (64, 48)])
+def test_transformers_crops_other_sizes_as_we_do(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(*size[::-1], 3), dtype=np.uint8))
+    theirs, ours = squares(image, 32)
+    assert abs(theirs - ours).max() <= 1
+
+
+def test_what_a_pixel_does_to_the_tiny_clip_is_as_the_card_says(tmp_path):
+    folder, encoder = write_pairs(tmp_path, World(), 12, seed=3), load_encoder("tiny")
+
+    def crop(side):
+        def embed_wide(files):
+            wide = [np.pad(np.array(Image.open(file)), ((0, 0), (1, 2), (0, 0)), mode="edge") for file in files]
+            pixels = np.stack([squares(Image.fromarray(image), 32)[side] for image in wide])
+            return embed(encoder, torch.from_numpy(pixels.astype(np.uint8)).permute(0, 3, 1, 2))
+
+        return embed_wide
+
+    theirs, ours = (score_pairs(encoder, folder, crop(side)) for side in (0, 1))
+    files = read_pairs(folder)["image_1"]
+    cosine = (crop(0)(files) * crop(1)(files)).sum(1).mean()
+    assert float(cosine) == pytest.approx(0.84, abs=0.06)
+    assert (theirs["correct"] != ours["correct"]).mean() == pytest.approx(0.23, abs=0.1)
+    assert 0 < theirs["correct"].mean() - ours["correct"].mean() < 0.15
+
+
+def test_the_card_of_a_clip_tells_of_the_crop_and_that_of_a_siglip_of_its_gelu(folder, tmp_path):
+    models = {"tanh": "gelu_pytorch_tanh", "exact": "gelu"}
+    cards = {"clip": (folder / "README.md").read_text()}
+    for name, act in models.items():
+        source = write_transformers_clip(tmp_path / "models" / name, "siglip", act)
+        run = Run.open(asdict(Settings(encoder=str(source), objective="none")) | {"stage": "tune"}, tmp_path).finish()
+        cards[name] = (export(run, tmp_path / name) / "README.md").read_text()
+    assert {name for name, card in cards.items() if "an image of 35 x 32 here" in card} == {"clip"}
+    assert {name for name, card in cards.items() if TANH in card} == {"tanh"}
+
+
+@pytest.mark.parametrize(
+    ("config", "formats", "notes"),
+    [({"resize_mode": "shortest"}, ["open_clip", "transformers"], 1), ({}, ["open_clip", "transformers"], 1),
+     ({"resize_mode": "squash"}, ["open_clip", "transformers"], 0), ({"resize_mode": "shortest"}, ["open_clip"], 0)],
+)  # fmt: skip
+def test_the_crop_is_told_only_where_transformers_crops(config, formats, notes):
+    whole = {"model_cfg": {"vision_cfg": {"image_size": 224}}, "preprocess_cfg": config}
+    assert len(differences(whole, formats)) == notes
+
+
+def test_a_tanh_siglip_differs_in_plain_open_clip_by_as_much_as_the_card_says(images, tmp_path):
+    encoder = load_encoder(write_transformers_clip(tmp_path / "siglip", "siglip", "gelu_pytorch_tanh"))
+    written = save_encoder(encoder, tmp_path / "out")["open_clip"]
+    plain = open_clip.create_model(f"local-dir:{written}", require_pretrained=True).eval()
+    with torch.no_grad():
+        found = plain.encode_image(encoder.preprocess(images.float() / 255), normalize=True)
+    assert 4e-5 < (found - encoder.encode_image(images.float() / 255)).abs().max() < 2e-4
 
 
 # --- between the original and the tuned encoder -----------------------------------------------------------------
