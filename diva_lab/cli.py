@@ -170,6 +170,32 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
+# --- llava ------------------------------------------------------------------------------------------------------
+
+
+def add_llava(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    assemble = verbs.add_parser("assemble", help="join an encoder and a language model by a new projector")
+    assemble.add_argument("--language", type=Path, required=True, help="folder of a causal language model")
+    assemble.add_argument("--seed", type=whole(0, SEED), default=0, help="of the projector's weights")
+    swap = verbs.add_parser("swap", help="put another encoder's image tower into a LLaVA folder")
+    swap.add_argument("llava", type=Path, help="folder of a LLaVA-1.5, as llava-hf/llava-1.5-7b-hf")
+    for verb in (assemble, swap):
+        verb.add_argument("--encoder", required=True, help="name, folder, NAME@FILE, run or RUN:MIX")
+        verb.add_argument("out", type=Path, help="new folder to write")
+
+
+def llava(args: argparse.Namespace) -> int:
+    from diva_lab.llava.folders import assemble, swap
+
+    check_writable(args.out.parent)
+    if args.what == "assemble":
+        print(assemble(args.encoder, args.language, args.out, args.seed))
+    else:
+        print(swap(args.llava, args.encoder, args.out))
+    return 0
+
+
 # --- benchmark --------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +254,7 @@ VERBS: dict[str, tuple[str, Callable, Callable]] = {  # name -> what it does, it
     "train": ("train by a preset, both stages, on one GPU or many", add_train, train),
     "evaluate": ("score any encoders on any benchmarks, into one csv", add_evaluate, evaluate),
     "export": ("write a tuned encoder as open_clip and transformers folders, with a model card", add_export, export),
+    "llava": ("make, train and ask language models that see through an encoder", add_llava, llava),
     "benchmark": ("how fast and how small a step is, against a plain one", add_benchmark, benchmark),
     "presets": ("list the papers' recipes, or print the settings of one", add_presets, presets),
 }

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from timm.models import register_model
 from timm.models.eva import Eva, _create_eva
 from timm.models.vision_transformer import VisionTransformer, _create_vision_transformer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -28,6 +29,11 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
@@ -214,3 +220,39 @@ def on_meta(name: str) -> torch.nn.Module:
     """An open_clip model at its real size, without weights, by its name in `ENCODERS` or in open_clip."""
     with torch.device("meta"):  # open_clip's own `device` alone builds on the CPU first
         return open_clip.create_model(ENCODERS.get(name, (name,))[0], load_weights=False, device="meta")
+
+
+WORDS = "USER ASSISTANT : ? . , ( ) a b c d A B C D yes no Yes No is the there star red green how many dots one two"
+WORDS += " What is shown in this photo of a Please answer or Answer with option s letter from given choices directly"
+
+
+def tiny_tokenizer(words: str = WORDS) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words and marks, for which case counts; no token of padding or of an image."""
+    vocabulary = dict.fromkeys(["<unk>", "<s>", "</s>", *words.split()])
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def write_language(folder: Path, seed: int = 0, kind: str = "llama", **changes) -> Path:
+    """A folder of a causal language model of two layers."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(seed)
+    if kind == "llama":
+        sizes = {
+            "max_position_embeddings": 128,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
+        sizes |= {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2}
+        model = LlamaForCausalLM(LlamaConfig(**sizes | changes))
+    else:
+        sizes = {"n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 2}
+        sizes |= {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2}
+        model = GPT2LMHeadModel(GPT2Config(**sizes | changes))
+    unlike(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -633,11 +633,13 @@ def _image_processor(kind: str, config: dict) -> CLIPImageProcessor | SiglipImag
     return SiglipImageProcessor(size=size, **options)
 
 
-def write_transformers(folder: Path, state: State, config: dict, tokenizer: object) -> Path:
-    """Write a transformers folder from the same arguments: weights, configuration, image processor and tokenizer.
+def transformers_parts(
+    state: State, config: dict, tokenizer: object
+) -> tuple[CLIPModel | SiglipModel, CLIPImageProcessor | SiglipImageProcessor]:
+    """A transformers model and its image processor, from open_clip's weights, complete configuration and tokenizer.
 
     Raises:
-        NotImplementedError: for an architecture that transformers' CLIP and SigLIP do not have. Nothing is written.
+        NotImplementedError: for an architecture that transformers' CLIP and SigLIP do not have.
     """
     kind = transformers_kind(config)
     processor = _image_processor(kind, config)
@@ -645,6 +647,16 @@ def write_transformers(folder: Path, state: State, config: dict, tokenizer: obje
         architecture = transformers_config(build_model(config), config, tokenizer)
         model = (CLIPModel if kind == "clip" else SiglipModel)(architecture)
     model.load_state_dict(convert(state, kind, model.state_dict()), assign=True)
+    return model, processor
+
+
+def write_transformers(folder: Path, state: State, config: dict, tokenizer: object) -> Path:
+    """Write a transformers folder from the same arguments: weights, configuration, image processor and tokenizer.
+
+    Raises:
+        NotImplementedError: as `transformers_parts`. Nothing is written.
+    """
+    model, processor = transformers_parts(state, config, tokenizer)
     clean = (config["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}).get("clean") == "canonicalize"
     folder.mkdir(parents=True, exist_ok=True)
     for part in (model, processor, (_cleaning_tokenizer if clean else transformers_tokenizer)(tokenizer)):

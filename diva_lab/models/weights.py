@@ -222,7 +222,7 @@ def load_weights(module: nn.Module, state: State, source: object, names: Iterabl
     module.load_state_dict(fit(state, own if names is None else {name: own[name] for name in names}, source), False)
 
 
-def _check_info(info: dict, source: object, expected: int) -> None:
+def check_loading(info: dict, source: object, expected: int) -> None:
     """Raise ValueError for what transformers or diffusers say that they filled in or left out."""
     for kind in ("missing", "unexpected"):
         _refuse(source, kind, info[f"{kind}_keys"], expected)
@@ -246,7 +246,7 @@ def load_transformers(kind: type, folder: str | Path) -> nn.Module:
             model, info = kind.from_pretrained(None, state_dict=dict(weights), ignore_mismatched_sizes=True, **options)
             if not info["missing_keys"]:
                 break
-        _check_info(info, folder, len(model.state_dict()))
+        check_loading(info, folder, len(model.state_dict()))
         check_finite(model.state_dict(), folder)
     return model
 
@@ -268,7 +268,7 @@ def load_diffusers(kind: type, folder: str | Path) -> nn.Module:
             state = fit(read_folder(folder, ("diffusion_pytorch_model",)), model.state_dict(), folder)
             model.load_state_dict(state, assign=True)
             return model.float()
-        _check_info(info, folder, len(model.state_dict()))
+        check_loading(info, folder, len(model.state_dict()))
         check_finite(model.state_dict(), folder)
     return model
 

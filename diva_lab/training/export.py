@@ -39,7 +39,7 @@ largest difference (4e-5 to 2e-4, measured on models with random weights)."""
 SCORES = ["benchmark", "set", "features", "metric", "n", "value", "low", "high"]  # of evaluate's csv, on the card
 
 
-def _free(folder: Path) -> Path:
+def new_folder(folder: Path) -> Path:
     """`folder`, if there is nothing there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; name a new folder")
@@ -55,7 +55,7 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> dict[str, Path]:
     Raises:
         FileExistsError: where `folder` holds something already; nothing is overwritten.
     """
-    folder = _free(Path(folder))
+    folder = new_folder(Path(folder))
     state = encoder.open_clip_state()
     written = {"open_clip": write_open_clip(folder / "open_clip", state, encoder.config, encoder.tokenizer)}
     with suppress(NotImplementedError):
@@ -148,7 +148,7 @@ def export(run: Run, folder: str | Path, scores: str | Path | None = None, mix: 
     """
     if not run.done or run.settings.get("stage") not in ("tune", "perturb"):
         raise ValueError(f"{run.folder}: expected the folder of a finished run of tune() or perturb()")
-    folder = _free(Path(folder))
+    folder = new_folder(Path(folder))
     measured = read_scores(run, scores, mix) if scores else None
     encoder = tuned_encoder(run, mix=mix)
     written = save_encoder(encoder, folder)
