@@ -180,19 +180,49 @@ def add_llava(parser: argparse.ArgumentParser) -> None:
     assemble.add_argument("--seed", type=whole(0, SEED), default=0, help="of the projector's weights")
     swap = verbs.add_parser("swap", help="put another encoder's image tower into a LLaVA folder")
     swap.add_argument("llava", type=Path, help="folder of a LLaVA-1.5, as llava-hf/llava-1.5-7b-hf")
+    evaluate = verbs.add_parser("evaluate", help="ask LLaVA folders the questions of benchmarks")
+    evaluate.add_argument("--llava", type=Path, action="append", required=True, help="folder; repeatable")
+    evaluate.add_argument("--benchmarks", required=True, help="some of mmvp, naturalbench, pope, cv-bench, by commas")
+    evaluate.add_argument("--root", type=Path, default=Path(), help="folder of the data (default: here)")
+    evaluate.add_argument("--out", type=Path, default=Path("results.csv"), help="csv to write (default: results.csv)")
+    evaluate.add_argument("--answers", type=Path, help="folder for the answers (default: beside the csv)")
+    evaluate.add_argument("--corrections", type=Path, help="csv of corrected labels of MMVP: set, id, label, source")
+    evaluate.add_argument("--batch", type=whole(1, 4096), default=8, help="questions at a time")
+    evaluate.add_argument("--seed", type=whole(0, SEED), default=0, help="of bootstraps")
     for verb in (assemble, swap):
         verb.add_argument("--encoder", required=True, help="name, folder, NAME@FILE, run or RUN:MIX")
         verb.add_argument("out", type=Path, help="new folder to write")
 
 
 def llava(args: argparse.Namespace) -> int:
-    from diva_lab.llava.folders import assemble, swap
-
     check_writable(args.out.parent)
-    if args.what == "assemble":
-        print(assemble(args.encoder, args.language, args.out, args.seed))
-    else:
-        print(swap(args.llava, args.encoder, args.out))
+    return {"assemble": llava_assemble, "swap": llava_swap, "evaluate": llava_evaluate}[args.what](args)
+
+
+def llava_assemble(args: argparse.Namespace) -> int:
+    from diva_lab.llava.folders import assemble
+
+    print(assemble(args.encoder, args.language, args.out, args.seed))
+    return 0
+
+
+def llava_swap(args: argparse.Namespace) -> int:
+    from diva_lab.llava.folders import swap
+
+    print(swap(args.llava, args.encoder, args.out))
+    return 0
+
+
+def llava_evaluate(args: argparse.Namespace) -> int:
+    from diva_lab.evaluation.results import COLUMNS
+    from diva_lab.llava.scores import evaluate_llava
+
+    table = evaluate_llava(
+        args.llava, args.benchmarks.split(","), args.root, args.out, args.answers, args.corrections, args.batch,
+        args.seed,
+    )  # fmt: skip
+    print(table[COLUMNS].to_string(index=False))
+    print(args.out)
     return 0
 
 

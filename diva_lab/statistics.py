@@ -1,7 +1,7 @@
-"""Intervals for a proportion, a mean, a difference over seeds, a slope and a rate of conflict."""
+"""Intervals for a proportion, a mean, a rate of counts, a difference over seeds, a slope and a rate of conflict."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,23 @@ def bootstrap_mean(
         means += group[rng.integers(len(group), size=(draws, len(group)))].mean(axis=1) / len(groups)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def bootstrap_counts(
+    counts: np.ndarray, rate: Callable[[np.ndarray], np.ndarray], level: float = 0.95, seed: int = 0, draws: int = 2000
+) -> tuple[float, float, float]:
+    """A rate of summed counts with its percentile interval (rate, low, high), whole members resampled.
+
+    Args:
+        counts: [n, ...] of n independent members, such as images, each with any number of questions.
+        rate: sums over members [draws, ...] -> [draws], such as an F1 score.
+    """
+    rng, n = np.random.default_rng(seed), len(counts)
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float)  # how often each member is drawn
+    with np.errstate(invalid="ignore"):  # a draw may hold nothing to divide by
+        rates = rate(np.tensordot(weights, counts, 1))
+    low, high = np.nanquantile(rates, [(1 - level) / 2, (1 + level) / 2])
+    return float(rate(counts.sum(0)[None])[0]), float(low), float(high)
 
 
 def paired_t(differences: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float, float]:

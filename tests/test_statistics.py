@@ -4,6 +4,7 @@ import pytest
 from scipy import stats
 
 from diva_lab.statistics import (
+    bootstrap_counts,
     bootstrap_mean,
     compare_rows,
     conflict_rate,
@@ -13,6 +14,24 @@ from diva_lab.statistics import (
     regression,
     wilson,
 )
+
+# --- a rate of counts -------------------------------------------------------------------------------------------
+
+
+def test_a_rate_of_counts_has_the_interval_of_a_mean_where_every_member_counts_once():
+    hits = np.random.default_rng(0).integers(2, size=200).astype(float)
+    value, low, high = bootstrap_counts(np.stack([hits, 1 - hits], 1), lambda sums: sums[:, 0] / sums.sum(1))
+    assert value == hits.mean() and (low, high) == pytest.approx(bootstrap_mean([hits]), abs=0.01)
+
+
+def test_an_interval_of_counts_is_wider_where_a_members_counts_agree():
+    together, apart = np.array([[4, 0], [0, 4]] * 20, float), np.full((40, 2), 2.0)
+    share = lambda sums: sums[:, 0] / sums.sum(1)  # noqa: E731
+    assert bootstrap_counts(apart, share) == (0.5, 0.5, 0.5)
+    value, low, high = bootstrap_counts(together, share)
+    assert low < 0.4 < value == 0.5 < 0.6 < high
+    assert bootstrap_counts(together, share) == (value, low, high)
+
 
 # --- a proportion -----------------------------------------------------------------------------------------------
 

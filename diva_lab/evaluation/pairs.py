@@ -37,6 +37,7 @@ EXPECTED = (
 HEADER = ("id", "type", "statement")  # words of Questions.csv's columns: Question ID, Type, Statement
 TABLE = ("image1", "image2", "text1", "text2", "pattern")  # columns of pairs of one's own
 CORRECTIONS = ("set", "id", "label", "source")  # columns of corrected labels
+LABELS = {"1": 1, "2": 2, "a": 1, "b": 2, "(a)": 1, "(b)": 2}  # of a correction: an image, or MMVP's option
 PER_TYPE = 15  # pairs of a pattern, by which the official script tells it
 DISPLAY = {name.partition(" ")[0].lower(): name for name in PATTERNS.values()}  # first word of a type -> pattern
 DISPLAY |= {"spatial": PATTERNS["position"], "text": PATTERNS["text"], "camera": PATTERNS["viewpoint"]}
@@ -141,7 +142,7 @@ def is_pairs(path: Path) -> bool:
     return path.is_dir() and any(inside.name.lower().replace(" ", "_") in like for inside in path.iterdir())
 
 
-def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """The rows of a csv that has `columns`, as strings without space around them."""
     try:
         rows = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -155,7 +156,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    rows = _read_csv(path, TABLE)
+    rows = read_csv(path, TABLE)
     pairs = pd.DataFrame({"pattern": rows["pattern"].map(display_names(rows["pattern"]))})
     for n in (1, 2):
         pairs[f"id_{n}"] = [2 * k + n for k in range(len(rows))]
@@ -173,26 +174,27 @@ def _read_table(path: Path) -> pd.DataFrame:
 def read_corrections(path: str | Path) -> dict[str, dict[int, int]]:
     """Set -> id -> label, from a csv with the columns `CORRECTIONS`.
 
-    The label says which image of its pair the statement of that id describes: 1 for the one with the odd id, else 2.
-    The set is named as in the table of `evaluate`. The source says who found the error, and where.
+    The label says which image of its pair the statement of that id describes: 1 for the one with the odd id, else 2. Of
+    MMVP's questions it is the letter of the right option; (a) is kept as 1, (b) as 2. The set is named as in the table
+    of `evaluate`. The source says who found the error, and where.
 
     Raises:
         ValueError: names the first row that is wrong.
     """
     found: dict[str, dict[int, int]] = {}
-    rows = _read_csv(Path(path), CORRECTIONS)
+    rows = read_csv(Path(path), CORRECTIONS)
     for k, (name, i, label, source) in enumerate(rows[list(CORRECTIONS)].itertuples(index=False), 1):
         labels = found.setdefault(canonical_name(name), {})
         if not name or not source:
             wrong = "no set or no source; expected both"
         elif not re.fullmatch("[0-9]{1,9}", i) or int(i) in labels:
             wrong = f"id {i!r}; expected the number of a question, each once in a set"
-        elif label not in ("1", "2"):
-            wrong = f"label {label!r}; expected 1 or 2, the image of the pair that the statement describes"
-        elif int(label) == official_image(int(i)):
+        elif label not in LABELS:
+            wrong = f"label {label!r}; expected 1 or 2, the image of the pair that the statement describes, or a letter"
+        elif label.isdecimal() and int(label) == official_image(int(i)):
             wrong = f"label {label} is what the rule says of id {i} already; expected the other one"
         else:
-            labels[int(i)] = int(label)
+            labels[int(i)] = LABELS[label]
             continue
         raise ValueError(f"{path}, row {k}: {wrong}")
     return found
