@@ -189,6 +189,15 @@ def add_llava(parser: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--corrections", type=Path, help="csv of corrected labels of MMVP: set, id, label, source")
     evaluate.add_argument("--batch", type=whole(1, 4096), default=8, help="questions at a time")
     evaluate.add_argument("--seed", type=whole(0, SEED), default=0, help="of bootstraps")
+    train = verbs.add_parser("train", help="train the projector, then the language model too")
+    train.add_argument("llava", type=Path, help="folder to start from")
+    train.add_argument("--data", type=Path, required=True, help="conversations in LLaVA's JSON format")
+    train.add_argument("--images", type=Path, required=True, help="folder of their images")
+    trained = ("projector", "all", "lora")
+    text = "projector alone, with all weights of the language model, or with LoRA in it"
+    train.add_argument("--trained", required=True, choices=trained, help=text)
+    train.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings to change")
+    train.add_argument("--out", type=Path, default=RUNS, help="where the run's folder is made")
     for verb in (assemble, swap):
         verb.add_argument("--encoder", required=True, help="name, folder, NAME@FILE, run or RUN:MIX")
         verb.add_argument("out", type=Path, help="new folder to write")
@@ -196,7 +205,8 @@ def add_llava(parser: argparse.ArgumentParser) -> None:
 
 def llava(args: argparse.Namespace) -> int:
     check_writable(args.out.parent)
-    return {"assemble": llava_assemble, "swap": llava_swap, "evaluate": llava_evaluate}[args.what](args)
+    does = {"assemble": llava_assemble, "swap": llava_swap, "train": llava_train, "evaluate": llava_evaluate}
+    return does[args.what](args)
 
 
 def llava_assemble(args: argparse.Namespace) -> int:
@@ -210,6 +220,15 @@ def llava_swap(args: argparse.Namespace) -> int:
     from diva_lab.llava.folders import swap
 
     print(swap(args.llava, args.encoder, args.out))
+    return 0
+
+
+def llava_train(args: argparse.Namespace) -> int:
+    from diva_lab.llava.tuning import llava_settings, train_llava
+    from diva_lab.machine import count_processes
+
+    settings = llava_settings(args.llava, args.data, args.images, args.trained, args.set, count_processes())
+    print(train_llava(settings, args.out).folder / "llava")
     return 0
 
 

@@ -43,6 +43,16 @@ class Batches:
                 settings.images, settings.batch, settings.seed, number, *place, settings.mentions, settings.captions
             )
 
+    @property
+    def position(self) -> int:
+        """How far this process is in its images."""
+        return self.images.position
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """Name and reason of images that could not be read; the loop clears it."""
+        return self.images.skipped
+
     def __iter__(self) -> "Batches":
         return self
 

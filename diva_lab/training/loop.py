@@ -1,4 +1,4 @@
-"""One loop for both stages: draw, objective, gradients, average, measure, combine, clip, step, record.
+"""One loop for all that is trained: draw, objective, gradients, average, measure, combine, clip, step, record.
 
 Every draw of a step depends on (seed, step) alone, so a killed run goes on to the same bits on one machine. Under
 `accelerate launch` each process draws images, timesteps and noise of its own, gradients are averaged over the processes
@@ -8,9 +8,10 @@ before anything is measured or clipped, and the first process alone writes. A ru
 import atexit
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -29,7 +30,7 @@ from diva_lab.training.batches import Batches
 from diva_lab.training.build import make_step
 from diva_lab.training.progress import Progress, Stop
 from diva_lab.training.runs import Run
-from diva_lab.training.settings import Settings, learning_rate
+from diva_lab.training.settings import LoopSettings, Settings, learning_rate
 
 PROBE_SEED = 1_000_000  # added to the seed for the images of probe batches
 Objective = Callable[[Step], dict[str, Tensor]]
@@ -47,68 +48,123 @@ def start_accelerator(precision: str) -> Accelerator:
     return Accelerator(mixed_precision=precision, cpu=default_device().type == "cpu")
 
 
-def build_optimizer(settings: Settings, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum .9 as DIVA's."""
+def build_optimizer(settings: LoopSettings, parameters: list) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum .9 as DIVA's, of parameters or of groups of them."""
     decay = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **decay)
     return torch.optim.SGD(parameters, momentum=0.9, **decay)
 
 
-class Trainer:
-    """A run in training: its models, optimizer and images, how far it has come, and whether it shall stop.
+@runtime_checkable
+class Work(Protocol):
+    """What a run trains, and by which loss."""
+
+    less_memory: str  # what to try where the device's memory is too small
+
+    def modules(self, precision: str) -> nn.ModuleDict:
+        """The modules whose parameters may be trained: all that ask for a gradient are."""
+
+    def kept(self) -> dict[str, Tensor]:
+        """What is saved beside the trained weights, by its name in `modules`."""
+
+    def groups(self, parameters: dict[str, Tensor]) -> list:
+        """The trained parameters as the optimizer takes them; the learning rate of a group is times its `scale`."""
+
+    def open_batches(self, position: int, number: int, rank: int, processes: int) -> Iterator:
+        """Endless micro-batches, with `position` and `skipped` as `Batches` has them."""
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Tensors of zeros, [accumulate, ...], whose gradients are measured too and belong to no parameter."""
+
+    def terms(self, batch: object, random: torch.Generator, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The loss's terms of a micro-batch, each per example, from its draws and its part of the leaves."""
+
+
+class Feedback:
+    """The work of both stages: an objective of images, an encoder and a denoiser that reads it; see `Work`.
 
     Args:
-        run: opened; an earlier checkpoint of it is taken up.
         settings: of the stage.
         encoder, conditioner, denoiser: all their parameters that ask for a gradient are trained.
         objective: a function of a `Step`, as in `OBJECTIVES`.
+    """
+
+    def __init__(
+        self, settings: Settings, encoder: Encoder, conditioner: Conditioner, denoiser: Denoiser, objective: Objective
+    ):
+        self.settings, self.objective = settings, objective
+        self.encoder, self.conditioner, self.denoiser = encoder, conditioner, denoiser
+        self.new_step = partial(make_step, encoder=encoder, conditioner=conditioner, denoiser=denoiser)
+        self.px = max(encoder.px, denoiser.px)
+        self.less_memory = (
+            f"batch={settings.batch}, rows={settings.rows}; rows=1 gives DCR's gradients in the least memory"
+        )
+
+    def modules(self, precision: str) -> nn.ModuleDict:
+        """The denoiser's network only where it is trained."""
+        modules = {"encoder": self.encoder, "conditioner": self.conditioner}
+        if any(p.requires_grad for p in self.denoiser.network.parameters()):
+            modules["network"] = self.denoiser.network
+        elif precision == "bf16":
+            nn.Module.to(self.denoiser.network, torch.bfloat16)  # frozen: float32 is not needed; diffusers' own warns
+        if self.settings.compile:
+            self.denoiser.network.compile(dynamic=False)
+        return nn.ModuleDict(modules)
+
+    def kept(self) -> dict[str, Tensor]:
+        aligns = any(p.requires_grad for p in self.conditioner.parameters())
+        return {f"conditioner.{n}": b for n, b in self.conditioner.named_buffers() if aligns}
+
+    def groups(self, parameters: dict[str, Tensor]) -> list:
+        return list(parameters.values())
+
+    def open_batches(self, position: int, number: int, rank: int, processes: int) -> Batches:
+        return Batches(self.settings, self.px, position, number, rank, processes)
+
+    def leaves(self) -> dict[str, Tensor]:
+        shape = (self.settings.accumulate, self.settings.batch, self.encoder.dim)
+        return {EMBEDDINGS: torch.zeros(shape, device=self.encoder.mean.device, requires_grad=True)}
+
+    def terms(self, batch: tuple, random: torch.Generator, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        images, captions = batch
+        images = images.to(self.encoder.mean.device).float() / 255
+        shift = leaves[EMBEDDINGS]
+        return self.objective(
+            self.new_step(images, random=random, settings=self.settings, shift=shift, captions=captions)
+        )
+
+
+class Trainer:
+    """A run in training: what it trains, its optimizer and batches, how far it has come, and whether it shall stop.
+
+    Args:
+        run: opened; an earlier checkpoint of it is taken up.
+        settings: of the run.
+        work: what is trained.
 
     Raises:
         ValueError: where the checkpoint is damaged, or of another number of processes.
         FloatingPointError: where a weight is not finite.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        settings: Settings,
-        encoder: Encoder,
-        conditioner: Conditioner,
-        denoiser: Denoiser,
-        objective: Objective,
-    ):
-        self.run, self.settings, self.objective = run, settings, objective
-        self.encoder, self.conditioner, self.denoiser = encoder, conditioner, denoiser
-        self.new_step = partial(make_step, encoder=encoder, conditioner=conditioner, denoiser=denoiser)
+    def __init__(self, run: Run, settings: LoopSettings, work: Work):
+        self.run, self.settings, self.work = run, settings, work
         self.accelerator = start_accelerator(settings.precision)
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
-        self.modules = self._trained_modules()
+        self.modules = work.modules(self.accelerator.mixed_precision).to(self.device)
         self.parameters = {name: p for name, p in self.modules.named_parameters() if p.requires_grad}
-        aligns = any(p.requires_grad for p in conditioner.parameters())
-        self.kept = {f"conditioner.{n}": b for n, b in conditioner.named_buffers() if aligns}  # saved, not trained
-        optimizer = build_optimizer(settings, list(self.parameters.values()))
+        self.kept = work.kept()
+        optimizer = build_optimizer(settings, work.groups(self.parameters))
         self.optimizer = self.accelerator.prepare(optimizer)
         self.stop, self.stopping = Stop(), False  # asked of this process; agreed on by all of them
         self.first, self.seconds = 0, 0.0  # steps and seconds of training that were done before
-        self.px = max(encoder.px, denoiser.px)
         position = self._resume()
         processes = self.accelerator.num_processes
         number = self.first * settings.accumulate
-        self.batches = Batches(settings, self.px, position, number, self.rank, processes)
+        self.batches = work.open_batches(position, number, self.rank, processes)
         self.skipped: list[dict] = []  # images that could not be read since the last checkpoint
         self._require_finite_weights(self.first)
-
-    def _trained_modules(self) -> nn.ModuleDict:
-        """The modules whose parameters may be trained, on the device; the denoiser's network only where it is."""
-        modules = {"encoder": self.encoder, "conditioner": self.conditioner}
-        if any(p.requires_grad for p in self.denoiser.network.parameters()):
-            modules["network"] = self.denoiser.network
-        elif self.accelerator.mixed_precision == "bf16":
-            nn.Module.to(self.denoiser.network, torch.bfloat16)  # frozen: float32 is not needed; diffusers' own warns
-        if self.settings.compile:
-            self.denoiser.network.compile(dynamic=False)
-        return nn.ModuleDict(modules).to(self.device)
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -135,7 +191,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip or float("inf")).item()
         self._require_finite(step, "the gradient's norm", norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, step)
+            group["lr"] = learning_rate(self.settings, step) * group.get("scale", 1)
         self.optimizer.step()
         self._require_finite_weights(step)
         self.seconds += time.perf_counter() - start
@@ -161,23 +217,18 @@ class Trainer:
     def _gradients_of_terms(self, step: int) -> tuple[dict[str, Gradient], dict[str, float]]:
         """The gradient of each term's mean, and that mean, over the step's `accumulate` micro-batches."""
         settings, total, losses = self.settings, {}, {}
-        shape = (settings.accumulate, settings.batch, self.encoder.dim)
-        shift = torch.zeros(shape, device=self.device, requires_grad=True)
+        leaves = self.work.leaves()
         for micro in range(settings.accumulate):
-            images, captions = next(self.batches)
-            images = images.to(self.device).float() / 255
+            batch = next(self.batches)
             random = generator("step", settings.seed, step, micro, *([self.rank] if self.rank else []))
-            torch.manual_seed(random.initial_seed())  # LoRA's dropout draws from the global generator
+            torch.manual_seed(random.initial_seed())  # dropout draws from the global generator
             try:
                 with self.accelerator.autocast():
-                    terms = self.objective(
-                        self.new_step(images, random=random, settings=settings, shift=shift[micro], captions=captions)
-                    )
-                gradients = term_gradients(terms, self.parameters | {EMBEDDINGS: shift})
+                    terms = self.work.terms(batch, random, {name: leaf[micro] for name, leaf in leaves.items()})
+                gradients = term_gradients(terms, self.parameters | leaves)
             except torch.OutOfMemoryError as error:
                 raise RuntimeError(
-                    f"run {self.run.id}: out of memory at step {step} with batch={settings.batch}, "
-                    f"rows={settings.rows}; rows=1 gives DCR's gradients in the least memory"
+                    f"run {self.run.id}: out of memory at step {step} with {self.work.less_memory}"
                 ) from error
             for name, gradient in gradients.items():
                 losses[name] = losses.get(name, 0) + terms[name].mean().item() / settings.accumulate
@@ -197,10 +248,10 @@ class Trainer:
         return gradients, dict(zip(losses, means.tolist(), strict=True))
 
     def _record(self, step: int, line: dict[str, float]) -> None:
-        for left_out in self.batches.images.skipped:  # pandas takes no name with bytes that are not UTF-8
+        for left_out in self.batches.skipped:  # pandas takes no name with bytes that are not UTF-8
             name, reason = (text.encode("utf-8", "backslashreplace").decode() for text in left_out)
             self.skipped.append({"step": step, "name": name, "reason": reason})
-        self.batches.images.skipped.clear()
+        self.batches.skipped.clear()
         if self.rank == 0:
             self.run.log("metrics", step=step, **line)
 
@@ -247,7 +298,7 @@ class Trainer:
 
     def save(self, steps: int) -> None:
         """Write a checkpoint after so many steps, with every process's position in its images."""
-        positions, skipped = gather_object([self.batches.images.position]), gather_object(self.skipped)
+        positions, skipped = gather_object([self.batches.position]), gather_object(self.skipped)
         if self.rank == 0:
             for line in skipped:
                 self.run.log("skipped", **line)
@@ -280,7 +331,7 @@ class Watcher:
         settings = trainer.settings
         self.batches: list[Tensor] = []  # of images to probe with
         if probe is not None:  # else they are not opened
-            self.source = open_images(settings.images, trainer.px, settings.batch, settings.seed + PROBE_SEED)
+            self.source = open_images(settings.images, trainer.work.px, settings.batch, settings.seed + PROBE_SEED)
 
     def watch(self, steps: int) -> None:
         """Record evaluation and probe after so many steps, in evaluation mode; what is on record is not repeated.
@@ -317,7 +368,7 @@ class Watcher:
     def _probe(self) -> list[dict]:
         if self.probe is None:
             return []
-        network = self.trainer.denoiser.network
+        network = self.trainer.work.denoiser.network
         dtype = network.dtype
         nn.Module.to(network, torch.float32)  # differences of gradients would drown in rounding
         rows = self.probe(self.probe_step, self.trainer.parameters)
@@ -331,7 +382,7 @@ class Watcher:
             self.batches.append(next(self.source).to(trainer.device).float() / 255)
         random = generator("probe", trainer.settings.seed, number)
         settings = replace(trainer.settings, **changes)
-        return trainer.new_step(self.batches[number], random=random, settings=settings)
+        return trainer.work.new_step(self.batches[number], random=random, settings=settings)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------

@@ -154,23 +154,26 @@ def preset_name(settings: Settings) -> str:
 FIELD_TYPES = {field.name: field.type for field in fields(Settings)}
 
 
-def parse_changes(changes: list[str]) -> dict[str, object]:
+def parse_changes(changes: list[str], kinds: dict[str, type] | None = None) -> dict[str, object]:
     """Settings from `name=value`; values are Python's, anything else is text.
+
+    Args:
+        kinds: name -> type of all settings that there are; those of `Settings` if None.
 
     Raises:
         ValueError: for an unknown or repeated name, a change without `=`, or a value that no setting takes.
     """
-    values = {}
+    values, kinds = {}, kinds or FIELD_TYPES
     for change in changes:
         name, equals, text = change.partition("=")
-        if not equals or name not in FIELD_TYPES:
-            raise ValueError(f"--set {change}: expected NAME=VALUE with a name of {', '.join(FIELD_TYPES)}")
+        if not equals or name not in kinds:
+            raise ValueError(f"--set {change}: expected NAME=VALUE with a name of {', '.join(kinds)}")
         if name in values:
             raise ValueError(f"--set {change}: {name} is given twice, {values[name]!r} before; expected it once")
         try:
-            values[name] = text if FIELD_TYPES[name] is str else ast.literal_eval(text)
+            values[name] = text if kinds[name] is str else ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError) as error:  # the last two: brackets in brackets
-            raise ValueError(f"--set {change}: expected a value of type {FIELD_TYPES[name].__name__}") from error
+            raise ValueError(f"--set {change}: expected a value of type {kinds[name].__name__}") from error
     return values
 
 

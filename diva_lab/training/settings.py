@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from diva_lab.gradients import COMBINE
 from diva_lab.models.conditions import CONDITIONS, PROJECTIONS
@@ -119,7 +120,7 @@ class Settings:
 
     def __post_init__(self):
         for field in fields(self):
-            value = _read(field.name, field.type, getattr(self, field.name))
+            value = read_setting(field.name, field.type, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         timestep_weights(self.timesteps)
         read_draw_weights(self.draw_weights, self.draws)
@@ -201,8 +202,10 @@ CHOICES: dict[str, Callable[[], Iterable[str]]] = {  # setting -> its values; re
     "normalise": lambda: ("own", "openai"),
     "token_draws": lambda: ("batch", "each"),
     "lora_targets": lambda: ("all", "released"),
+    "trained": lambda: ("projector", "all", "lora"),  # of `llava.tuning`, as the next
+    "dialogue": lambda: ("chat", "plain"),
 }
-NAMES = ("encoder", "denoiser", "images", "projector")  # settings that name something, so "" is none
+NAMES = ("encoder", "denoiser", "images", "projector", "llava", "data")  # settings that name something, so "" is none
 LONGEST = 4096  # characters of a text
 IMAGES_A_STEP = 1_000_000  # in each process
 RANGES: dict[str, tuple[float, float]] = {  # setting -> its least and its largest value; every number has a range
@@ -234,10 +237,13 @@ RANGES: dict[str, tuple[float, float]] = {  # setting -> its least and its large
     "keep_latents": (0, 10**8),
     "evaluate_every": (0, 10**9),
     "save_every": (0, 10**9),
+    "projector_lr": (0, 1e6),  # the rest is of `llava.tuning`
+    "warmup_share": (0, 0.99),
+    "max_tokens": (1, 10**6),
 }
 
 
-def _read(name: str, kind: type, value: object) -> object:
+def read_setting(name: str, kind: type, value: object) -> object:
     """A setting's value as it is kept.
 
     Raises:
@@ -271,7 +277,28 @@ def _shown(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:180]}... ({len(text)} characters)"
 
 
-def learning_rate(settings: Settings, step: int) -> float:
+@runtime_checkable
+class LoopSettings(Protocol):
+    """What the loop of training reads of any settings; see `Settings` for each."""
+
+    seed: int
+    steps: int
+    batch: int
+    accumulate: int
+    optimizer: str
+    lr: float
+    weight_decay: float
+    warmup: int
+    warmup_zero: bool
+    schedule: str
+    clip: float
+    combine: str
+    precision: str
+    evaluate_every: int
+    save_every: int
+
+
+def learning_rate(settings: LoopSettings, step: int) -> float:
     """The learning rate of a step: linear warm-up, then the schedule over the steps that are left.
 
     Over w steps of warm-up it is lr (step + 1) / (w + 1), or with `warmup_zero` lr step / w.

@@ -26,7 +26,7 @@ from diva_lab.paths import ROOT, RUNS
 from diva_lab.provenance import source_hash
 from diva_lab.training.batches import estimate_gap
 from diva_lab.training.build import build_conditioner, build_denoiser, build_encoder, weight_hashes
-from diva_lab.training.loop import Probe, Trainer, train
+from diva_lab.training.loop import Feedback, Probe, Trainer, train
 from diva_lab.training.presets import preset, replace_settings, stages
 from diva_lab.training.runs import ADDED, Run
 from diva_lab.training.settings import CAPTIONED, CAPTIONS, Settings
@@ -60,7 +60,7 @@ def align(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None
         if settings.anchored and conditioner.gap is None:  # of a stopped run it is in the checkpoint
             new = not run.saved
             conditioner.gap = estimate_gap(settings, encoder) if new else torch.zeros(encoder.dim, device=device)
-        trainer = Trainer(run, settings, encoder, conditioner, denoiser, objective_of(settings))
+        trainer = Trainer(run, settings, Feedback(settings, encoder, conditioner, denoiser, objective_of(settings)))
         return train(trainer, watch)
 
 
@@ -108,7 +108,7 @@ def _tune(run: Run, settings: Settings, evaluate: Evaluate | None, probe: Probe 
         )
     conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(settings.train_projector)
     watch = evaluate and (lambda: evaluate(encoder))
-    trainer = Trainer(run, settings, encoder, conditioner, denoiser, objective_of(settings))
+    trainer = Trainer(run, settings, Feedback(settings, encoder, conditioner, denoiser, objective_of(settings)))
     return train(trainer, watch, probe)
 
 

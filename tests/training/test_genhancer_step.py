@@ -65,10 +65,10 @@ def take(
         return images[-1], []
 
     def train(trainer: Trainer, *_: object) -> Run:
-        open_lora(trainer.encoder)  # LoRA's B is zero at first, and A would have no gradient
+        open_lora(trainer.work.encoder)  # LoRA's B is zero at first, and A would have no gradient
         before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
-        network = copy.deepcopy(trainer.denoiser.network)
-        fixed = {name: p.detach().clone() for name, p in trainer.conditioner.projector.named_parameters()}
+        network = copy.deepcopy(trainer.work.denoiser.network)
+        fixed = {name: p.detach().clone() for name, p in trainer.work.conditioner.projector.named_parameters()}
         trainer.take_step(0)
         after = {name: p.detach().clone() for name, p in trainer.parameters.items()}
         taken.append(Step(trainer, before, after, images, network, fixed))
@@ -141,7 +141,7 @@ def patches(x: Tensor) -> Tensor:
 
 
 def flow_loss(step: Step, micro: int, embedding: Tensor, projectors: dict, network: dict) -> Tensor:
-    vae, draws = step.trainer.denoiser.vae, generator("step", step.trainer.settings.seed, 0, micro)
+    vae, draws = step.trainer.work.denoiser.vae, generator("step", step.trainer.settings.seed, 0, micro)
     with torch.no_grad():
         posterior = vae.encode(step.images[micro].float() / 127.5 - 1).latent_dist
     drawn = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=draws)
