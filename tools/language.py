@@ -1,0 +1,230 @@
+"""Train the tiny language model, which sees the tiny world through the tiny CLIP, from a seed.
+
+`python -m tools.language` writes `data/tiny/llava`, a LLaVA folder of float16 with a Llama of about a million weights
+and its own vocabulary of whole words, and `record.json`. Both are trained together by `diva-lab llava train` on
+conversations about random scenes: every detail is asked for in an open question, as two options, and as yes or no, in
+the words in which MMVP and NaturalBench ask. `python -m tools.language questions FOLDER` writes questions about minimal
+pairs in the layouts of these two, as `diva-lab llava evaluate` reads them.
+"""
+
+import argparse
+import csv
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from diva_lab.llava.folders import assemble, load_llava
+from diva_lab.llava.mmvp import COLUMNS, IMAGES
+from diva_lab.llava.naturalbench import ASK
+from diva_lab.llava.questions import LETTER
+from diva_lab.llava.tuning import LlavaSettings, train_llava
+from diva_lab.paths import DATA, RUNS
+from diva_lab.world import ATTRIBUTES, CLASSES, DETAILS, World, caption, draw_pairs, draw_scenes
+from tools.pretrain import write_record
+
+ASKED = {  # attribute -> the open question
+    "class": "What is it?",
+    "orientation": "Which way does it face?",
+    "presence": "Is it with or without a tail?",
+    "state": "Is it lit or unlit?",
+    "quantity": "How many dots are there?",
+    "position": "Where is the ball?",
+    "colour": "What colour is it?",
+    "structure": "Is it plain, striped or checked?",
+    "text": "Which letter is on the sign?",
+    "viewpoint": "Is it seen from high or low?",
+}
+TURNS = 8  # of a training image's conversation
+SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
+LONGEST = 512  # tokens of a conversation
+
+
+# --- what is asked ----------------------------------------------------------------------------------------------
+
+
+def open_question(scene: np.void, name: str, rng: np.random.Generator) -> tuple[str, str]:
+    """The open question about an attribute, and its answer."""
+    return ASKED[name], ATTRIBUTES[name][scene[name]]
+
+
+def option_question(scene: np.void, name: str, rng: np.random.Generator) -> tuple[str, str]:
+    """The question as MMVP asks it: the true value and another one, in any order."""
+    values = ATTRIBUTES[name]
+    true = int(scene[name])
+    pair = [true, (true + 1 + int(rng.integers(len(values) - 1))) % len(values)]
+    rng.shuffle(pair)
+    options = list_options(*(values[i] for i in pair))
+    return f"{ASKED[name]} {options}{LETTER}", "(a)" if pair[0] == true else "(b)"
+
+
+def yes_question(scene: np.void, name: str, rng: np.random.Generator) -> tuple[str, str]:
+    """The question as NaturalBench asks it: whether a statement that names the attribute is true; half of them are."""
+    said = scene.copy()
+    if false := rng.random() < 0.5:
+        count = len(ATTRIBUTES[name])
+        said[name] = (said[name] + 1 + rng.integers(count - 1)) % count
+    return statement_question(said, name) + ASK["yes_no"], "No" if false else "Yes"
+
+
+def list_options(one: str, other: str) -> str:
+    return f"(a) {one} (b) {other}"
+
+
+def statement_question(scene: np.void, name: str) -> str:
+    """As `Is this a red flower?`: the class, and a detail."""
+    return f"Is this {caption(scene, () if name == 'class' else (name,)).removeprefix('a photo of ')}?"
+
+
+KINDS = (open_question, option_question, yes_question)
+
+
+def conversation(scene: np.void, rng: np.random.Generator) -> list[dict[str, str]]:
+    """Turns about a scene in LLaVA's format, of any kind and about any attribute."""
+    said = []
+    for _ in range(TURNS):
+        kind, name = KINDS[rng.integers(len(KINDS))], list(ASKED)[rng.integers(len(ASKED))]
+        question, answer = kind(scene, name, rng)
+        mark = "" if said else "<image>\n"
+        said += [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
+    return said
+
+
+def write_conversations(folder: Path, world: World, n: int, seed: int) -> Path:
+    """`n` images and `conversations.json`; returns the file."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    scenes, rng = draw_scenes(n, (seed, 7)), np.random.default_rng((seed, 8))
+    records = []
+    for k, pixels in enumerate(world.render(scenes)):
+        Image.fromarray(pixels).save(folder / "images" / f"{k}.png")
+        records.append({"id": str(k), "image": f"{k}.png", "conversations": conversation(scenes[k], rng)})
+    file = folder / "conversations.json"
+    file.write_text(json.dumps(records), encoding="utf-8")
+    return file
+
+
+# --- what it is asked about minimal pairs -----------------------------------------------------------------------
+
+
+def _pairs(world: World, each: int, seed: int) -> Iterator[tuple[str, np.ndarray, list[Image.Image]]]:
+    """Detail, the two scenes [2], and their images, for each of the nine details."""
+    for number, name in enumerate(DETAILS):
+        for scenes in draw_pairs(name, each, (seed, 9, number)):
+            yield name, scenes, [Image.fromarray(pixels) for pixels in world.render(scenes)]
+
+
+def write_questions(folder: str | Path, world: World, each: int = 30, seed: int = 0) -> Path:
+    """Questions about `each` minimal pairs of every detail: folders `MMVP` and `NaturalBench` in their own layouts.
+
+    In MMVP's the two options are the pair's values, in an order that is drawn for each pair; both rows have it.
+    """
+    folder, rng = Path(folder), np.random.default_rng((seed, 10))
+    places = {"mmvp": folder / "MMVP" / IMAGES[0], "naturalbench": folder / "NaturalBench" / "images"}
+    for place in places.values():
+        place.mkdir(parents=True, exist_ok=True)
+    rows, cells = [COLUMNS], []
+    for k, (name, scenes, images) in enumerate(_pairs(world, each, seed)):
+        values = [DETAILS[name][scene[name]] for scene in scenes]
+        order = [int(i) for i in rng.permutation(2)]
+        options = list_options(*(values[i] for i in order))
+        for i, image in enumerate(images):
+            image.save(places["mmvp"] / f"{2 * k + i + 1}.png")
+            image.save(places["naturalbench"] / f"{k}-{i}.png")
+            rows.append((2 * k + i + 1, ASKED[name], options, "(a)" if order[0] == i else "(b)"))
+        answers = {f"Image_{i}_Question_{j}": "Yes" if i == j else "No" for i in (0, 1) for j in (0, 1)}
+        asked = {f"Question_{j}": statement_question(scenes[j], name) for j in (0, 1)}
+        named = {f"Image_{i}": f"images/{k}-{i}.png" for i in (0, 1)}
+        cells.append({"Index": k, **named, **asked, **answers, "Question_Type": "yes_no", "Source": name})
+    with open(folder / "MMVP" / "Questions.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    (folder / "NaturalBench" / "test.json").write_text(json.dumps(cells), encoding="utf-8")
+    return folder
+
+
+# --- the language model -----------------------------------------------------------------------------------------
+
+
+def vocabulary() -> list[str]:
+    """Every word and mark of the questions, the answers and LLaVA's chat template, sorted."""
+    rng, texts = np.random.default_rng(0), ["USER: ASSISTANT: Yes No (a) (b)", LETTER, *ASK.values()]
+    for scene in draw_scenes(400, 0):
+        for name in ASKED:
+            texts += [text for kind in KINDS for text in kind(scene, name, rng)]
+    texts += [value for values in ATTRIBUTES.values() for value in values] + list(CLASSES)
+    splitter = _splitter()
+    return sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text)})
+
+
+def _splitter() -> pre_tokenizers.PreTokenizer:
+    """Splits a text into words, letters in brackets, and marks."""
+    parts = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"\([a-zA-Z]\)|\w+|[^\w\s]"), "isolated")]
+    return pre_tokenizers.Sequence(parts)
+
+
+def write_language(folder: Path, seed: int = 0) -> Path:
+    """A folder with a Llama of random weights and a tokenizer whose tokens are the words of `vocabulary`."""
+    words = dict.fromkeys(["<unk>", "<s>", "</s>", *vocabulary()])
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = _splitter()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "model_max_length": LONGEST}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = {"vocab_size": len(words), "max_position_embeddings": LONGEST, "bos_token_id": 1, "eos_token_id": 2}
+    LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **SIZES, **config)).save_pretrained(folder)
+    return folder
+
+
+def pretrain_language(
+    out: Path, world: World, seed: int, steps: int = 1500, records: int = 12_000, batch: int = 32, encoder: str = "tiny"
+) -> None:
+    """Train language model and projector from random weights, with the frozen tower of `encoder`; write `out`."""
+    work = RUNS / "pretrain" / f"language-{world.seed}-{seed}-{records}"
+    if not (work / "llava" / "processor_config.json").is_file():
+        shutil.rmtree(work, ignore_errors=True)
+        assemble(encoder, write_language(work / "language", seed), work / "llava", seed)
+    data = write_conversations(work, world, records, seed)
+    settings = LlavaSettings(
+        llava=str(work / "llava"), data=str(data), images=str(work / "images"), trained="all", seed=seed, steps=steps,
+        batch=batch, lr=2e-3, weight_decay=0.01, max_tokens=LONGEST,
+    )  # fmt: skip
+    run = train_llava(settings, RUNS)
+    trained = load_llava(run.folder / "llava")
+    trained.model.half()
+    trained.record.update(rung="pretrained with this tower", encoder=encoder)
+    for name in ("language", "llava"):
+        trained.record.pop(name, None)
+    shutil.rmtree(out, ignore_errors=True)
+    trained.save(out)
+    write_record(out, seed=seed, world=world.seed, steps=steps, records=records, batch=batch, run=run.id)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.language", description=__doc__.split("\n")[0])
+    parser.add_argument("what", nargs="?", choices=("train", "questions"), default="train")
+    parser.add_argument("out", nargs="?", type=Path, help="folder to write (train: data/tiny/llava)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--world", type=int, default=0, help="seed of the world")
+    parser.add_argument("--steps", type=int, default=1500, help="of training")
+    parser.add_argument("--records", type=int, default=12_000, help="images with conversations to train on")
+    parser.add_argument("--batch", type=int, default=32, help="conversations of a step")
+    parser.add_argument("--each", type=int, default=30, help="questions: minimal pairs of every detail")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if args.what == "questions":
+        if args.out is None:
+            parser.error("questions: expected a folder to write")
+        print(write_questions(args.out, World(args.world), args.each, args.seed))
+    else:
+        out = args.out or DATA / "tiny" / "llava"
+        pretrain_language(out, World(args.world), args.seed, args.steps, args.records, args.batch)
+
+
+if __name__ == "__main__":
+    main()
