@@ -1,7 +1,7 @@
 """What a LLaVA answers: what it generates, and how likely it finds each choice; kept in a file for each set.
 
-    ANSWERS/MODEL-SET.jsonl    first which weights and questions it is of, then one line a question: id, answer,
-                               likelihoods
+    ANSWERS/WEIGHTS-BENCHMARK-SET.jsonl    named by a hash of the weights; first which weights and questions it is of,
+                                           then one line a question: id, answer, likelihoods
 
 A file is put in place when it is whole. There it is scored without asking again; one that is of other weights or
 questions, or was cut off, is an error.

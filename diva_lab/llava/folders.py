@@ -98,7 +98,8 @@ def load_llava(folder: str | Path, dtype: torch.dtype | str = "auto") -> Llava:
     if tokens != llava.image_tokens:
         raise ValueError(
             f"{folder}: its processor makes {tokens} tokens of an image, config.json says image_seq_length = "
-            f"{llava.image_tokens}; expected one number: write the folder anew by diva-lab llava swap"
+            f"{llava.image_tokens}; expected one number: mend patch_size, num_additional_image_tokens and "
+            "vision_feature_select_strategy in processor_config.json"
         )
     return llava
 

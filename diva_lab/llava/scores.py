@@ -19,7 +19,7 @@ from diva_lab.evaluation.results import COLUMNS, FACTS, ResultFiles, versions_an
 from diva_lab.evaluation.task import score_row
 from diva_lab.llava import cvbench, mmvp, naturalbench, pope
 from diva_lab.llava.answers import Answer, ask, fingerprint, read_answers, write_answers
-from diva_lab.llava.folders import Llava, load_llava
+from diva_lab.llava.folders import UNKNOWN, Llava, load_llava
 from diva_lab.llava.questions import Question, candidates, check_images
 from diva_lab.machine import default_device
 from diva_lab.statistics import wilson
@@ -64,13 +64,15 @@ def evaluate_llava(
         llava = load_llava(folder, torch.float32 if device.type == "cpu" else "auto")
         llava.model.to(device)
         weights = fingerprint(folder)
-        facts = {"seed": seed, "features": llava.record["rung"], "precision": str(llava.model.dtype).split(".")[-1]}
+        rung, precision = llava.record.get("rung", UNKNOWN), str(llava.model.dtype).removeprefix("torch.")
+        facts = {"seed": seed, "features": rung, "precision": precision}
         facts |= {"strict": False, "max_images": 0, "weights": weights, **versions_and_git()}
         for name, label, questions in work:
-            kept = answers and Path(answers) / f"{folder.resolve().name}-{label}.jsonl"
+            kept = answers and Path(answers) / f"{weights}-{name}-{label}.jsonl"
             said = _answers(llava, questions, kept, weights, batch)
             place = {"encoder": str(folder), "benchmark": name, "set": label}
-            found = [{**place, **row, **facts} for row in score(name, questions, said, seed, labels.get(label))]
+            corrected = labels.get(label) if name == "mmvp" else None
+            found = [{**place, **row, **facts} for row in score(name, questions, said, seed, corrected)]
             files.add_rows(found)
             rows += found
     return pd.DataFrame(rows, columns=COLUMNS + FACTS)

@@ -183,8 +183,12 @@ def tuned_encoder(run: Run, device: torch.device | str = "cpu", mix: float = 1.0
     """The encoder that a run of `tune` or `perturb` made, frozen, its LoRA merged; `mix` as in `mix_weights`.
 
     Raises:
-        ValueError: where the run's checkpoint lacks a weight that it trained, has another, or one that is not finite.
+        ValueError: where the run's checkpoint lacks a weight that it trained, has another, or one that is not finite;
+            for a run that trained a language model.
     """
+    if "encoder" not in run.settings:
+        stage = run.settings["stage"]
+        raise ValueError(f"{run.folder}: a run of stage {stage}, which trains no encoder; expected one of tune()")
     settings = Settings.of(run)
     if run.settings["stage"] == "tune" and settings.objective != "none":
         encoder = build_encoder(settings, device)

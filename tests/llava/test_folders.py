@@ -125,6 +125,27 @@ def test_a_siglip_takes_a_clips_place_and_the_whole_folder_follows(llava, towers
     assert json.loads((back / "diva-lab.json").read_text())["rung"] == "tower swapped, nothing trained"
 
 
+def test_lmms_evals_way_of_loading_and_asking_gives_the_same_prompt(llava):
+    model = LlavaForConditionalGeneration.from_pretrained(llava, dtype="auto", attn_implementation=None)
+    processor = AutoProcessor.from_pretrained(llava)
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"
+    messages = [{"role": "user", "content": "<image>\nis the star red ?"}]  # texts, in which the image is a token
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = processor(images=[photo()], text=text, return_tensors="pt").to("cpu", model.dtype)
+    assert torch.equal(inputs.input_ids, ask(llava)[2].input_ids)
+    assert tokenizer.decode([tokenizer.eos_token_id]) == "</s>"
+    model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=tokenizer.pad_token_id, use_cache=True)
+
+
+def test_a_processor_that_makes_another_number_of_tokens_is_told(llava, tmp_path):
+    folder = shutil.copytree(llava, tmp_path / "llava")
+    settings = json.loads((folder / "processor_config.json").read_text()) | {"num_additional_image_tokens": 0}
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"makes 15 tokens of an image, .* image_seq_length = 16; expected one number"):
+        load_llava(folder)
+
+
 def one_line(capsys, *args) -> str:
     assert main(["llava", *map(str, args)]) == 2
     text = capsys.readouterr().err.strip()

@@ -218,7 +218,10 @@ def test_the_command_trains_both_steps_one_after_the_other(llava, data, tmp_path
         assert main([*arguments(folder, name), "--trained", trained, "--set", *small]) == 0
         return capsys.readouterr().out.splitlines()[-1]
 
-    last = trains(trains(llava, "projector", "captions.json"), "lora", "mix.json")
+    first = trains(llava, "projector", "captions.json")
+    assert main(["llava", "swap", str(llava), "--encoder", str(Path(first).parent), str(tmp_path / "x")]) == 2
+    assert "which trains no encoder" in capsys.readouterr().err  # and is not taken for one
+    last = trains(first, "lora", "mix.json")
     assert load_llava(last).record["rung"] == "projector and LoRA retrained"
     args = arguments(llava, "mix.json")
     assert main([*args, "--trained", "projector"]) == 2

@@ -86,7 +86,7 @@ def test_every_rung_is_made_and_asked(tiny, tmp_path, capsys):
         capsys.readouterr()
         places = ["--data", data, "--images", data.parent / "images", "--out", tmp_path / "runs"]
         args = ["llava", "train", folders[-1], *places, "--trained", trained, "--set"]
-        small = ["steps=1", "batch=2", "lora_rank=2", "dialogue=chat"]
+        small = ["steps=1", "batch=2", "lora_rank=2", "dialogue=chat", "warmup_share=0.0"]
         assert main([*map(str, args), *small]) == 0
         folders.append(capsys.readouterr().out.splitlines()[-1])
     args = ["llava", "evaluate", *(word for folder in folders for word in ("--llava", str(folder)))]
@@ -95,4 +95,6 @@ def test_every_rung_is_made_and_asked(tiny, tmp_path, capsys):
     table = pd.read_csv(tmp_path / "r.csv")
     rungs = ["tower swapped, nothing trained", "projector retrained", "projector and LoRA retrained"]
     assert list(dict.fromkeys(table["features"])) == rungs
+    assert table.groupby("features", sort=False)["weights"].nunique().eq(1).all() and table["weights"].nunique() == 3
+    assert len(list((tmp_path / "r.answers").iterdir())) == 3 * 2  # each asked anew
     assert {"pairs, by likelihood", "group, by rule"} <= set(table["metric"])
