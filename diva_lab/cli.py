@@ -77,7 +77,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "--preset", required=True, metavar="NAME", help="BACKBONE-RECIPE; `diva-lab presets` lists them"
     )
     parser.add_argument("--shards", help="webdataset tars, a folder of images, or world (default: the preset's)")
-    parser.add_argument("--projector", help="folder of a finished run of stage 1: only stage 2 is run")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--projector", help="folder of a finished run of stage 1: only stage 2 is run")
+    only.add_argument("--align-only", action="store_true", help="only stage 1 is run")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings of both stages to change"
     )
@@ -86,11 +88,14 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> int:
     from diva_lab.machine import count_processes
-    from diva_lab.training.presets import parse_changes
-    from diva_lab.training.stages import align_preset, tune
+    from diva_lab.training.presets import parse_changes, preset, replace_settings
+    from diva_lab.training.stages import align, align_preset, tune
 
     check_writable(args.out)
     both = ({} if args.shards is None else {"images": args.shards}) | parse_changes(args.set)
+    if args.align_only:
+        print(align(replace_settings(preset(args.preset, 1, count_processes()), both), args.out).folder)
+        return 0
     projector = {} if args.projector is None else {"projector": args.projector}
     print(tune(align_preset(args.preset, args.out, count_processes(), both, both | projector), args.out).folder)
     return 0

@@ -206,6 +206,18 @@ def test_one_command_runs_both_stages_and_then_only_says_where(tmp_path, capsys)
     assert again[-1] == first and len(again) == 3 and all("done before, see" in line for line in again[:-1])
 
 
+def test_one_command_runs_stage_1_alone_and_another_goes_on_from_it(tmp_path, capsys):
+    tiny = [f"{name}={value}" for name, value in TINY.items()]
+    command = ["train", "--preset", "openai-l14-dcr", "--shards", "world", "--out", str(tmp_path), "--set", *tiny]
+    assert main([*command, "--align-only"]) == 0
+    (run,) = tmp_path.iterdir()
+    assert run.name.startswith("align-") and capsys.readouterr().out.splitlines()[-1] == str(run)
+    assert main([*command, "--projector", str(run)]) == 0
+    assert len(list(tmp_path.iterdir())) == 2
+    assert main(["train", "--preset", "openai-l14-diva", "--align-only"]) == 2
+    assert "has no stage 1" in capsys.readouterr().err
+
+
 def test_an_error_is_one_line(tmp_path, capsys):
     assert main(["train", "--preset", "nothing", "--shards", "world", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: unknown preset 'nothing'") and not list(tmp_path.iterdir())
