@@ -87,6 +87,7 @@ class Encoder(nn.Module):
     Attributes:
         px: side in pixels of the images that the visual tower takes.
         dim: width d of the embeddings.
+        depth: number of blocks of the visual tower.
 
     Raises:
         ValueError: for an image tower that is not a plain ViT.
@@ -113,6 +114,8 @@ class Encoder(nn.Module):
         self.interpolation, self.squash = preprocess["interpolation"], preprocess.get("resize_mode") == "squash"
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(preprocess[name]).view(1, 3, 1, 1), persistent=False)
+        blocks = visual.trunk.blocks if isinstance(visual, TimmModel) else visual.transformer.resblocks
+        self.depth: int = len(blocks)
         self.eval().requires_grad_(False)
         with torch.no_grad():
             blank = torch.zeros(1, 3, self.px, self.px, device=self.mean.device)
@@ -145,6 +148,28 @@ class Encoder(nn.Module):
             return Features(self.proj(embedding), self.proj(patches))
         trunk = self.model.visual.trunk  # patches pass what follows its pooling; EVA projects by the trunk's own head
         return Features(embedding, self.model.visual.head(trunk.head(trunk.fc_norm(patches))))
+
+    def tokens(self, images: Float[Tensor, "b 3 h w"], layer: int = -2) -> Float[Tensor, "b n width"]:
+        """Patch tokens of images in [0, 1] as they leave a block of the tower, before the last norm; differentiable.
+
+        They are transformers' `hidden_states[layer]` without the class token: what LLaVA reads of layer -2.
+
+        Args:
+            layer: 1 is the first block's output; -1 the last one's, which is followed by the final norm.
+
+        Raises:
+            ValueError: for a layer that the tower does not have.
+        """
+        if not 1 <= abs(layer) <= self.depth:
+            raise ValueError(
+                f"layer {layer}: the image tower has {self.depth} blocks; expected 1 to {self.depth}, or -1 (the last) "
+                f"to -{self.depth}"
+            )
+        out = self.model.visual.forward_intermediates(
+            self.preprocess(images), indices=[layer - 1 if layer > 0 else self.depth + layer], stop_early=True,
+            normalize_intermediates=False, intermediates_only=True, output_fmt="NLC",
+        )  # fmt: skip
+        return out["image_intermediates"][0]
 
     def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Unit-length global embeddings of images in [0, 1], in float32; differentiable."""

@@ -160,6 +160,24 @@ def test_there_is_one_patch_token_for_each_patch_in_the_space_of_the_embedding(f
     assert features.embedding.shape == (5, encoder.dim) and features.patches.shape == (5, count, encoder.dim)
 
 
+def test_the_last_layers_patch_tokens_become_the_patches_of_the_features(folder, images):
+    encoder = load_encoder(folder)
+    tokens, visual = encoder.tokens(images, -1), encoder.model.visual
+    if hasattr(visual, "trunk"):
+        projected = visual.head(visual.trunk.head(visual.trunk.fc_norm(visual.trunk.norm(tokens))))
+    else:
+        projected = encoder.proj(visual.ln_post(tokens))
+    torch.testing.assert_close(projected, encoder.features(images).patches)
+    assert torch.equal(encoder.tokens(images, encoder.depth), tokens)
+
+
+def test_a_layer_that_the_tower_does_not_have_is_refused_saying_which_it_has(small_clip, images):
+    encoder = load_encoder(small_clip)
+    for layer in (0, 3, -3):
+        with pytest.raises(ValueError, match=f"layer {layer}: the image tower has 2 blocks; expected 1 to 2, or -1"):
+            encoder.tokens(images, layer)
+
+
 def test_embeddings_are_float32_of_unit_length(folder, images):
     encoder = load_encoder(folder)
     for embedding in (encoder.encode_image(images), encoder.encode_text(TEXTS)):
@@ -288,6 +306,8 @@ def test_a_real_timm_tower_gives_its_features_and_lora_reaches_every_matrix_of_i
         encoder = Encoder(on_meta(name), None)
         make_trainable(encoder, rank=16)
         features = encoder.features(torch.zeros(1, 3, encoder.px, encoder.px))
+        tokens = encoder.tokens(torch.zeros(1, 3, encoder.px, encoder.px))
+    assert encoder.depth == blocks and tokens.shape == (1, side**2, encoder.model.visual.trunk.embed_dim)
     assert features.embedding.shape == (1, dim) and features.patches.shape == (1, side**2, dim)
     head = 6 if "SigLIP" in name else 1  # attention pooling: q, k, v, out, two of its MLP; or the projection
     wanted = {f"block{i}": 2 * linears for i in range(blocks)} | {"head": 2 * head}  # A and B
