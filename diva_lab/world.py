@@ -361,9 +361,7 @@ class _Canvas:
 
     def dot_covers(self) -> list[np.ndarray]:
         first, count = np.where(self.side > 0, 1.9, 20.6), _column(self.scenes["quantity"])
-        return [
-            self.cover(1.25 - np.hypot(self.x - first - 3.1 * i, self.y - 29.6)) * (count >= i) for i in range(4)
-        ]
+        return [self.cover(1.25 - np.hypot(self.x - first - 3.1 * i, self.y - 29.6)) * (count >= i) for i in range(4)]
 
     def dots(self, image: np.ndarray) -> np.ndarray:
         """One to four dots in the bottom corner away from the tail."""
