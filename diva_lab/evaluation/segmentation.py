@@ -79,16 +79,16 @@ class Segmented:
 
 
 def cluster_patches(found: Segmented, seed: int) -> Int[np.ndarray, "n p"]:
-    """The cluster of each patch, by k-means on unit tokens with as many clusters as classes."""
+    """The cluster of each patch, by k-means on unit tokens with as many clusters as classes, if there are as many."""
     points = F.normalize(found.draw(seed)[0], dim=-1).numpy()
-    means = KMeans(found.counts.shape[2], n_init=5, random_state=seed).fit(points)
+    means = KMeans(min(found.counts.shape[2], len(points)), n_init=5, random_state=seed).fit(points)
     parts = F.normalize(found.tokens.flatten(0, 1), dim=-1).split(FITTED)
     return np.concatenate([means.predict(part.numpy()) for part in parts]).reshape(found.tokens.shape[:2])
 
 
 def match_clusters(clusters: Int[np.ndarray, "n p"], counts: Int[np.ndarray, "n p c"]) -> Int[np.ndarray, "n p"]:
     """Each cluster as the class that it is matched with, one to one, so that most pixels are right."""
-    table = np.zeros((counts.shape[2],) * 2, np.int64)  # [clusters, classes]
+    table = np.zeros((clusters.max() + 1, counts.shape[2]), np.int64)  # [clusters, classes]
     np.add.at(table, clusters.ravel(), counts.reshape(-1, counts.shape[2]))
     return linear_sum_assignment(table, maximize=True)[1][clusters]
 
@@ -114,7 +114,7 @@ def iou_counts(answers: Int[np.ndarray, "n p"], counts: Int[np.ndarray, "n p c"]
     return np.stack([right, answered, counts.sum(1)], axis=1)
 
 
-def iou(sums: Float[np.ndarray, "*k 3 c"]) -> Float[np.ndarray, "*k c"]:
+def iou(sums: Int[np.ndarray, "*k 3 c"]) -> Float[np.ndarray, "*k c"]:
     """Intersection over union from the sums of `iou_counts`; NaN for a class that neither occurs nor was answered."""
     right, union = sums[..., 0, :], sums[..., 1, :] + sums[..., 2, :] - sums[..., 0, :]
     return np.where(union > 0, right / np.maximum(union, 1), np.nan)
@@ -230,6 +230,10 @@ def _load(task: Task, found: MaskSet, most: int) -> tuple[Tensor, Segmented]:
         return prepare(image, encoder.px, interpolation or encoder.interpolation, encoder.squash)
 
     pixels, maps = load_masks(found, cut, chosen)
+    if (maps == IGNORED).all():
+        raise ValueError(
+            f"{found.masks[chosen[0]].parent}: no pixel of any class in {len(chosen)} masks; expected some"
+        )
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     return images, segment(encoder, images, maps, len(found.classes), task.layer)
 
