@@ -9,7 +9,7 @@ none of its 150 classes, COCO-Stuff's are labels.txt's less 1; 255 counts nowher
 """
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,25 +187,29 @@ def load_masks(
         ValueError: listing every image and mask that cannot be used: one that is not readable, a mask of another size
             than its image, of colours, or with a number that the set does not have.
     """
-    images, maps, wrong = [], [], []
-    for path, mask in _pairs(found, chosen):
+    loaded, wrong = [], []
+    for i in chosen:
         try:
-            numbers = _open_mask(mask, found.numbers)
-            with open_picture(Place(str(path))) as image:
-                if image.size != numbers.size:
-                    sizes = [f"{size[0]} x {size[1]}" for size in (numbers.size, image.size)]
-                    raise ValueError(f"{mask}: {sizes[0]} pixels; expected {sizes[1]}, as its image")
-                images.append(prepare(image, None))
-            maps.append(prepare(numbers, "nearest"))
+            loaded.append(_load_one(found.images[i], found.masks[i], found.numbers, prepare))
         except ValueError as error:
-            wrong.append(str(error) if str(mask) in str(error) else f"{path}: not an image that can be read ({error})")
+            wrong.append(str(error))
     if wrong:
         raise ValueError("\n- ".join([f"{len(wrong)} of {len(chosen)} images or their masks cannot be used:", *wrong]))
+    images, maps = zip(*loaded, strict=True)
     return np.stack(images), np.stack(maps)
 
 
-def _pairs(found: MaskSet, chosen: np.ndarray) -> Iterator[tuple[Path, Path]]:
-    return ((found.images[i], found.masks[i]) for i in chosen)
+def _load_one(path: Path, mask: Path, numbers: np.ndarray, prepare: Callable) -> tuple[np.ndarray, np.ndarray]:
+    classes = _open_mask(mask, numbers)
+    try:
+        with open_picture(Place(str(path))) as image:
+            pixels, size = prepare(image, None), image.size
+    except ValueError as error:
+        raise ValueError(f"{path}: not an image that can be read ({error})") from error
+    if size != classes.size:
+        sizes = [f"{width} x {height}" for width, height in (classes.size, size)]
+        raise ValueError(f"{mask}: {sizes[0]} pixels; expected {sizes[1]}, as its image")
+    return pixels, prepare(classes, "nearest")
 
 
 def _open_mask(path: Path, numbers: np.ndarray) -> Image.Image:
