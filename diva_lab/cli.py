@@ -113,7 +113,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--benchmarks",
         required=True,
         help="some of mmvp-vlm, world-readability, readability, zero-shot, clustering, probe, knn, retrieval, world, "
-        "emoji, by commas; NAME:SET for one set",
+        "emoji, patch-probe, segmentation, world-segmentation, correspondence, by commas; NAME:SET for one set",
     )
     parser.add_argument("--root", type=Path, default=Path(), help="folder of the data (default: here)")
     parser.add_argument("--out", type=Path, default=Path("results.csv"), help="csv to write (default: results.csv)")
@@ -129,6 +129,9 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=whole(0, 256), help="processes that decode images")
     parser.add_argument(
+        "--layer", type=int, default=-2, help="whose patch tokens are read: 1 to the tower's depth, or from -1 back"
+    )
+    parser.add_argument(
         "--projector", default="shipped", help="readability: shipped, anchored, a run of stage 1, or .safetensors"
     )
     parser.add_argument("--denoiser", default="tiny", help="readability: a denoiser, unless the projector is a run")
@@ -142,7 +145,7 @@ def evaluate(args: argparse.Namespace) -> int:
     table = evaluate(
         args.encoder, args.benchmarks.split(","), args.root, args.out, args.seed, args.features, args.precision,
         args.strict_official, args.max_images, workers=args.workers, projector=args.projector, denoiser=args.denoiser,
-        corrections=args.corrections,
+        corrections=args.corrections, layer=args.layer,
     )  # fmt: skip
     shown = table[(table["category"] == "all") | table["category"].str.startswith(("against ", "corrected by "))]
     print(shown[COLUMNS].to_string(index=False))
