@@ -77,7 +77,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "--preset", required=True, metavar="NAME", help="BACKBONE-RECIPE; `diva-lab presets` lists them"
     )
     parser.add_argument("--shards", help="webdataset tars, a folder of images, or world (default: the preset's)")
-    parser.add_argument("--projector", help="folder of a finished run of stage 1: only stage 2 is run")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--projector", help="folder of a finished run of stage 1: only stage 2 is run")
+    only.add_argument("--align-only", action="store_true", help="only stage 1 is run")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings of both stages to change"
     )
@@ -86,11 +88,14 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> int:
     from diva_lab.machine import count_processes
-    from diva_lab.training.presets import parse_changes
-    from diva_lab.training.stages import align_preset, tune
+    from diva_lab.training.presets import parse_changes, preset, replace_settings
+    from diva_lab.training.stages import align, align_preset, tune
 
     check_writable(args.out)
     both = ({} if args.shards is None else {"images": args.shards}) | parse_changes(args.set)
+    if args.align_only:
+        print(align(replace_settings(preset(args.preset, 1, count_processes()), both), args.out).folder)
+        return 0
     projector = {} if args.projector is None else {"projector": args.projector}
     print(tune(align_preset(args.preset, args.out, count_processes(), both, both | projector), args.out).folder)
     return 0
@@ -108,7 +113,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--benchmarks",
         required=True,
         help="some of mmvp-vlm, world-readability, readability, zero-shot, clustering, probe, knn, retrieval, world, "
-        "emoji, by commas; NAME:SET for one set",
+        "emoji, patch-probe, segmentation, world-segmentation, correspondence, by commas; NAME:SET for one set",
     )
     parser.add_argument("--root", type=Path, default=Path(), help="folder of the data (default: here)")
     parser.add_argument("--out", type=Path, default=Path("results.csv"), help="csv to write (default: results.csv)")
@@ -124,6 +129,9 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=whole(0, 256), help="processes that decode images")
     parser.add_argument(
+        "--layer", type=int, default=-2, help="whose patch tokens are read: 1 to the tower's depth, or from -1 back"
+    )
+    parser.add_argument(
         "--projector", default="shipped", help="readability: shipped, anchored, a run of stage 1, or .safetensors"
     )
     parser.add_argument("--denoiser", default="tiny", help="readability: a denoiser, unless the projector is a run")
@@ -137,7 +145,7 @@ def evaluate(args: argparse.Namespace) -> int:
     table = evaluate(
         args.encoder, args.benchmarks.split(","), args.root, args.out, args.seed, args.features, args.precision,
         args.strict_official, args.max_images, workers=args.workers, projector=args.projector, denoiser=args.denoiser,
-        corrections=args.corrections,
+        corrections=args.corrections, layer=args.layer,
     )  # fmt: skip
     shown = table[(table["category"] == "all") | table["category"].str.startswith(("against ", "corrected by "))]
     print(shown[COLUMNS].to_string(index=False))

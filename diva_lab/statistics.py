@@ -36,6 +36,17 @@ def bootstrap_mean(
     return float(low), float(high)
 
 
+def bootstrap_weights(n: int, seed: int = 0, draws: int = 200) -> np.ndarray:
+    """How often each of `n` items is drawn, in `draws` samples of n with replacement: [draws, n]."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+
+
+def percentiles(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """The percentile interval (low, high) of a statistic's values over bootstrap samples; NaN is left out."""
+    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def bootstrap_counts(
     counts: np.ndarray, rate: Callable[[np.ndarray], np.ndarray], level: float = 0.95, seed: int = 0, draws: int = 2000
 ) -> tuple[float, float, float]:
@@ -45,12 +56,29 @@ def bootstrap_counts(
         counts: [n, ...] of n independent members, such as images, each with any number of questions.
         rate: sums over members [draws, ...] -> [draws], such as an F1 score.
     """
-    rng, n = np.random.default_rng(seed), len(counts)
-    weights = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float)  # how often each member is drawn
     with np.errstate(invalid="ignore"):  # a draw may hold nothing to divide by
-        rates = rate(np.tensordot(weights, counts, 1))
-    low, high = np.nanquantile(rates, [(1 - level) / 2, (1 + level) / 2])
-    return float(rate(counts.sum(0)[None])[0]), float(low), float(high)
+        rates = rate(np.tensordot(bootstrap_weights(len(counts), seed, draws).astype(float), counts, 1))
+    return float(rate(counts.sum(0)[None])[0]), *percentiles(rates, level)
+
+
+def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Average precision of `scores` [n, p] for `labels` [n, p] under each row of `weights` [draws, n], one an item.
+
+    It is scikit-learn's with `sample_weight`, where the p parts of an item share its weight. NaN where no weight lies
+    on a true label.
+    """
+    flat, parts = scores.ravel(), scores.shape[1]
+    order = np.argsort(-flat, kind="stable")
+    items, true = order // parts, labels.ravel()[order]
+    last = np.append(np.flatnonzero(np.diff(flat[order])), len(flat) - 1)  # of each group of equal scores
+    values = []
+    for row in weights:
+        every = row[items].astype(float)
+        hits, total = np.cumsum(every * true)[last], np.cumsum(every)[last]
+        gains = np.diff(hits, prepend=0)
+        there = gains > 0
+        values.append((gains[there] * hits[there] / total[there]).sum() / hits[-1] if hits[-1] else np.nan)
+    return np.array(values)
 
 
 def paired_t(differences: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float, float]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 FAMILIES = {
@@ -54,6 +55,10 @@ PATTERNS = dict(
     )
 )
 ADJECTIVES = ("colour", "structure", "state")  # said before the noun; the others after it
+# what a pixel can show, in the order in which it is painted: REGIONS cover whole patches, SMALL_PARTS do not
+PARTS = ("sky", "ground", "tail", "body", "arrowhead", "ball", "sign", "dots")
+REGIONS = ("sky", "ground", "body", "sign")
+SMALL_PARTS = ("ball", "dots", "tail", "arrowhead")
 NUISANCES = 32  # uniform numbers a scene carries beside its attributes
 SCENE = np.dtype([("class", "i1"), *((name, "i1") for name in DETAILS), ("nuisance", "f8", (NUISANCES,))])
 
@@ -206,6 +211,15 @@ class World:
         parts = [self._render(scenes[i : i + _CHUNK]) for i in range(0, len(scenes), _CHUNK)]
         return np.concatenate(parts) if parts else np.zeros((0, self.px, self.px, 3), np.uint8)
 
+    def parts(self, scenes: np.ndarray) -> UInt8[np.ndarray, "n px px"]:
+        """What each pixel of `render(scenes)` shows: an index into `PARTS`.
+
+        It is the last painted part that covers at least half of the pixel. The light around a lit body, specks, the
+        body's stripes and the letter on the sign are no parts of their own.
+        """
+        maps = [_Canvas(self, scenes[i : i + _CHUNK]).parts() for i in range(0, len(scenes), _CHUNK)]
+        return np.concatenate(maps) if maps else np.zeros((0, self.px, self.px), np.uint8)
+
     def _render(self, scenes: np.ndarray) -> np.ndarray:
         canvas = _Canvas(self, scenes)
         image = canvas.background()
@@ -260,13 +274,27 @@ class _Canvas:
         way = np.array([_DIRECTIONS[value] for value in DETAILS[detail]], float)[self.scenes[detail]]
         return _column(way[:, 0]), _column(way[:, 1])
 
+    def parts(self) -> np.ndarray:
+        """The index of the last part that covers at least half of a pixel, [n, px, px]."""
+        covers = {
+            "ground": self.ground_cover(), "tail": self.tail_cover(), "body": self.cover(self.inside),
+            "arrowhead": self.cover(self.arrow_inside() + 0.9), "ball": self.cover(self.ball_inside()),
+            "sign": self.sign_cover()[0], "dots": np.max(self.dot_covers(), axis=0),
+        }  # fmt: skip
+        shown = np.zeros((len(self.scenes), self.x.size, self.y.size), np.uint8)
+        for name, cover in covers.items():
+            shown[np.broadcast_to(cover >= 0.5, shown.shape)] = PARTS.index(name)
+        return shown
+
+    def ground_cover(self) -> np.ndarray:
+        horizon = 6.5 + 17 * _column(self.scenes["viewpoint"]) + 3 * (self.u[0] - 0.5)
+        return self.cover(self.y - horizon)
+
     def background(self) -> np.ndarray:
         """Sky and ground, which meet at the horizon: high in the image when seen from high; and clutter."""
         u = self.u
-        low = _column(self.scenes["viewpoint"])
-        horizon = 6.5 + 17 * low + 3 * (u[0] - 0.5)
         tint = 0.16 * (u[4:7] - 0.5).transpose(1, 2, 3, 0)  # [n, 1, 1, 3]
-        ground = self.cover(self.y - horizon)
+        ground = self.ground_cover()
         image = (self.tone - self.step + 2 * self.step * ground * np.ones_like(self.x))[..., None] + tint
         for i in range(4):
             a, b, c = u[7 + 3 * i], u[8 + 3 * i], u[9 + 3 * i]
@@ -279,10 +307,13 @@ class _Canvas:
         alpha = np.where(self.is_value("state", "lit"), 0.75, 0.0) * np.exp(-(-self.inside).clip(0) / 2.5)
         return _paint(image, alpha, np.array([1.0, 0.95, 0.75]))
 
-    def tail(self, image: np.ndarray) -> np.ndarray:
+    def tail_cover(self) -> np.ndarray:
         along = ((self.dx * self.side + self.dy) * 0.7071).clip(0, self.radius + 4.5)
         off = np.hypot(self.dx - along * self.side * 0.7071, self.dy - along * 0.7071)
-        return _paint(image, self.cover(1.1 - off) * self.is_value("presence", "with"), 0.45 * self.colour)
+        return self.cover(1.1 - off) * self.is_value("presence", "with")
+
+    def tail(self, image: np.ndarray) -> np.ndarray:
+        return _paint(image, self.tail_cover(), 0.45 * self.colour)
 
     def body(self, image: np.ndarray) -> np.ndarray:
         """The silhouette in its colour: plain, striped or checked."""
@@ -292,37 +323,51 @@ class _Canvas:
         dark = np.select([kind == 1, kind == 2], [wave > 0, wave * cross_wave > 0], False)
         return _paint(image, self.cover(self.inside), self.colour * np.where(dark, 0.45, 1.0)[..., None])
 
-    def arrow(self, image: np.ndarray) -> np.ndarray:
-        """The arrowhead on the body: which way it faces."""
+    def arrow_inside(self) -> np.ndarray:
+        """Distance from the arrowhead's outline, inside above 0; a margin of .9 surrounds it."""
         x, y = self.way("orientation")
         ahead, across = self.dx * x + self.dy * y, self.dx * y - self.dy * x
-        arrow = np.minimum(ahead + 1.9, (3.1 - ahead) * 0.5 - np.abs(across) * 0.87)
+        return np.minimum(ahead + 1.9, (3.1 - ahead) * 0.5 - np.abs(across) * 0.87)
+
+    def arrow(self, image: np.ndarray) -> np.ndarray:
+        """The arrowhead on the body: which way it faces."""
+        arrow = self.arrow_inside()
         image = _paint(image, self.cover(arrow + 0.9), 0.97)
         return _paint(image, self.cover(arrow), 0.03)
 
+    def ball_inside(self) -> np.ndarray:
+        x, y = self.way("position")
+        return 2.3 - np.hypot(self.dx - x * (self.radius + 3.7), self.dy - y * (self.radius + 3.7))
+
     def ball(self, image: np.ndarray) -> np.ndarray:
         """The ball beside the body, of any colour."""
-        x, y = self.way("position")
-        ball = 2.3 - np.hypot(self.dx - x * (self.radius + 3.7), self.dy - y * (self.radius + 3.7))
+        ball = self.ball_inside()
         image = _paint(image, self.cover(ball), 0.1)
         colour = self.tables["palette"][(self.u[26, :, 0, 0] * 6).astype(int)][:, None, None, :]
         return _paint(image, self.cover(ball - 0.8), colour)
 
-    def sign(self, image: np.ndarray) -> np.ndarray:
-        """The sign with its letter, in a top corner."""
+    def sign_cover(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where the sign is, and the column and row of it that a pixel shows."""
         u = self.u
         left, top = np.where(u[27] > 0.5, 24.0, 1.0) + 0.9 * (u[28] - 0.5), 1 + 0.9 * (u[29] - 0.5)
         column, row = np.floor(self.x - left).astype(int), np.floor(self.y - top).astype(int)
-        on = (column >= 0) & (column < 7) & (row >= 0) & (row < 9)
+        return (column >= 0) & (column < 7) & (row >= 0) & (row < 9), column, row
+
+    def sign(self, image: np.ndarray) -> np.ndarray:
+        """The sign with its letter, in a top corner."""
+        on, column, row = self.sign_cover()
         ink = self.tables["glyphs"][_column(self.scenes["text"], int), row.clip(0, 8), column.clip(0, 6)]
         return np.where(on[..., None], (0.95 - 0.9 * ink)[..., None], image)
 
+    def dot_covers(self) -> list[np.ndarray]:
+        first, count = np.where(self.side > 0, 1.9, 20.6), _column(self.scenes["quantity"])
+        return [self.cover(1.25 - np.hypot(self.x - first - 3.1 * i, self.y - 29.6)) * (count >= i) for i in range(4)]
+
     def dots(self, image: np.ndarray) -> np.ndarray:
         """One to four dots in the bottom corner away from the tail."""
-        first, bright = np.where(self.side > 0, 1.9, 20.6), np.where(self.tone + self.step > 0.5, 0.02, 0.98)
-        for i in range(4):
-            dot = 1.25 - np.hypot(self.x - first - 3.1 * i, self.y - 29.6)
-            image = _paint(image, self.cover(dot) * (_column(self.scenes["quantity"]) >= i), bright[..., None])
+        bright = np.where(self.tone + self.step > 0.5, 0.02, 0.98)
+        for cover in self.dot_covers():
+            image = _paint(image, cover, bright[..., None])
         return image
 
     def light_and_grain(self, image: np.ndarray) -> np.ndarray:

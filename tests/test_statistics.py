@@ -2,15 +2,19 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from sklearn.metrics import average_precision_score
 
 from diva_lab.statistics import (
+    average_precision,
     bootstrap_counts,
     bootstrap_mean,
+    bootstrap_weights,
     compare_rows,
     conflict_rate,
     nested_t,
     paired_differences,
     paired_t,
+    percentiles,
     regression,
     wilson,
 )
@@ -229,3 +233,31 @@ def test_several_runs_are_counted_together_and_nan_is_left_out():
     assert rate == 0.25 and low <= rate <= high
     with pytest.raises(ValueError, match="no cosine"):
         conflict_rate(np.array([np.nan]))
+
+
+# --- average precision ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_average_precision_is_that_of_scikit_learn_under_every_weight(ties):
+    random = np.random.default_rng(0)
+    scores, labels = random.normal(size=(40, 6)), random.random((40, 6)) < 0.3
+    scores = scores.round() if ties else scores
+    weights = np.vstack([np.ones(40, int), bootstrap_weights(40, seed=1, draws=9)])
+    expected = [average_precision_score(labels.ravel(), scores.ravel(), sample_weight=np.repeat(w, 6)) for w in weights]
+    np.testing.assert_allclose(average_precision(scores, labels, weights), expected, atol=1e-12)
+
+
+def test_average_precision_by_hand_and_without_a_true_label():
+    scores, labels = np.array([[0.9, 0.8], [0.7, 0.6]]), np.array([[True, False], [True, False]])
+    values = average_precision(scores, labels, np.array([[1, 1], [0, 2], [0, 0]]))
+    assert values[:2].tolist() == [pytest.approx((1 + 2 / 3) / 2), 1.0] and np.isnan(values[2])
+
+
+def test_bootstrap_weights_draw_as_many_items_as_there_are_and_their_percentiles_leave_out_nan():
+    weights = bootstrap_weights(50, seed=0, draws=400)
+    assert (weights.sum(1) == 50).all() and np.array_equal(weights, bootstrap_weights(50, seed=0, draws=400))
+    values = np.arange(50.0)
+    low, high = percentiles(weights @ values / 50)
+    assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 * values.std() / 50**0.5, rel=0.15)
+    assert percentiles(np.array([np.nan, 1.0, 3.0]), 0.5) == (1.5, 2.5)

@@ -18,6 +18,7 @@ from diva_lab.world import (
     DETAILS,
     FAMILIES,
     NUISANCES,
+    PARTS,
     PATTERNS,
     World,
     caption,
@@ -151,6 +152,58 @@ def test_the_example_in_the_docstring_is_right():
 @pytest.mark.parametrize("seed", FROZEN)
 def test_the_bytes_of_a_world_are_frozen(seed):
     assert digest(World(seed)) == FROZEN[seed]
+
+
+CHANGED = {  # detail -> the parts that a pixel shows, in one of the two images, where a minimal pair of it differs
+    "presence": {"tail"}, "quantity": {"dots"}, "position": {"ball"}, "text": {"sign"}, "colour": {"body", "tail"},
+    "structure": {"body"}, "orientation": {"arrowhead"}, "viewpoint": {"sky", "ground"},
+}  # fmt: skip
+
+
+def near(mask: np.ndarray) -> np.ndarray:
+    """`mask` [n, h, w] and the pixels beside it: edges are one pixel wide."""
+    padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
+    size = mask.shape[1]
+    return np.any([padded[:, i : i + size, j : j + size] for i in range(3) for j in range(3)], axis=0)
+
+
+@pytest.mark.parametrize("px", [32, 64])
+@pytest.mark.parametrize("detail", CHANGED)
+def test_minimal_pairs_differ_in_the_pixels_that_show_the_parts_of_their_detail(detail, px):
+    pairs, world = draw_pairs(detail, 60, 8).T, World(px=px)
+    images = np.stack([world.render(scenes).astype(int) for scenes in pairs])
+    shown = np.stack([world.parts(scenes) for scenes in pairs])
+    differ = np.abs(images[0] - images[1]).max(-1)
+    concerned = np.isin(shown, [PARTS.index(name) for name in CHANGED[detail]]).any(0)
+    outside = differ[~near(concerned)] > 0  # a concave outline's soft edge is wider than a pixel at its corners
+    assert outside.sum() < 0.01 * (differ > 0).sum(), "nothing changes apart from these parts and their edges"
+    changed = shown[0] != shown[1]
+    assert changed.any() == (detail not in ("text", "colour", "structure")), "these change no outline"
+    assert (differ[changed] > 0).mean() > 0.99 if changed.any() else (differ[concerned] > 0).mean() > 0.2
+    if detail in ("presence", "position", "colour"):
+        assert (differ[concerned] > 0).all()
+
+
+def test_every_part_is_shown_where_it_is_painted_last():
+    scenes, world = draw_scenes(400, 4), World()
+    shown = world.parts(scenes)
+    assert shown.shape == (400, 32, 32) and set(np.unique(shown)) == set(range(len(PARTS)))
+    has = {name: (shown == k).any((1, 2)) for k, name in enumerate(PARTS)}
+    tailed = scenes["presence"] == DETAILS["presence"].index("with")
+    assert not has["tail"][~tailed].any() and has["tail"][tailed].mean() > 0.99, "a sign or dots never hide it all"
+    assert all(has[name].all() for name in ("sky", "body", "arrowhead", "ball", "sign", "dots"))
+    sizes = {name: (shown == k).mean((1, 2)) * 32**2 for k, name in enumerate(PARTS)}
+    assert (sizes["sign"] == 63).mean() > 0.8 and sizes["sign"].min() >= 49, "7 x 9 on the canvas, cut at its border"
+    for count in range(4):
+        per_dot = sizes["dots"][scenes["quantity"] == count] / (count + 1)
+        assert np.abs(per_dot - np.pi * 1.25**2).max() < 2.6
+
+
+def test_the_map_of_parts_is_that_of_a_finer_picture_but_at_edges():
+    scenes = draw_scenes(40, 6)
+    coarse, fine = World().parts(scenes), World(px=256).parts(scenes).reshape(40, 32, 8, 32, 8)
+    inside = (fine == fine[:, :, :1, :, :1]).all((2, 4))
+    assert np.array_equal(coarse[inside], fine[:, :, 0, :, 0][inside]) and inside.mean() > 0.7
 
 
 def test_the_bytes_do_not_depend_on_the_machines_vector_units():

@@ -21,15 +21,19 @@ import pandas as pd
 import torch
 
 from diva_lab.evaluation.clustering import cluster_benchmark
+from diva_lab.evaluation.correspondence import correspondence
 from diva_lab.evaluation.emoji import emoji_benchmark
 from diva_lab.evaluation.features import DRAWS, FEATURES, PRECISIONS, FeatureStore, features_for
 from diva_lab.evaluation.feedback import readability_benchmark, world_readability
 from diva_lab.evaluation.image_sets import CLASSIFICATION_SETS, CLUSTERED, canonical_name, has_captions, is_set
 from diva_lab.evaluation.knn import knn_benchmark
+from diva_lab.evaluation.mask_sets import is_masks
 from diva_lab.evaluation.pairs import compare_pairs, is_pairs, mmvp_vlm, read_corrections
+from diva_lab.evaluation.patch_probe import patch_probe
 from diva_lab.evaluation.probes import linear_probe
 from diva_lab.evaluation.results import COLUMNS, FACTS, ResultFiles, versions_and_git
 from diva_lab.evaluation.retrieval import retrieval_benchmark
+from diva_lab.evaluation.segmentation import segmentation, world_segmentation
 from diva_lab.evaluation.task import Reads, Task, reads_of, score_row, spread_rows
 from diva_lab.evaluation.world import world_benchmark
 from diva_lab.evaluation.zeroshot import zero_shot
@@ -51,6 +55,10 @@ BENCHMARKS: dict[str, Callable[[Task], Iterator[dict]]] = {
     "emoji": emoji_benchmark,
     "readability": readability_benchmark,
     "world-readability": world_readability,
+    "patch-probe": patch_probe,
+    "segmentation": segmentation,
+    "world-segmentation": world_segmentation,
+    "correspondence": correspondence,
 }
 # benchmark -> the sets of its average, and the metrics that are averaged
 AVERAGES = {"zero-shot": (tuple(CLASSIFICATION_SETS), ("score",)), "clustering": (CLUSTERED, ("nmi", "acc", "ari"))}
@@ -71,6 +79,7 @@ def evaluate(
     projector: str = "shipped",
     denoiser: str = "tiny",
     corrections: str | Path | None = None,
+    layer: int = -2,
 ) -> pd.DataFrame:
     """One row for each encoder, benchmark, set, metric and category: `COLUMNS` and `FACTS`.
 
@@ -95,6 +104,7 @@ def evaluate(
             is a run of stage 1 brings its denoiser.
         corrections: a csv of corrected labels, see `pairs.read_corrections`. For each set that it names, mmvp-vlm has
             one more row of `pairs` beside the official one, of the category `corrected by FILE`.
+        layer: whose patch tokens are read, as in `Encoder.tokens`, where a benchmark reads them; named in `set`.
 
     Raises:
         ValueError: before anything is computed, where no data is there for a benchmark; else at the end, listing
@@ -103,7 +113,7 @@ def evaluate(
     for name, value, known in (("features", features, FEATURES), ("precision", precision, PRECISIONS)):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
-    options = {"kind": features, "seed": seed, "strict": strict, "max_images": max_images}
+    options = {"kind": features, "seed": seed, "strict": strict, "max_images": max_images, "layer": layer}
     work = _work(Path(root), benchmarks)
     labels = {} if corrections is None else _corrections(Path(corrections), work)
     session = _Session(ResultFiles(out), work, options | {"projector": str(projector), "denoiser": denoiser}, labels)
@@ -162,11 +172,12 @@ class _Session:
             except (ValueError, OSError) as error:
                 self.failed(1, f"{name}, {benchmark}, {label}: {error}")
                 continue
-            facts = self._facts(store, task.kind, reads_of(BENCHMARKS[benchmark]))
+            reads = reads_of(BENCHMARKS[benchmark])
+            facts = self._facts(store, task.kind, reads)
             for scores in task.scores:
                 measured += self._compare_with_first(name, folder, label, scores, facts)
-            through = f" through {task.projector}" if reads_of(BENCHMARKS[benchmark]).feedback else ""
-            place = {"encoder": name, "benchmark": benchmark, "set": _label(label, task.classes) + through}
+            how = f" through {task.projector}" if reads.feedback else f", layer {task.layer}" if reads.layer else ""
+            place = {"encoder": name, "benchmark": benchmark, "set": _label(label, task.classes) + how}
             own += self._add([{**place, **row, **facts} for row in measured])
         self._add(average_rows(own))
         self._report_speed(name, store, options["kind"])
@@ -278,13 +289,21 @@ def benchmark_folders(root: Path, benchmark: str) -> list[Path]:
         found = [path for path in inside + tables if only in (path.name, path.stem, canonical_name(path.stem))]
     elif reads.data == "pairs":
         found = [path for path in (root, *inside, *tables) if is_pairs(path)]
+    elif reads.data == "masks":
+        found = [path for path in (root, *inside) if is_masks(path)]
     else:
-        sets = [root] if is_set(root) else [path for path in inside if not is_pairs(path)]
+        others = [path for path in inside if is_pairs(path) or (is_masks(path) and not _is_classified(path))]
+        sets = [root] if is_set(root) else [path for path in inside if path not in others]
         captioned = {path: has_captions(path) for path in sets}  # None: a broken tar, which each benchmark reports
         found = [path for path in sets if captioned[path] in (None, reads.data == "captions")]
     if not found:
         raise FileNotFoundError(f"{root}: no folder {only or 'here'} for {name}; see diva_lab.evaluation.image_sets")
     return found
+
+
+def _is_classified(folder: Path) -> bool:
+    """Whether a folder is called as one of `CLASSIFICATION_SETS`: VOC2007 has masks too."""
+    return canonical_name(folder.name) in CLASSIFICATION_SETS
 
 
 def _work(root: Path, benchmarks: Sequence[str]) -> list[tuple[str, Path, str]]:

@@ -20,16 +20,18 @@ class Reads:
     """What a benchmark needs, and which options it heeds.
 
     Attributes:
-        data: `pairs` (MMVP-VLM's layout), `classes`, `captions`, or `nothing`: it brings its own images.
+        data: `pairs` (MMVP-VLM's layout), `classes`, `captions`, `masks`, or `nothing`: it brings its own images.
         heeds: of the options `strict` and `max_images` those that change its rows.
         fixed: what its rows say of `features` and `precision` whatever the options are.
         feedback: whether it reads a projector and a denoiser.
+        layer: whether it reads the patch tokens of a layer.
     """
 
     data: str = "classes"
     heeds: tuple[str, ...] = ()
     fixed: dict[str, str] = field(default_factory=dict)
     feedback: bool = False
+    layer: bool = False
 
 
 def benchmark(**reads: object) -> Callable:
@@ -60,6 +62,7 @@ class Task:
         draw: which draw of the patches it is, from 0, for a kind in `DRAWS`.
         strict: MMVP-VLM as the official script counts it.
         max_images: of a split; 0 for all.
+        layer: whose patch tokens are read, as in `Encoder.tokens`.
         projector, denoiser: through which feedback reaches the encoder, as in `Settings`.
         corrections: file of labels and what it says of this set: id -> label; see `pairs.read_corrections`.
         scores: of pairs; a benchmark leaves them here to have encoders compared.
@@ -74,6 +77,7 @@ class Task:
     draw: int = 0
     strict: bool = False
     max_images: int = 0
+    layer: int = -2
     projector: str = "shipped"
     denoiser: str = "tiny"
     corrections: tuple[Path, dict[int, int]] | None = None
@@ -83,7 +87,7 @@ class Task:
     def read(self, split: str = "test") -> ImageSet:
         images = read_set(self.folder, split)
         if images.left_out:
-            _print_once(f"{self.folder}: {len(images.left_out)} left out, the first: {': '.join(images.left_out[0])}")
+            print_once(f"{self.folder}: {len(images.left_out)} left out, the first: {': '.join(images.left_out[0])}")
         return images.draw(self.max_images, self.seed)
 
     def embed(self, places: Sequence[Place]) -> torch.Tensor:
@@ -94,7 +98,7 @@ class Task:
 
 
 @functools.cache
-def _print_once(line: str) -> None:
+def print_once(line: str) -> None:
     """Print a line that many encoders and benchmarks would repeat."""
     print(line)
 

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -33,6 +33,38 @@ def image_grid(
         ax.set_xlabel(text, fontsize=6.5, linespacing=1.1, labelpad=2)
     if title:
         fig.suptitle(style.shorten(title), x=0.005, ha="left", fontsize=9.5, fontweight="bold")
+    return style.finish(fig, source)
+
+
+@style.apply
+def patch_maps(
+    images: UInt8[np.ndarray, "n k h w 3"], maps: Mapping[str, Shaped[np.ndarray, "_ _ _"]], source: str = ""
+) -> Figure:
+    """A row for each of n groups of k images (a pair, or one image), with maps of it beside: before and after.
+
+    Args:
+        maps: title -> a map of each group: of numbers from 0 on, the darker the larger, all on one scale; or of whole
+            numbers or true and false, as masks are, a colour for each.
+
+    Raises:
+        ValueError: if there are not as many maps as groups.
+    """
+    for title, each in maps.items():
+        if len(each) != len(images):
+            raise ValueError(f"{len(images)} groups of images, but {len(each)} maps of {title!r}")
+    columns = images.shape[1] + len(maps)
+    fig, axes = style.make_panels(len(images) * columns, columns, 0.97 * style.WIDTH / columns * len(images) + 0.2)
+    scales = [each.max() for each in maps.values() if each.dtype.kind == "f"]
+    sequential = {"cmap": "Blues", "vmin": 0, "vmax": max(scales, default=1)}
+    classes = {"cmap": "tab20", "vmin": 0, "vmax": 19}
+    for row, (group, ax) in enumerate(zip(images, np.array(axes).reshape(-1, columns), strict=True)):
+        for place, pixels in zip(ax, group, strict=False):
+            style.draw_image(place, pixels)
+        for place, (title, each) in zip(ax[len(group) :], maps.items(), strict=True):
+            whole = each.dtype.kind != "f"
+            style.draw_image(place, each[row] % 20 if whole else each[row], **(classes if whole else sequential))
+            if row == 0:
+                place.set_title(style.shorten(title, 40), fontsize=8, loc="center", fontweight="normal")
     return style.finish(fig, source)
 
 

@@ -7,7 +7,7 @@ mode are the model's own. They are applied here, on the device, to images in [0,
 import copy
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,14 @@ def all_finite(embeddings: Float[Tensor, "n d"], items: Sequence, kind: str) -> 
     return embeddings
 
 
+def _attend_to_self(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A forward pre-hook of a block of [b, n, width], or [n, b, width], that lets each token attend to itself alone."""
+    batch_first = getattr(getattr(block, "attn", None), "batch_first", True)
+    n = args[0].shape[1 if batch_first else 0]
+    mask = torch.full((n, n), -torch.inf, dtype=args[0].dtype, device=args[0].device).fill_diagonal_(0)
+    return args, kwargs | {"attn_mask": mask}
+
+
 class Encoder(nn.Module):
     """A CLIP whose visual tower gives patch tokens and can be tuned; frozen until `make_trainable`.
 
@@ -87,6 +95,7 @@ class Encoder(nn.Module):
     Attributes:
         px: side in pixels of the images that the visual tower takes.
         dim: width d of the embeddings.
+        depth: number of blocks of the visual tower.
 
     Raises:
         ValueError: for an image tower that is not a plain ViT.
@@ -113,10 +122,15 @@ class Encoder(nn.Module):
         self.interpolation, self.squash = preprocess["interpolation"], preprocess.get("resize_mode") == "squash"
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(preprocess[name]).view(1, 3, 1, 1), persistent=False)
+        self.depth: int = len(self._blocks())
         self.eval().requires_grad_(False)
         with torch.no_grad():
             blank = torch.zeros(1, 3, self.px, self.px, device=self.mean.device)
             self.dim: int = self.features(blank).embedding.shape[1]
+
+    def _blocks(self) -> nn.Module:
+        visual = self.model.visual
+        return visual.trunk.blocks if isinstance(visual, TimmModel) else visual.transformer.resblocks
 
     def resize(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 px px"]:
         """Resize images in [0, 1] of any size, and crop or squash them, as the model was trained."""
@@ -145,6 +159,44 @@ class Encoder(nn.Module):
             return Features(self.proj(embedding), self.proj(patches))
         trunk = self.model.visual.trunk  # patches pass what follows its pooling; EVA projects by the trunk's own head
         return Features(embedding, self.model.visual.head(trunk.head(trunk.fc_norm(patches))))
+
+    def tokens(self, images: Float[Tensor, "b 3 h w"], layer: int = -2) -> Float[Tensor, "b n width"]:
+        """Patch tokens of images in [0, 1] as they leave a block of the tower, before the last norm; differentiable.
+
+        They are transformers' `hidden_states[layer]` without the class token: what LLaVA reads of layer -2.
+
+        Args:
+            layer: 1 is the first block's output; -1 the last one's, which is followed by the final norm.
+
+        Raises:
+            ValueError: for a layer that the tower does not have.
+        """
+        if not 1 <= abs(layer) <= self.depth:
+            raise ValueError(
+                f"layer {layer}: the image tower has {self.depth} blocks; expected 1 to {self.depth}, or -1 (the last) "
+                f"to -{self.depth}"
+            )
+        out = self.model.visual.forward_intermediates(
+            self.preprocess(images), indices=[layer - 1 if layer > 0 else self.depth + layer], stop_early=True,
+            normalize_intermediates=False, intermediates_only=True, output_fmt="NLC",
+        )  # fmt: skip
+        return out["image_intermediates"][0]
+
+    def patch_embeddings(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
+        """Unit-length embeddings of the patches of images in [0, 1], to be compared with texts; differentiable.
+
+        After MaskCLIP (Zhou et al., arXiv 2112.01071): in the attention that gathers an image's embedding, every patch
+        attends to itself alone, so that of this attention only the path through the values is left. It is the last
+        block's, whose residual paths and MLP stay, before the final norm and the projection; where a tower pools by
+        attention, as SigLIP's, it is the pooling, each patch as if there were no other.
+        """
+        trunk = getattr(self.model.visual, "trunk", None)
+        if getattr(trunk, "attn_pool", None) is not None:
+            tokens = trunk.norm(self.tokens(images, -1))  # [b, n, width]
+            pooled = trunk.head(trunk.fc_norm(trunk.attn_pool(tokens.flatten(0, 1)[:, None])))  # [b n, width]
+            return F.normalize(self.model.visual.head(pooled).unflatten(0, tokens.shape[:2]).float(), dim=-1)
+        with self._blocks()[-1].register_forward_pre_hook(_attend_to_self, with_kwargs=True):
+            return F.normalize(self.features(images).patches.float(), dim=-1)
 
     def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Unit-length global embeddings of images in [0, 1], in float32; differentiable."""
@@ -340,3 +392,24 @@ def embed(encoder: nn.Module, images: UInt8[Tensor, "n 3 h w"], batch: int = 256
     device = next(encoder.parameters()).device
     parts = [encoder.encode_image(part.to(device).float() / 255).cpu() for part in images.split(batch)]
     return all_finite(torch.cat(parts), range(len(images)), "images")
+
+
+@torch.no_grad()
+def embed_patches(
+    read: Callable[[Tensor], Float[Tensor, "b n d"]],
+    images: UInt8[Tensor, "m 3 h w"],
+    device: torch.device,
+    batch: int = 256,
+) -> Float[Tensor, "m n d"]:
+    """Patch tokens of uint8 images, `batch` at a time, in float32 on the CPU; without gradient.
+
+    Args:
+        read: images in [0, 1] -> tokens, as `Encoder.patch_embeddings` or `partial(encoder.tokens, layer=-1)`.
+        device: of the encoder.
+
+    Raises:
+        ValueError: as by `all_finite`.
+    """
+    tokens = torch.cat([read(part.to(device).float() / 255).float().cpu() for part in images.split(batch)])
+    all_finite(tokens.flatten(1), range(len(images)), "images")
+    return tokens

@@ -74,6 +74,7 @@ TINY_DIVA = {
 }  # fmt: skip
 CC3M_SHARDS = "cc3m/cc3m-train-*.tar"
 IMAGES_PER_STEP = dict.fromkeys(RECIPES, 256) | dict.fromkeys(("diva", "diva-released"), 640)
+ALIGN_IMAGES = {"dcr-released": 32}  # in stage 1: each of its processes trains alone, the first one's result is kept
 FREE_FIELDS = (  # a run that differs in these only is still of its preset
     "images", "seed", "projector", "accumulate", "rows", "keep_latents", "compile", "evaluate_every", "save_every",
 )  # fmt: skip
@@ -121,7 +122,8 @@ def preset(name: str, stage: int = 2, processes: int = 1) -> Settings:
         processes: as many as will train together.
 
     Raises:
-        ValueError: for an unknown name or a stage that the recipe does not have; lists the known ones.
+        ValueError: for an unknown name or a stage that the recipe does not have; lists the known ones. Where the images
+            of a step cannot be shared by so many processes.
     """
     backbone, recipe = _parts(name)
     if stage not in stages(name):
@@ -136,10 +138,14 @@ def preset(name: str, stage: int = 2, processes: int = 1) -> Settings:
         chosen = chosen | {"vae_px": px} | (ALIGN if stage == 1 else {})
     if stage == 1 and recipe.endswith("anchored"):
         chosen = chosen | {"timesteps": "uniform"} | ANCHOR
-    accumulate, rest = divmod(IMAGES_PER_STEP[recipe], chosen["batch"] * processes)
+    images = (ALIGN_IMAGES if stage == 1 else {}).get(recipe, IMAGES_PER_STEP[recipe])
+    accumulate, rest = divmod(images, chosen["batch"] * processes)
     if rest:
+        batches = images // chosen["batch"]
         raise ValueError(
-            f"{IMAGES_PER_STEP[recipe]} images a step cannot be shared by {processes} processes of {chosen['batch']}"
+            f"preset {name!r}, stage {stage}: {images} images a step cannot be shared by {processes} processes of "
+            f"{chosen['batch']}; expected a number of processes that divides {batches}, or --projector with a finished "
+            "run of stage 1, which leaves stage 2 alone"
         )
     where = {"encoder": backbone, "denoiser": "sd21-base", "images": CC3M_SHARDS}
     return Settings(**where | {"accumulate": accumulate, "save_every": 500} | chosen)
@@ -241,6 +247,7 @@ REASONS = {  # setting -> why the released code differs in it
     "prompt_mask": "the empty prompt is encoded with the tokenizer's attention mask",
     "noise_precision": "the latents are bfloat16 when noise is added",
     "augment_normalised": "the augmentation follows the normalisation",
+    "accumulate": "stage 1 averages no gradient over its 8 processes, so a step is of the images of one",
     "shared_samples": "the loader is not prepared for several processes, and its seed is 0 in each",
     "lora_targets": "layers are named q, k, v, out_proj, fc1, fc2, which misses the packed matrix of the pooling",
     "steps": "the file for MetaCLIP says 100 000 steps, perhaps left over",
@@ -249,7 +256,7 @@ REASONS = {  # setting -> why the released code differs in it
 
 def compare_presets(one: str, other: str) -> str:
     """The differences of two presets, a setting a line: stage, name, both values, and why the released code differs."""
-    lines, released = [], "released" in f"{one} {other}"
+    lines, released = [], f"{one}-released" == other or f"{other}-released" == one
     for stage in sorted({*stages(one), *stages(other)}):
         having = [name for name in (one, other) if stage in stages(name)]
         if len(having) == 1:

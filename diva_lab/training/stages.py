@@ -121,16 +121,15 @@ def align_preset(
         name: one of `PRESETS`.
         root: where the run of stage 1 is made; a finished one is taken as it is.
         processes: how many train together.
-        stage1, stage2: settings to change, by name; `stage1` is not read where there is no stage 1.
+        stage1, stage2: settings to change, by name; `stage1` is not read where no stage 1 is run.
 
     Raises:
         ValueError: for an unknown preset or setting, of either stage, before anything is trained.
         FileNotFoundError: for tars that are not there, before anything is trained.
     """
     changes = {1: stage1 or {}, 2: stage2 or {}}
-    chosen = {stage: replace_settings(preset(name, stage, processes), changes[stage]) for stage in stages(name)}
-    if "projector" in changes[2]:
-        chosen.pop(1, None)
+    wanted = (2,) if "projector" in changes[2] else stages(name)
+    chosen = {stage: replace_settings(preset(name, stage, processes), changes[stage]) for stage in wanted}
     for settings in chosen.values():
         if settings.images.endswith(".tar"):
             find_tars(settings.images)

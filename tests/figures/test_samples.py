@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from figure_records import IMAGES, PAIRS, QUALITY, SCORES, lines, texts
+from figure_records import IMAGES, PAIRS, PATCH_MAPS, QUALITY, SCORES, lines, texts
 
 from diva_lab import figures
 from diva_lab.figures import style
@@ -45,3 +45,20 @@ def test_drawn_attributes_have_their_share_its_interval_and_the_least_share_requ
     assert np.array(ends) == pytest.approx(
         np.array([[[x, y - 0.34], [x, y + 0.34]] for x, y in ((0.8, 0), (0.6, colour))])
     )
+
+
+def test_patch_maps_stand_beside_their_images_on_one_scale_and_masks_have_a_colour_for_each_class():
+    masks = {"regions": np.arange(8).reshape(2, 2, 2)}
+    fig = figures.patch_maps(IMAGES, PATCH_MAPS | masks)
+    rows = np.array([ax.images[0] for ax in fig.axes]).reshape(2, 6)
+    for k, row in enumerate(rows):
+        shown = [image.get_array() for image in row]
+        assert all(np.array_equal(*both) for both in zip(shown[:2], IMAGES[k], strict=True))
+        for image, maps in zip(row[2:], (PATCH_MAPS | masks).values(), strict=True):
+            assert np.array_equal(image.get_array(), maps[k])
+    largest = max(PATCH_MAPS[name].max() for name in ("before", "after"))
+    assert {image.get_clim() for image in rows[:, 3:5].flat} == {(0, largest)}
+    colours = {image.to_rgba(value)[:3] for image in rows[:, 5] for value in image.get_array().ravel()}
+    assert len(colours) == 8 and "before" in texts(fig)
+    with pytest.raises(ValueError, match="2 groups of images, but 1 maps of 'before'"):
+        figures.patch_maps(IMAGES, {"before": PATCH_MAPS["before"][:1]})

@@ -11,7 +11,7 @@ from one_step import open_lora, pictures, trainable
 from small_models import HUGE, on_meta, timm_tower, write_clip_of
 from torch import nn
 
-from diva_lab.models.encoders import ENCODERS, Encoder, embed, load_encoder
+from diva_lab.models.encoders import ENCODERS, Encoder, embed, embed_patches, load_encoder
 from diva_lab.models.layers import (
     LAYER_KINDS,
     SHORT,
@@ -160,6 +160,75 @@ def test_there_is_one_patch_token_for_each_patch_in_the_space_of_the_embedding(f
     assert features.embedding.shape == (5, encoder.dim) and features.patches.shape == (5, count, encoder.dim)
 
 
+def test_the_last_layers_patch_tokens_become_the_patches_of_the_features(folder, images):
+    encoder = load_encoder(folder)
+    tokens, visual = encoder.tokens(images, -1), encoder.model.visual
+    if hasattr(visual, "trunk"):
+        projected = visual.head(visual.trunk.head(visual.trunk.fc_norm(visual.trunk.norm(tokens))))
+    else:
+        projected = encoder.proj(visual.ln_post(tokens))
+    torch.testing.assert_close(projected, encoder.features(images).patches)
+    assert torch.equal(encoder.tokens(images, encoder.depth), tokens)
+
+
+def test_a_layer_that_the_tower_does_not_have_is_refused_saying_which_it_has(small_clip, images):
+    encoder = load_encoder(small_clip)
+    for layer in (0, 3, -3):
+        with pytest.raises(ValueError, match=f"layer {layer}: the image tower has 2 blocks; expected 1 to 2, or -1"):
+            encoder.tokens(images, layer)
+
+
+def by_value_path(encoder, images) -> torch.Tensor:
+    """The last block with the attention's output replaced by that of v and out alone, as written by hand."""
+    visual = encoder.model.visual
+    blocks = visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks
+    attention = blocks[-1].attn
+
+    def values(module, args, output):
+        x = args[0]
+        if isinstance(module, SplitAttention):
+            return module.out_proj(module.v_proj(x)), None
+        v = module.qkv.v(x) if module.qkv is not None else module.v_proj(x)
+        if module.qkv is not None and getattr(module, "v_bias", None) is not None:
+            v = v + module.v_bias
+        return module.proj(module.norm(v))
+
+    with attention.register_forward_hook(values):
+        return F.normalize(encoder.features(images).patches, dim=-1)
+
+
+def test_a_patch_embedding_is_the_path_through_the_values_of_the_last_attention(folder, images):
+    encoder = load_encoder(folder)
+    embeddings = encoder.patch_embeddings(images)
+    if folder.name == "siglip":
+        pool = encoder.model.visual.trunk.attn_pool
+        x = pool.kv.v(encoder.model.visual.trunk.norm(encoder.tokens(images, -1)))
+        x = pool.proj(x)
+        expected = F.normalize(x + pool.mlp(pool.norm(x)), dim=-1)
+    else:
+        expected = by_value_path(encoder, images)
+        assert not torch.allclose(embeddings, F.normalize(encoder.features(images).patches, dim=-1), atol=1e-3)
+    torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=0)
+    assert embeddings.shape[2] == encoder.dim
+
+
+def test_one_patch_changes_its_own_embedding_most(small_clip, images):
+    encoder = load_encoder(small_clip)
+    changed = images.clone()
+    changed[:, :, :8, 8:16] = 0.5
+    distance = 1 - (encoder.patch_embeddings(images) * encoder.patch_embeddings(changed)).sum(2)
+    assert (distance.argmax(1) == 1).all()
+
+
+def test_patch_tokens_that_are_not_finite_are_refused(small_clip):
+    encoder = load_encoder(small_clip)
+    encoder.proj.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the embeddings of 5 of 5 images are NaN or infinite"):
+        embed_patches(encoder.patch_embeddings, pictures(5), encoder.mean.device, batch=2)
+    tokens = embed_patches(encoder.tokens, pictures(5), encoder.mean.device, batch=2)
+    torch.testing.assert_close(tokens, encoder.tokens(pictures(5).float() / 255))
+
+
 def test_embeddings_are_float32_of_unit_length(folder, images):
     encoder = load_encoder(folder)
     for embedding in (encoder.encode_image(images), encoder.encode_text(TEXTS)):
@@ -288,6 +357,8 @@ def test_a_real_timm_tower_gives_its_features_and_lora_reaches_every_matrix_of_i
         encoder = Encoder(on_meta(name), None)
         make_trainable(encoder, rank=16)
         features = encoder.features(torch.zeros(1, 3, encoder.px, encoder.px))
+        tokens = encoder.tokens(torch.zeros(1, 3, encoder.px, encoder.px))
+    assert encoder.depth == blocks and tokens.shape == (1, side**2, encoder.model.visual.trunk.embed_dim)
     assert features.embedding.shape == (1, dim) and features.patches.shape == (1, side**2, dim)
     head = 6 if "SigLIP" in name else 1  # attention pooling: q, k, v, out, two of its MLP; or the projection
     wanted = {f"block{i}": 2 * linears for i in range(blocks)} | {"head": 2 * head}  # A and B

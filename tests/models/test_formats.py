@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from one_step import pictures
+from one_step import open_lora, pictures
 from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save_file
 from small_models import CLIPA, HUGE, on_meta, timm_tower, unlike, write_clip_of, write_transformers_clip
@@ -32,6 +32,8 @@ from diva_lab.models.formats import (
     transformers_kind,
     transformers_tokenizer,
 )
+from diva_lab.models.layers import fuse_attention
+from diva_lab.models.lora import make_trainable
 from diva_lab.training.export import save_encoder
 
 TEXTS = ["a photo of a disc", "a photo of a red star", ""]
@@ -112,6 +114,33 @@ def test_the_layout_of_vit_h_goes_to_transformers_and_comes_back(images, tmp_pat
     again = load_encoder(written["transformers"])
     same(by_us(again, images), by_us(encoder, images), atol=1e-6)
     assert again.config["model_cfg"]["vision_cfg"]["head_width"] == 40 and again.squash
+
+
+def hidden_states(folder, pixels) -> list[torch.Tensor]:
+    """The hidden states of a transformers folder's image tower, without the class token of a CLIP."""
+    model = AutoModel.from_pretrained(folder).vision_model
+    first = 0 if "siglip" in model.config.model_type else 1
+    with torch.no_grad():
+        return [state[:, first:] for state in model(pixels, output_hidden_states=True).hidden_states]
+
+
+@pytest.mark.parametrize("rank", [None, 0, 4], ids=["original", "split", "lora"])
+def test_patch_tokens_of_a_layer_are_the_hidden_states_of_transformers(rank, folder, images, tmp_path):
+    encoder = load_encoder(folder)
+    if rank == 4:
+        make_trainable(encoder, rank)
+        open_lora(encoder)
+        folder = save_encoder(encoder, tmp_path / "out")["transformers"]
+    if rank is None:
+        fuse_attention(encoder.model.visual)
+    expected = hidden_states(folder, encoder.preprocess(images))
+    with torch.no_grad():
+        layers = {layer: encoder.tokens(images, layer) for layer in (1, -2)}
+        torch.testing.assert_close(encoder.tokens(images), expected[-2], atol=1e-5, rtol=0)
+        last = encoder.tokens(images, -1)
+    assert torch.equal(layers[1], layers[-2]) and last.shape == expected[-1].shape  # of two blocks
+    if transformers_kind(encoder.config) == "clip":  # of SigLIP transformers gives it after the final norm
+        torch.testing.assert_close(last, expected[-1], atol=1e-5, rtol=0)
 
 
 def test_a_folder_that_leaves_preprocessing_to_open_clip_is_saved_in_both_formats(images, tmp_path):

@@ -34,6 +34,7 @@ from diva_lab.training.presets import (
     CC3M_SHARDS,
     PRESETS,
     PX,
+    compare_presets,
     describe_presets,
     parse_changes,
     preset,
@@ -52,22 +53,28 @@ from tools.write_presets import PRESET_FILES, write_presets
 TABLE = list(csv.DictReader((DATA / "published" / "recipes.csv").read_text().splitlines()))
 
 
+def has_row(backbone: str, row: dict[str, str]) -> bool:
+    mine = row["backbones"].split() or [backbone.split("-")[0]]
+    return f"{backbone}-{row['recipe']}" in PRESETS and backbone.split("-")[0] in mine
+
+
 @pytest.mark.parametrize(
     ("backbone", "row"),
-    [(name, row) for name in BACKBONES for row in TABLE if f"{name}-{row['recipe']}" in PRESETS],
+    [(name, row) for name in BACKBONES for row in TABLE if has_row(name, row)],
     ids=lambda part: part if isinstance(part, str) else f"{part['recipe']}-stage{part['stage']}",
 )
 def test_a_preset_has_the_numbers_of_the_published_recipe(row, backbone):
-    found = asdict(preset(f"{backbone}-{row['recipe']}", int(row["stage"]), int(row["processes"] or 8)))
+    processes = int(row["processes"] or 8)
+    found = asdict(preset(f"{backbone}-{row['recipe']}", int(row["stage"]), processes))
     numbers = ("steps", "lr", "weight_decay", "warmup", "batch", "accumulate", "lora_rank", "clip", "draws")
-    numbers += ("lora_alpha", "lora_dropout", "vae_px") if row["lora_alpha"] else ()
-    for name in numbers:
+    for name in (*numbers, "lora_alpha", "lora_dropout", "vae_px"):
         if row[name]:
             assert found[name] == float(row[name]), name
     for name in ("optimizer", "schedule", "precision", "latent"):
         assert found[name] == row[name] or not row[name], name
     assert found["lora_bias"] == (row["lora_bias"] == "lora_only") or not row["lora_bias"]
-    assert found["batch"] * found["accumulate"] * 8 == (640 if row["recipe"] == "diva" else 256)
+    images = 640 if row["recipe"].startswith("diva") else 256 if processes == 8 else 32
+    assert found["batch"] * found["accumulate"] * processes == images
     assert found["train_projector"] == ("projector" in row["trained"] and row["stage"] == "2")
 
 
@@ -89,6 +96,25 @@ def test_a_preset_is_known_by_its_settings_whatever_it_saw_and_however_it_was_co
 def test_a_step_sees_as_many_pictures_however_many_processes_share_it(name):
     sizes = {s.batch * s.accumulate * n for n in (1, 2, 4, 8) for s in [preset(name, processes=n)]}
     assert sizes == {640 if PRESETS[name][1] in ("diva", "diva-released") else 256}
+
+
+def test_the_released_dcr_aligns_by_the_pictures_of_one_process():
+    """Its stage 1 calls the projector past the wrapper that averages gradients, and keeps the first process's."""
+    for processes, accumulate in ((1, 2), (2, 1)):
+        assert preset("siglip-so400m-dcr-released", 1, processes).accumulate == accumulate
+        assert preset("siglip-so400m-dcr", 1, processes).accumulate == 8 * accumulate
+    assert "stage 1: accumulate: 16 -> 2  # stage 1 averages" in compare_presets(
+        "openai-l14-dcr", "openai-l14-dcr-released"
+    )
+    assert "#" not in compare_presets("openai-l14-diva-released", "openai-l14-dcr"), "two methods have no such reason"
+
+
+def test_more_processes_than_share_a_step_of_stage_1_take_the_projector_of_another_run(tmp_path):
+    name, changes = "openai-l14-dcr-released", {"images": "world"}
+    with pytest.raises(ValueError, match=r"stage 1: 32 images a step cannot be shared by 8 processes.*--projector"):
+        align_preset(name, tmp_path, 8, changes, changes)
+    found = align_preset(name, tmp_path, 8, changes, changes | {"projector": "a run"})
+    assert (found.projector, found.accumulate) == ("a run", 2)
 
 
 def test_dcrs_denoiser_sees_the_pictures_that_clip_sees():
@@ -178,6 +204,18 @@ def test_one_command_runs_both_stages_and_then_only_says_where(tmp_path, capsys)
     assert main(["train", *command]) == 0
     again = capsys.readouterr().out.splitlines()
     assert again[-1] == first and len(again) == 3 and all("done before, see" in line for line in again[:-1])
+
+
+def test_one_command_runs_stage_1_alone_and_another_goes_on_from_it(tmp_path, capsys):
+    tiny = [f"{name}={value}" for name, value in TINY.items()]
+    command = ["train", "--preset", "openai-l14-dcr", "--shards", "world", "--out", str(tmp_path), "--set", *tiny]
+    assert main([*command, "--align-only"]) == 0
+    (run,) = tmp_path.iterdir()
+    assert run.name.startswith("align-") and capsys.readouterr().out.splitlines()[-1] == str(run)
+    assert main([*command, "--projector", str(run)]) == 0
+    assert len(list(tmp_path.iterdir())) == 2
+    assert main(["train", "--preset", "openai-l14-diva", "--align-only"]) == 2
+    assert "has no stage 1" in capsys.readouterr().err
 
 
 def test_an_error_is_one_line(tmp_path, capsys):

@@ -67,7 +67,7 @@ def test_every_key_of_a_registry_is_a_choice_also_one_that_is_added_later(name, 
         assert getattr(Settings(**{name: "mine"}), name) == "mine"
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Settings) if f.type is str])
+@pytest.mark.parametrize("name", [f.name for f in fields(Settings) if f.type is str and f.name != "draw_weights"])
 def test_an_unknown_choice_is_refused_and_every_choice_that_the_error_lists_is_taken(name):
     try:
         Settings(**{name: "bogus"})
