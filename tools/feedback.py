@@ -363,9 +363,11 @@ def write_tables(plan: Plan) -> None:
             mixes.append(mixed.assign(chosen=mixed["mix"] == chosen["mix"], **facts))
             pushed = pd.DataFrame(record.get("pushes", {})).T.rename_axis("match").reset_index()
             pushes.append(_kept("match", pushed).assign(**facts))
-    tables = {"feedback": curves, "feedback_mixes": mixes, "feedback_pushes": pushes, "feedback_rates": tried}
-    tables["feedback_released"] = released
-    for name, parts in (tables | {"feedback_missing": [pd.DataFrame(missing)]}).items():
+    tables = {
+        "feedback": curves, "feedback_mixes": mixes, "feedback_pushes": pushes, "feedback_rates": tried,
+        "feedback_released": released, "feedback_missing": [pd.DataFrame(missing)],
+    }  # fmt: skip
+    for name, parts in tables.items():
         parts = [part for part in parts if len(part)]
         if parts:
             pd.concat(parts).to_csv(plan.results / f"{name}.csv", index=False, float_format="%.5g")
