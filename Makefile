@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/installed
 export JUPYTER_PREFER_ENV_PATH := 1
 export IMAGES SEEDS STEPS SMALL
 
-NBVAL := -p no:python --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+NBVAL := -p no:python -p tests.own_runs --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 # Finished runs are not repeated: with an empty folder of runs the notebooks train again.
 FRESH = export DIVA_LAB_RUNS=$$(mktemp -d) && trap 'rm -rf "$$DIVA_LAB_RUNS" notebooks/live.ipynb' EXIT
 NBSTRIPOUT := --keep-output --keep-count --keep-id --extra-keys \

@@ -88,13 +88,13 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> int:
     from diva_lab.machine import count_processes
-    from diva_lab.training.presets import parse_changes, preset, replace_settings
-    from diva_lab.training.stages import align, align_preset, tune
+    from diva_lab.training.presets import parse_changes
+    from diva_lab.training.stages import align, align_preset, preset_settings, tune
 
     check_writable(args.out)
     both = ({} if args.shards is None else {"images": args.shards}) | parse_changes(args.set)
     if args.align_only:
-        print(align(replace_settings(preset(args.preset, 1, count_processes()), both), args.out).folder)
+        print(align(preset_settings(args.preset, count_processes(), {1: both})[1], args.out).folder)
         return 0
     projector = {} if args.projector is None else {"projector": args.projector}
     print(tune(align_preset(args.preset, args.out, count_processes(), both, both | projector), args.out).folder)

@@ -15,8 +15,8 @@ run on record is not run again. Parts may run side by side on rows of their own.
 The rate of a row is the one with the highest pair score among those that end within 5 points of the original's
 zero-shot accuracy; if there is none, the one with the highest sum of both. A rate at an end of its grid widens it. The
 rates are chosen after the anchored and after the image-only alignment; an unpaired row takes the anchored one's, a
-placebo the image-only one's, and a row of `RELEASED` that of the row from which it differs in one setting. A run whose
-zero-shot accuracy falls below 70 % has diverged and is stopped.
+placebo the image-only one's, and a row of `RELEASED` that of the row from which it differs, unless it sets its own. A
+run whose zero-shot accuracy falls below 70 % has diverged and is stopped.
 
 At its end each run is measured at `MIXES` too: between the original's weights and its own (`mix_weights`). The row
 `diva, mixed` chooses rate and mix together: the highest pair score within 2 points of the original's zero-shot accuracy
@@ -83,6 +83,7 @@ RELEASED = {  # row -> the row that it differs from in one setting of the releas
     "diva, prompt mask": ("diva", {"prompt_mask": True}),
     "diva, noise in bf16": ("diva", {"noise_precision": "bf16"}),
     "diva, warm-up from 0": ("diva", {"warmup": 5, "warmup_zero": True}),
+    "diva, SGD": ("diva", {"optimizer": "sgd", "lr": 6e-4, "clip": 0.1667}),  # as `5,1` at lr 1e-4
     "dcr, velocity": ("dcr", {"target": "velocity"}),
     "dcr, augment normalised": ("dcr", {"augment_normalised": True}),
 }
@@ -184,7 +185,7 @@ class Plan:
         if row.alignment != NO_PROJECTOR:
             projector = self.projector(row.alignment, self.align_seeds[seed % len(self.align_seeds)])
         return Settings(
-            **name_models(self.models) | changes | {"steps": steps}, projector=str(projector), lr=lr, seed=seed,
+            **name_models(self.models) | {"lr": lr} | changes | {"steps": steps}, projector=str(projector), seed=seed,
             evaluate_every=every, save_every=every,
         )  # fmt: skip
 
@@ -363,9 +364,11 @@ def write_tables(plan: Plan) -> None:
             mixes.append(mixed.assign(chosen=mixed["mix"] == chosen["mix"], **facts))
             pushed = pd.DataFrame(record.get("pushes", {})).T.rename_axis("match").reset_index()
             pushes.append(_kept("match", pushed).assign(**facts))
-    tables = {"feedback": curves, "feedback_mixes": mixes, "feedback_pushes": pushes, "feedback_rates": tried}
-    tables["feedback_released"] = released
-    for name, parts in (tables | {"feedback_missing": [pd.DataFrame(missing)]}).items():
+    tables = {
+        "feedback": curves, "feedback_mixes": mixes, "feedback_pushes": pushes, "feedback_rates": tried,
+        "feedback_released": released, "feedback_missing": [pd.DataFrame(missing)],
+    }  # fmt: skip
+    for name, parts in tables.items():
         parts = [part for part in parts if len(part)]
         if parts:
             pd.concat(parts).to_csv(plan.results / f"{name}.csv", index=False, float_format="%.5g")

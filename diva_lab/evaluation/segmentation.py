@@ -130,6 +130,12 @@ def whole_iou(answers: Int[np.ndarray, "n p"], maps: UInt8[np.ndarray, "n px px"
     return metric.compute().double().numpy()
 
 
+def shuffle_answers(answers: Int[np.ndarray, "n p"], seed: int) -> list[Int[np.ndarray, "n p"]]:
+    """The same answers among all patches, `SHUFFLES` times in another order."""
+    rng = np.random.default_rng(seed)
+    return [rng.permutation(answers.ravel()).reshape(answers.shape) for _ in range(SHUFFLES)]
+
+
 def miou_rows(
     metric: str, answers: Int[np.ndarray, "n p"], found: Segmented, names: Sequence[str], seed: int, chance=None
 ) -> Iterator[dict]:
@@ -141,8 +147,7 @@ def miou_rows(
     counts = iou_counts(answers, found.counts)  # [n, 3, c]
     values, there = whole_iou(answers, found.maps, len(names)), ~np.isnan(iou(counts.sum(0)))
     if chance is None:
-        rng = np.random.default_rng(seed)
-        chance = [rng.permutation(answers.ravel()).reshape(answers.shape) for _ in range(SHUFFLES)]
+        chance = shuffle_answers(answers, seed)
     random = np.array([iou(iou_counts(shuffled, found.counts).sum(0)) for shuffled in chance])  # [shuffles, c]
     drawn = bootstrap_weights(len(counts), seed) @ counts.reshape(len(counts), -1)
     drawn = iou(drawn.reshape(-1, *counts.shape[1:]))  # [draws, c]
@@ -154,9 +159,8 @@ def miou_rows(
 
 
 def kmeans_rows(found: Segmented, names: Sequence[str], seed: int) -> Iterator[dict]:
-    clusters, rng = cluster_patches(found, seed), np.random.default_rng(seed)
-    shuffled = [rng.permutation(clusters.ravel()).reshape(clusters.shape) for _ in range(SHUFFLES)]
-    chance = [match_clusters(answers, found.counts) for answers in shuffled]
+    clusters = cluster_patches(found, seed)
+    chance = [match_clusters(shuffled, found.counts) for shuffled in shuffle_answers(clusters, seed)]
     yield from miou_rows("miou, k-means", match_clusters(clusters, found.counts), found, names, seed, chance)
 
 
@@ -252,8 +256,7 @@ def _training_set(task: Task, patches: int) -> Segmented | None:
 def segmentation(task: Task) -> Iterator[dict]:
     """k-means, a linear head and class names on a folder of masks; tokens are held in memory, see `max_images`."""
     test = read_masks(task.folder)
-    if test.left_out:
-        print_once(f"{task.folder}: {len(test.left_out)} left out, the first: {': '.join(test.left_out[0])}")
+    task.tell_left_out(test.left_out)
     images, found = _load(task, test, task.max_images)
     names, train = test.classes, _training_set(task, found.tokens.shape[1])
     yield from kmeans_rows(found, names, task.seed)

@@ -11,7 +11,7 @@ import torch
 
 from diva_lab.evaluation.features import FeatureStore
 from diva_lab.evaluation.image_sets import ImageSet, read_set
-from diva_lab.image_files import Place
+from diva_lab.image_files import LeftOut, Place
 from diva_lab.models.encoders import Encoder
 
 
@@ -86,9 +86,13 @@ class Task:
 
     def read(self, split: str = "test") -> ImageSet:
         images = read_set(self.folder, split)
-        if images.left_out:
-            print_once(f"{self.folder}: {len(images.left_out)} left out, the first: {': '.join(images.left_out[0])}")
+        self.tell_left_out(images.left_out)
         return images.draw(self.max_images, self.seed)
+
+    def tell_left_out(self, left_out: Sequence[LeftOut]) -> None:
+        """Print once how many files of the set were left out, and why the first was."""
+        if left_out:
+            print_once(f"{self.folder}: {len(left_out)} left out, the first: {': '.join(left_out[0])}")
 
     def embed(self, places: Sequence[Place]) -> torch.Tensor:
         return self.store(places, self.kind, self.seed, self.draw)

@@ -106,12 +106,13 @@ def recap_half(
     """
     patches = features.patches
     half = patches.shape[1] // 2
-    if each and generator is not None:
-        return _add_mean(_embedding_and(features, _draw_each(patches, half, generator)), project, empty)
-    index = (
-        torch.arange(half) * 2 if generator is None else torch.randperm(patches.shape[1], generator=generator)[:half]
-    )  # [n // 2]
-    return _add_mean(_embedding_and(features, patches[:, index.to(patches.device)]), project, empty)
+    if generator is None:
+        patches = patches[:, : 2 * half : 2]
+    elif each:
+        patches = _draw_each(patches, half, generator)
+    else:
+        patches = patches[:, torch.randperm(patches.shape[1], generator=generator)[:half].to(patches.device)]
+    return _add_mean(_embedding_and(features, patches), project, empty)
 
 
 def recap_pooled(

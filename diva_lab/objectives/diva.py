@@ -47,9 +47,10 @@ def diva(step: Step, kind: str = "noise") -> dict[str, Tensor]:
     x0, n = step.latents().repeat(step.settings.draws, 1, 1, 1), step.settings.draws  # [n b, c, h, w]
     x_t, t, noise = step.draw_noisy(x0)  # [n b, c, h, w], [n b], [n b, c, h, w]
     features = step.encode(step.images)
-    conditions = n if step.settings.token_draws == "each" else 1
-    context = torch.cat([step.condition(features) for _ in range(conditions)])  # [b, l, w], or [n b, l, w]
-    context = context.repeat(n // conditions, 1, 1)  # [n b, l, w]
+    if step.settings.token_draws == "each":
+        context = torch.cat([step.condition(features) for _ in range(n)])  # [n b, l, w]
+    else:
+        context = step.condition(features).repeat(n, 1, 1)  # [n b, l, w]
     target = step.denoiser.target(step.denoiser.native if kind == "native" else kind, x0, noise, t)  # [n b, c, h, w]
     loss = reconstruction(step.denoiser.predict(x_t, t, context, kind), target)  # [n b]
     return {"rec": step.settings.lambda_rec * sum_draws(step, loss)}  # [b]

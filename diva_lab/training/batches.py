@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diva_lab.captions import open_captions
 from diva_lab.images import augment, augment_pixels, open_images
-from diva_lab.models.encoders import Encoder
+from diva_lab.models.encoders import Encoder, all_finite
 from diva_lab.training.settings import Settings
 
 GAP_IMAGES, GAP_SEED = 2048, 2_000_000  # of which the gap is the mean; added to the seed for them
@@ -107,5 +107,6 @@ def estimate_gap(settings: Settings, encoder: Encoder) -> Float[Tensor, " d"]:
     gaps = []
     for images, captions in islice(batches, GAP_IMAGES // n):
         embedding = encoder.read_pixels(pixels(images.to(device).float() / 255)).embedding.float()  # [n, d]
-        gaps.append(F.normalize(embedding, dim=1).mean(0) - encoder.encode_text(captions).mean(0))
+        embedding = all_finite(F.normalize(embedding, dim=1), range(n), "images")
+        gaps.append(embedding.mean(0) - encoder.encode_text(captions).mean(0))
     return torch.stack(gaps).mean(0)

@@ -112,6 +112,20 @@ def _tune(run: Run, settings: Settings, evaluate: Evaluate | None, probe: Probe 
     return train(trainer, watch, probe)
 
 
+def preset_settings(name: str, processes: int, changes: dict[int, dict]) -> dict[int, Settings]:
+    """Stage -> a preset's settings with `changes`, for the stages that `changes` names; their tars are there.
+
+    Raises:
+        ValueError: for an unknown preset, stage or setting.
+        FileNotFoundError: for tars that are not there.
+    """
+    chosen = {stage: replace_settings(preset(name, stage, processes), own) for stage, own in changes.items()}
+    for settings in chosen.values():
+        if settings.images.endswith(".tar"):
+            find_tars(settings.images)
+    return chosen
+
+
 def align_preset(
     name: str, root: str | Path = RUNS, processes: int = 1, stage1: dict | None = None, stage2: dict | None = None
 ) -> Settings:
@@ -129,10 +143,7 @@ def align_preset(
     """
     changes = {1: stage1 or {}, 2: stage2 or {}}
     wanted = (2,) if "projector" in changes[2] else stages(name)
-    chosen = {stage: replace_settings(preset(name, stage, processes), changes[stage]) for stage in wanted}
-    for settings in chosen.values():
-        if settings.images.endswith(".tar"):
-            find_tars(settings.images)
+    chosen = preset_settings(name, processes, {stage: changes[stage] for stage in wanted})
     if 1 in chosen:
         return replace(chosen[2], projector=str(align(chosen[1], root).folder))
     return chosen[2]

@@ -229,6 +229,8 @@ def test_a_preset_trains_on_cc3ms_training_tars_alone_and_says_how_to_fetch_them
     assert main(["train", "--preset", "openai-l14-dcr", "--out", "runs"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith(f"error: images={CC3M_SHARDS!r}: no such tar")
+    assert main(["train", "--preset", "openai-l14-dcr", "--out", "runs", "--align-only"]) == 2
+    assert capsys.readouterr().err == said
     assert said.endswith("hf download --repo-type dataset pixparse/cc3m-wds --local-dir cc3m\n")
     assert not list(tmp_path.iterdir())
     (tmp_path / "cc3m").mkdir()
