@@ -21,7 +21,7 @@ from diva_lab.world import ATTRIBUTES, DETAILS, PATTERNS, World, captions, draw_
 from tools.pretrain import CONTEXT, save_tokenizer
 from tools.study import PLATEAU, ROWS
 
-RECORDS = ("tiny/clip", "tiny/diffusion", "tiny/diffusion/vae", "world")
+RECORDS = ("tiny/clip", "tiny/diffusion", "tiny/diffusion/vae", "tiny/llava", "world", "world/questions")
 
 
 @pytest.mark.parametrize("folder", RECORDS)

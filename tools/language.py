@@ -1,17 +1,18 @@
 """Train the tiny language model, which sees the tiny world through the tiny CLIP, from a seed.
 
 `python -m tools.language` writes `data/tiny/llava`, a LLaVA folder of float16 with a Llama of about a million weights
-and its own vocabulary of whole words, and `record.json`. Both are trained together by `diva-lab llava train` on
-conversations about random scenes: every detail is asked for in an open question, as two options, and as yes or no, in
-the words in which MMVP and NaturalBench ask. `python -m tools.language questions FOLDER` writes questions about minimal
-pairs in the layouts of these two, as `diva-lab llava evaluate` reads them.
+and its own vocabulary of whole words, and `record.json`. Language model and projector are trained together by
+`diva-lab llava train`: on captions of random scenes that name every detail, then on conversations about them. In these
+every detail is asked for in an open question, as two options, and as yes or no, in the words in which MMVP and
+NaturalBench ask. `python -m tools.language questions FOLDER` writes questions about minimal pairs in the layouts of
+these two, as `diva-lab llava evaluate` reads them.
 """
 
 import argparse
 import csv
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,10 @@ ASKED = {  # attribute -> the open question
 TURNS = 8  # of a training image's conversation
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
 LONGEST = 512  # tokens of a conversation
+PHASES: dict[str, dict] = {  # file of conversations -> how language model and projector are trained on it
+    "captions": {"dialogue": "plain", "steps": 800, "batch": 64},
+    "conversations": {"steps": 600, "batch": 32},
+}
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------
@@ -96,17 +101,24 @@ def conversation(scene: np.void, rng: np.random.Generator) -> list[dict[str, str
     return said
 
 
-def write_conversations(folder: Path, world: World, n: int, seed: int) -> Path:
-    """`n` images and `conversations.json`; returns the file."""
+def description(scene: np.void) -> list[dict[str, str]]:
+    """A caption that names every detail, in LLaVA's format."""
+    return [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption(scene, tuple(DETAILS))}]
+
+
+def write_conversations(folder: Path, world: World, n: int, seed: int) -> dict[str, Path]:
+    """`n` images with `captions.json` and `conversations.json`; returns the files by the names of `PHASES`."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     scenes, rng = draw_scenes(n, (seed, 7)), np.random.default_rng((seed, 8))
-    records = []
     for k, pixels in enumerate(world.render(scenes)):
         Image.fromarray(pixels).save(folder / "images" / f"{k}.png")
-        records.append({"id": str(k), "image": f"{k}.png", "conversations": conversation(scenes[k], rng)})
-    file = folder / "conversations.json"
-    file.write_text(json.dumps(records), encoding="utf-8")
-    return file
+    said = {"captions": map(description, scenes), "conversations": (conversation(scene, rng) for scene in scenes)}
+    files = {}
+    for name, each in said.items():
+        records = [{"id": str(k), "image": f"{k}.png", "conversations": turns} for k, turns in enumerate(each)]
+        files[name] = folder / f"{name}.json"
+        files[name].write_text(json.dumps(records), encoding="utf-8")
+    return files
 
 
 # --- what it is asked about minimal pairs -----------------------------------------------------------------------
@@ -119,31 +131,31 @@ def _pairs(world: World, each: int, seed: int) -> Iterator[tuple[str, np.ndarray
             yield name, scenes, [Image.fromarray(pixels) for pixels in world.render(scenes)]
 
 
-def write_questions(folder: str | Path, world: World, each: int = 30, seed: int = 0) -> Path:
+def write_questions(folder: str | Path, world: World, each: int = 15, seed: int = 0) -> Path:
     """Questions about `each` minimal pairs of every detail: folders `MMVP` and `NaturalBench` in their own layouts.
 
-    In MMVP's the two options are the pair's values, in an order that is drawn for each pair; both rows have it.
+    Both ask about the images in `MMVP`. There the two options are the pair's values, in an order that is drawn for each
+    pair; both rows have it.
     """
     folder, rng = Path(folder), np.random.default_rng((seed, 10))
-    places = {"mmvp": folder / "MMVP" / IMAGES[0], "naturalbench": folder / "NaturalBench" / "images"}
-    for place in places.values():
-        place.mkdir(parents=True, exist_ok=True)
-    rows, cells = [COLUMNS], []
-    for k, (name, scenes, images) in enumerate(_pairs(world, each, seed)):
+    images, cells = folder / "MMVP" / IMAGES[0], []
+    images.mkdir(parents=True, exist_ok=True)
+    (folder / "NaturalBench").mkdir(exist_ok=True)
+    rows = [COLUMNS]
+    for k, (name, scenes, pictures) in enumerate(_pairs(world, each, seed)):
         values = [DETAILS[name][scene[name]] for scene in scenes]
         order = [int(i) for i in rng.permutation(2)]
         options = list_options(*(values[i] for i in order))
-        for i, image in enumerate(images):
-            image.save(places["mmvp"] / f"{2 * k + i + 1}.png")
-            image.save(places["naturalbench"] / f"{k}-{i}.png")
+        for i, picture in enumerate(pictures):
+            picture.save(images / f"{2 * k + i + 1}.png")
             rows.append((2 * k + i + 1, ASKED[name], options, "(a)" if order[0] == i else "(b)"))
         answers = {f"Image_{i}_Question_{j}": "Yes" if i == j else "No" for i in (0, 1) for j in (0, 1)}
         asked = {f"Question_{j}": statement_question(scenes[j], name) for j in (0, 1)}
-        named = {f"Image_{i}": f"images/{k}-{i}.png" for i in (0, 1)}
+        named = {f"Image_{i}": f"../MMVP/{IMAGES[0]}/{2 * k + i + 1}.png" for i in (0, 1)}
         cells.append({"Index": k, **named, **asked, **answers, "Question_Type": "yes_no", "Source": name})
     with open(folder / "MMVP" / "Questions.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
-    (folder / "NaturalBench" / "test.json").write_text(json.dumps(cells), encoding="utf-8")
+    (folder / "NaturalBench" / "test.json").write_text(json.dumps(cells, indent=0), encoding="utf-8")
     return folder
 
 
@@ -181,49 +193,55 @@ def write_language(folder: Path, seed: int = 0) -> Path:
 
 
 def pretrain_language(
-    out: Path, world: World, seed: int, steps: int = 1500, records: int = 12_000, batch: int = 32, encoder: str = "tiny"
+    out: Path,
+    world: World,
+    seed: int,
+    records: int = 12_000,
+    encoder: str = "tiny",
+    phases: Mapping[str, dict] = PHASES,
 ) -> None:
-    """Train language model and projector from random weights, with the frozen tower of `encoder`; write `out`."""
+    """Train language model and projector from random weights, with the frozen tower of `encoder`; write `out`.
+
+    Stopped, it goes on where it was.
+    """
     work = RUNS / "pretrain" / f"language-{world.seed}-{seed}-{records}"
-    if not (work / "llava" / "processor_config.json").is_file():
+    folder = work / "llava"
+    if not (folder / "processor_config.json").is_file():
         shutil.rmtree(work, ignore_errors=True)
-        assemble(encoder, write_language(work / "language", seed), work / "llava", seed)
-    data = write_conversations(work, world, records, seed)
-    settings = LlavaSettings(
-        llava=str(work / "llava"), data=str(data), images=str(work / "images"), trained="all", seed=seed, steps=steps,
-        batch=batch, lr=2e-3, weight_decay=0.01, max_tokens=LONGEST,
-    )  # fmt: skip
-    run = train_llava(settings, RUNS)
-    trained = load_llava(run.folder / "llava")
+        assemble(encoder, write_language(work / "language", seed), folder, seed)
+    for name, file in write_conversations(work, world, records, seed).items():
+        settings = LlavaSettings(
+            llava=str(folder), data=str(file), images=str(work / "images"), trained="all", seed=seed, lr=2e-3,
+            weight_decay=0.01, max_tokens=LONGEST, **phases[name],
+        )  # fmt: skip
+        folder = train_llava(settings, RUNS).folder / "llava"
+    trained = load_llava(folder)
     trained.model.half()
     trained.record.update(rung="pretrained with this tower", encoder=encoder)
     for name in ("language", "llava"):
         trained.record.pop(name, None)
     shutil.rmtree(out, ignore_errors=True)
     trained.save(out)
-    write_record(out, seed=seed, world=world.seed, steps=steps, records=records, batch=batch, run=run.id)
+    write_record(out, seed=seed, world=world.seed, records=records, phases=phases, run=folder.parent.name)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.language", description=__doc__.split("\n")[0])
     parser.add_argument("what", nargs="?", choices=("train", "questions"), default="train")
-    parser.add_argument("out", nargs="?", type=Path, help="folder to write (train: data/tiny/llava)")
+    parser.add_argument("out", nargs="?", type=Path, help="folder to write (data/tiny/llava, data/world/questions)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", type=int, default=0, help="seed of the world")
-    parser.add_argument("--steps", type=int, default=1500, help="of training")
     parser.add_argument("--records", type=int, default=12_000, help="images with conversations to train on")
-    parser.add_argument("--batch", type=int, default=32, help="conversations of a step")
-    parser.add_argument("--each", type=int, default=30, help="questions: minimal pairs of every detail")
+    parser.add_argument("--each", type=int, default=15, help="questions: minimal pairs of every detail")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.what == "questions":
-        if args.out is None:
-            parser.error("questions: expected a folder to write")
-        print(write_questions(args.out, World(args.world), args.each, args.seed))
+        out = args.out or DATA / "world" / "questions"
+        write_record(write_questions(out, World(args.world), args.each, args.seed), seed=args.seed, world=args.world)
     else:
         out = args.out or DATA / "tiny" / "llava"
-        pretrain_language(out, World(args.world), args.seed, args.steps, args.records, args.batch)
+        pretrain_language(out, World(args.world), args.seed, args.records)
 
 
 if __name__ == "__main__":

@@ -49,11 +49,12 @@ def test_questions_about_minimal_pairs_stand_in_both_layouts_and_need_the_image(
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """The whole chain, two steps long: the folder, and the questions."""
+    """The whole chain, a step of each phase."""
     root = tmp_path_factory.mktemp("chain")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(language, "RUNS", root / "runs")
-        language.pretrain_language(root / "llava", World(), 0, steps=2, records=6, batch=2)
+        phases = {name: phase | {"steps": 1, "batch": 2} for name, phase in language.PHASES.items()}
+        language.pretrain_language(root / "llava", World(), 0, records=6, phases=phases)
     return root
 
 
@@ -61,7 +62,8 @@ def test_the_language_model_is_small_and_knows_every_word(tiny, tmp_path):
     llava = load_llava(tiny / "llava")
     text = [p for name, p in llava.model.named_parameters() if "vision_tower" not in name]
     assert sum(p.numel() for p in text) < 1_500_000 and llava.model.dtype == torch.float16
-    records = read_conversations(write_conversations(tmp_path, World(), 40, 3), tmp_path / "images")
+    files = write_conversations(tmp_path, World(), 40, 3).values()
+    records = [record for file in files for record in read_conversations(file, tmp_path / "images")]
     write_questions(tmp_path, World(), each=2)
     asked = [[q.text] for q in mmvp.read(tmp_path / "MMVP") + naturalbench.read(tmp_path / "NaturalBench")]
     given = tokenize(llava, [render(llava, turns) for turns in [*(r.turns for r in records), *asked]])
@@ -73,13 +75,13 @@ def test_the_start_is_a_plain_causal_language_model(tiny):
     (folder,) = (tiny / "runs" / "pretrain").glob("*/language")
     ids = AutoTokenizer.from_pretrained(folder)("What colour is it?", return_tensors="pt").input_ids
     assert AutoModelForCausalLM.from_pretrained(folder)(ids).logits.isfinite().all()
-    assert json.loads((tiny / "llava" / "record.json").read_text())["steps"] == 2
+    assert json.loads((tiny / "llava" / "record.json").read_text())["phases"]["captions"]["steps"] == 1
 
 
 def test_every_rung_is_made_and_asked(tiny, tmp_path, capsys):
     """Tower swapped, projector retrained, projector and LoRA; each asked about minimal pairs."""
     write_questions(tmp_path / "asked", World(), each=1)
-    data = write_conversations(tmp_path / "data", World(), 4, 5)
+    data = write_conversations(tmp_path / "data", World(), 4, 5)["conversations"]
     folders = [tmp_path / "swapped"]
     assert main(["llava", "swap", str(tiny / "llava"), "--encoder", "tiny", str(folders[0])]) == 0
     for trained in ("projector", "lora"):
