@@ -34,6 +34,7 @@ from papermill.translators import PythonTranslator
 from diva_lab import figures
 from diva_lab.cli import EXPECTED
 from diva_lab.evaluation.results import update_csv
+from diva_lab.llava.tuning import LlavaSettings
 from diva_lab.training.presets import parse_changes, replace_settings
 from diva_lab.training.settings import CHOICES, NAMES, RANGES, Settings
 from diva_lab.workbook.parameters import check_parameters
@@ -51,6 +52,7 @@ NAN, INF = float("nan"), float("inf")
 
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
 KINDS = {field.name: field.type for field in fields(Settings)}
+LANGUAGE = {field.name: field.type for field in fields(LlavaSettings)}
 BEYOND = {name: [least - 1, most * 2 + 1] for name, (least, most) in RANGES.items()}
 NO_NUMBER = [NAN, INF, -INF, "nan", "-inf", "ten", "", None, True, [1], {}, 1j, PLANTED, 10**400, LONG]
 SETTINGS = [
@@ -76,9 +78,14 @@ SETTINGS = [
 
 
 def open_settings(given: dict) -> None:
-    settings = Settings(**given)
+    """Settings of `train`, or, where only these have it, of `llava train`."""
+    if given.keys() <= KINDS.keys():
+        settings = Settings(**given)
+    else:
+        settings = LlavaSettings(**{"llava": "a", "data": "b", "images": "c"} | given)
     for name, value in given.items():
-        assert getattr(settings, name) == (str(value) if isinstance(value, Path) else KINDS[name](value))
+        kind = (KINDS | LANGUAGE)[name]
+        assert getattr(settings, name) == (str(value) if isinstance(value, Path) else kind(value))
 
 
 YAML = [
@@ -240,6 +247,7 @@ def draw_in_figures(text: str) -> None:
         figures.minimal_pairs(pairs, image, {text: cosines}, text),
         figures.radar(pd.DataFrame([ends], index=[text]), source=text),
         figures.drawn_attributes(quality),
+        figures.answers([text, "b"], image, [[text, "b"]] * 2, {text: [[text, text]] * 2}, text),
     ]
     for figure in drawn:
         figure.canvas.draw()
@@ -410,5 +418,5 @@ def test_an_odd_input_ends_in_the_right_result_or_in_one_clear_error(
 
 def test_the_corpus_has_400_cases_and_every_number_of_the_settings_has_a_range():
     assert len(CASES) >= 400 and {case.door for case in [*CASES, *SLOW]} == set(DOORS)
-    assert {name for name, kind in KINDS.items() if kind in (int, float)} == set(RANGES)
+    assert {name for name, kind in (KINDS | LANGUAGE).items() if kind in (int, float)} == set(RANGES)
     assert replace(Settings(), **parse_changes(["lr=2e-5", "flips=False"])) == Settings(lr=2e-5, flips=False)

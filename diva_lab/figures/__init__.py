@@ -17,7 +17,7 @@ from diva_lab.figures.gradients import (
     signal_by_timestep,
     term_norms,
 )
-from diva_lab.figures.samples import drawn_attributes, image_grid, minimal_pairs, patch_maps
+from diva_lab.figures.samples import answers, drawn_attributes, image_grid, minimal_pairs, patch_maps
 from diva_lab.figures.scores import benchmark_scores, claims, objective_differences, pair_scores, radar, runs_scatter
 from diva_lab.figures.style import COLOURS, LABELS, MARKERS, MEASURES, STYLE, running_mean, save, trace
 from diva_lab.figures.theory import affine_range, message_maps, theorem_bounds

@@ -109,6 +109,46 @@ def minimal_pairs(
     return style.finish(fig, source)
 
 
+@style.apply
+def answers(
+    questions: Sequence[str],
+    images: UInt8[np.ndarray, "n 2 h w 3"],
+    right: Sequence[Sequence[str]],
+    said: Mapping[str, Sequence[Sequence[str]]],
+    source: str = "",
+) -> Figure:
+    """A question asked about both images of a minimal pair, and what each language model says.
+
+    Args:
+        questions: one for each of the n pairs.
+        right: the right answers, two for each pair.
+        said: language model -> its answers, in the same order.
+
+    Raises:
+        ValueError: if the numbers of questions, images and answers differ.
+    """
+    for name, each in {"right": right, **said}.items():
+        if not len(questions) == len(images) == len(each):
+            raise ValueError(f"{len(questions)} questions, {len(images)} pairs of images and {len(each)} of {name!r}")
+    size, widths = (style.WIDTH, 0.35 + 0.86 * len(questions)), [2, 0.8, 0.8, *[1.3] * len(said)]
+    fig, axes = plt.subplots(len(questions), len(widths), squeeze=False, figsize=size, width_ratios=widths)
+    for row, question, both, true in zip(axes, questions, images, right, strict=True):
+        row[0].text(0, 0.8, "\n".join(textwrap.wrap(style.shorten(question, 100), 34)), fontsize=8, va="top")
+        for i in (1, 2):
+            row[0].text(0, 0.5 - 0.22 * i, f"{CIRCLED[i]} {style.shorten(true[i - 1], 34)}", fontsize=7.5, va="center")
+            style.draw_image(row[i], both[i - 1])
+    for column, (name, each) in zip(axes[:, 3:].T, said.items(), strict=True):
+        column[0].set_title(style.label_of(name), fontsize=8, loc="center")
+        for ax, words, true in zip(column, each, right, strict=True):
+            for i in (1, 2):
+                hit = words[i - 1] == true[i - 1]
+                text = f"{CIRCLED[i]} {'✓' if hit else '✗'} {style.shorten(words[i - 1], 24)}"
+                ax.text(0.05, 0.95 - 0.32 * i, text, fontsize=8, va="center", color=style.RIGHT if hit else style.WRONG)
+    for ax in [*axes[:, 0], *axes[:, 3:].flat]:
+        ax.set_axis_off()
+    return style.finish(fig, source)
+
+
 def _draw_verdict(ax: Axes, cosines: pd.Series) -> bool:
     """A 2 x 2 table, texts down and images across, the chosen cells coloured, with ticks; whether the pair counts."""
     ax.set(xlim=(-0.75, 3), ylim=(2.1, -0.1))

@@ -68,7 +68,7 @@ def evaluate_llava(
         facts = {"seed": seed, "features": rung, "precision": precision}
         facts |= {"strict": False, "max_images": 0, "weights": weights, **versions_and_git()}
         for name, label, questions in work:
-            kept = answers and Path(answers) / f"{weights}-{name}-{label}.jsonl"
+            kept = answers and answer_file(answers, weights, name, label)
             said = _answers(llava, questions, kept, weights, batch)
             place = {"encoder": str(folder), "benchmark": name, "set": label}
             corrected = labels.get(label) if name == "mmvp" else None
@@ -76,6 +76,11 @@ def evaluate_llava(
             files.add_rows(found)
             rows += found
     return pd.DataFrame(rows, columns=COLUMNS + FACTS)
+
+
+def answer_file(answers: str | Path, weights: str, benchmark: str, label: str) -> Path:
+    """Where `evaluate_llava` keeps the answers of the model with these weights to a set of questions."""
+    return Path(answers) / f"{weights}-{benchmark}-{label}.jsonl"
 
 
 def _answers(llava: Llava, questions: list[Question], kept: Path | None, weights: str, batch: int) -> list[Answer]:

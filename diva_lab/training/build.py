@@ -186,17 +186,16 @@ def tuned_encoder(run: Run, device: torch.device | str = "cpu", mix: float = 1.0
         ValueError: where the run's checkpoint lacks a weight that it trained, has another, or one that is not finite;
             for a run that trained a language model.
     """
-    if "encoder" not in run.settings:
-        stage = run.settings["stage"]
+    if (stage := run.settings["stage"]).startswith("llava"):
         raise ValueError(f"{run.folder}: a run of stage {stage}, which trains no encoder; expected one of tune()")
     settings = Settings.of(run)
-    if run.settings["stage"] == "tune" and settings.objective != "none":
+    if stage == "tune" and settings.objective != "none":
         encoder = build_encoder(settings, device)
         names = [name for name, p in encoder.named_parameters() if p.requires_grad]
         weights = {n.removeprefix("encoder."): w for n, w in run.weights().items() if n.startswith("encoder.")}
     else:
         encoder = load_encoder(settings.encoder, device)
-        names = list(visual_weights(encoder)) if run.settings["stage"] == "perturb" else []
+        names = list(visual_weights(encoder)) if stage == "perturb" else []
         weights = run.weights() if names else {}
     load_weights(encoder, weights, f"checkpoint of run {run.id}", names)
     encoder = merge_lora(encoder).eval().requires_grad_(False)

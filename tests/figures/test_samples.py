@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from figure_records import IMAGES, PAIRS, PATCH_MAPS, QUALITY, SCORES, lines, texts
+from figure_records import ANSWERS, IMAGES, PAIRS, PATCH_MAPS, QUALITY, SCORES, lines, texts
 
 from diva_lab import figures
 from diva_lab.figures import style
@@ -30,6 +30,14 @@ def test_minimal_pairs_tick_what_the_rule_says_and_a_tie_chooses_image_2():
 def test_minimal_pairs_refuses_scores_of_other_pairs():
     with pytest.raises(ValueError, match="1 scored by dcr"):
         figures.minimal_pairs(PAIRS, IMAGES, SCORES | {"dcr": SCORES["dcr"][:1]})
+
+
+def test_answers_are_ticked_where_they_are_the_right_ones():
+    fig = figures.answers(["Colour?", "How many?"], IMAGES, ANSWERS["diva"], ANSWERS)
+    assert [text for text in texts(fig) if "✓" in text] == ["① ✓ red", "① ✓ red", "② ✓ blue", "① ✓ two", "② ✓ one"]
+    assert [text for text in texts(fig) if "✗" in text] == ["② ✗ red", "① ✗ one", "② ✗ two"]
+    with pytest.raises(ValueError, match="2 pairs of images and 1 of 'diva'"):
+        figures.answers(["a", "b"], IMAGES, ANSWERS["diva"], {"diva": ANSWERS["diva"][:1]})
 
 
 def test_drawn_attributes_have_their_share_its_interval_and_the_least_share_required():
