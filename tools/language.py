@@ -168,6 +168,7 @@ def vocabulary() -> list[str]:
     for scene in draw_scenes(400, 0):
         for name in ASKED:
             texts += [text for kind in KINDS for text in kind(scene, name, rng)]
+        texts.append(description(scene)[1]["value"])
     texts += [value for values in ATTRIBUTES.values() for value in values] + list(CLASSES)
     splitter = _splitter()
     return sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text)})

@@ -107,8 +107,8 @@ def test_constant_predictions_give_exactly_one_half(instrument, monkeypatch):
 
 def test_every_measure_of_every_objective_and_of_dcrs_parts_has_a_row_a_bin_and_pattern(instrument):
     settings = Settings(objective="dcr", draws=1, parts=True)
-    table = readability(some_pairs(), replace(instrument, settings=settings, objectives=("diva", "dcr")), batch=3)
-    patterns = {*some_pairs().patterns, "mean"}
+    table = readability(some_pairs(1), replace(instrument, settings=settings, objectives=("diva", "dcr")), batch=5)
+    patterns = {*some_pairs(1).patterns, "mean"}
     for (measure, name), rows in table.groupby(["measure", "bin"]):
         assert set(rows["pattern"]) == patterns, (measure, name)
         assert (rows["low"] <= rows["value"] + 1e-12).all() and (rows["value"] <= rows["high"] + 1e-12).all()

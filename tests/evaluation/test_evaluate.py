@@ -422,7 +422,7 @@ def test_cifar10_runs_through_every_benchmark_of_classes(tmp_path_factory):
     assert (
         len(found) == 10_000 and found.classes == CIFAR10_CLASSES and np.bincount(found.labels).tolist() == [1000] * 10
     )
-    table = evaluate(["tiny"], ["zero-shot", "clustering", "knn", "probe"], root)
+    table = evaluate(["tiny"], ["zero-shot", "clustering", "knn", "probe"], root, max_images=1500)
     assert value(table, "knn", "top-1").low > 0.15 and value(table, "probe", "top-1").low > 0.25  # chance is .1
     for metric in ("nmi", "acc", "ari"):
         row = value(table, "clustering", metric)
@@ -432,7 +432,8 @@ def test_cifar10_runs_through_every_benchmark_of_classes(tmp_path_factory):
     )
     embedded = FeatureStore(load_encoder("tiny"))(found.places)
     right = ((embedded @ names.T).argmax(1).numpy() == found.labels).mean()
-    assert value(table, "zero-shot", "score").value == pytest.approx(right)
+    row = value(table, "zero-shot", "score")
+    assert row.n == 1500 and row.low < right < row.high
 
 
 # --- values by hand ---------------------------------------------------------------------------------------------
