@@ -24,7 +24,6 @@ from diva_lab.llava.folders import swap
 from diva_lab.llava.scores import evaluate_llava
 from diva_lab.llava.tuning import LlavaSettings, train_llava
 from diva_lab.paths import DATA, RUNS
-from diva_lab.provenance import environment
 from diva_lab.training.controls import perturb
 from diva_lab.training.stages import find_run
 from tools.feedback import Plan as Feedback
@@ -41,8 +40,8 @@ PATCHES = ("patch-probe", "world-segmentation", "correspondence")
 ASKED = ("mmvp", "naturalbench")
 RUNGS = ("projector", "lora")  # one after the other
 RECIPE = {"dialogue": "chat", "lr": 5e-4, "lora_rank": 16, "lora_alpha": 32.0, "max_tokens": LONGEST}
-KEPT = ["benchmark", "metric", "category", "value", "low", "high", "n", "chance"]
-COLUMNS = ["tower", "seed", "rung", *KEPT, "git", "torch"]
+KEPT = ["benchmark", "metric", "category", "value", "low", "high", "n", "chance", "git", "torch"]
+COLUMNS = ["tower", "seed", "rung", *KEPT]
 
 
 @dataclass(frozen=True)
@@ -114,14 +113,13 @@ def run_study(plan: Plan) -> pd.DataFrame:
     world = plan.feedback.world
     asked = write_questions(plan.runs / "asked", world, plan.each)
     data = write_conversations(plan.runs / "told", world, plan.records, 1)["conversations"]
-    facts = {name: environment()[name] for name in ("git", "torch")}
     table = pd.read_csv(plan.out) if plan.out.is_file() else pd.DataFrame(columns=COLUMNS)
     for seed in plan.seeds:
         for name, tower in find_towers(plan, seed).items():
             if ((table["tower"] == name) & (table["seed"] == seed)).any():
                 continue
             rows = [*measure_patches(plan, tower), *measure_language(plan, tower, seed, asked, data)]
-            new = pd.DataFrame([{"tower": name, "seed": seed} | row | facts for row in rows], columns=COLUMNS)
+            new = pd.DataFrame([{"tower": name, "seed": seed} | row for row in rows], columns=COLUMNS)
             table = pd.concat([table, new]) if len(table) else new
             plan.out.parent.mkdir(parents=True, exist_ok=True)
             table.to_csv(plan.out, index=False, float_format="%.4g")
