@@ -326,7 +326,7 @@ class Watcher:
         probe: see `tune`, or None.
     """
 
-    def __init__(self, trainer: Trainer, evaluate: Callable[[], dict[str, float]] | None, probe: Probe | None):
+    def __init__(self, trainer: Trainer, evaluate: Callable[[], dict[str, float | str]] | None, probe: Probe | None):
         self.trainer, self.evaluate, self.probe = trainer, evaluate, probe
         settings = trainer.settings
         self.batches: list[Tensor] = []  # of images to probe with
@@ -359,7 +359,7 @@ class Watcher:
         tables = (self.trainer.run.evaluations(), self.trainer.run.probes())
         return any(len(table) and table["step"].eq(steps).any() for table in tables)
 
-    def _evaluate(self, steps: int) -> list[dict[str, float]]:
+    def _evaluate(self, steps: int) -> list[dict[str, float | str]]:
         if self.evaluate is None:
             return []
         print(f"{self.trainer.run.id}: evaluating after {steps} steps ...", flush=True)
@@ -388,7 +388,9 @@ class Watcher:
 # --- the loop ---------------------------------------------------------------------------------------------------
 
 
-def train(trainer: Trainer, evaluate: Callable[[], dict[str, float]] | None = None, probe: Probe | None = None) -> Run:
+def train(
+    trainer: Trainer, evaluate: Callable[[], dict[str, float | str]] | None = None, probe: Probe | None = None
+) -> Run:
     """Train a run to its last step, with evaluations, probes and checkpoints as its settings say; returns it.
 
     Raises:

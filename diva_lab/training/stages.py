@@ -31,7 +31,7 @@ from diva_lab.training.presets import preset, replace_settings, stages
 from diva_lab.training.runs import ADDED, Run
 from diva_lab.training.settings import CAPTIONED, CAPTIONS, Settings
 
-Evaluate = Callable[..., dict[str, float]]
+Evaluate = Callable[..., dict[str, float | str]]
 
 
 def align(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None = None) -> Run:

@@ -1,0 +1,88 @@
+"""What choosing on the test set adds: the best of some checkpoints or seeds, against one that was fixed before.
+
+Choosing the best of several models on the pairs that are then reported has two effects. It may find a better model, and
+it certainly picks luck: on other pairs of the same kind the chosen model falls back. Here the pairs that were measured
+are taken as the population. A test set is drawn from them, a model is chosen on it, and its gain is counted twice: on
+the drawn set, as it would be reported, and in the population, as it holds.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+
+from diva_lab.statistics import percentiles
+
+
+def draw_sets(patterns: Sequence[str], size: int, draws: int, seed: int) -> Int[np.ndarray, "draws n"]:
+    """How often each of n pairs is in a test set of `size` pairs, as many of each pattern, drawn with replacement.
+
+    Raises:
+        ValueError: where `size` is no multiple of the number of patterns.
+    """
+    names, rng = np.asarray(patterns), np.random.default_rng(seed)
+    kinds = list(dict.fromkeys(patterns))
+    each, rest = divmod(size, len(kinds))
+    if rest or not each:
+        raise ValueError(f"{size} pairs of {len(kinds)} patterns; expected as many of each pattern")
+    counts = np.zeros((draws, len(names)), int)
+    for kind in kinds:
+        members = np.flatnonzero(names == kind)
+        counts[:, members] = rng.multinomial(each, np.full(len(members), 1 / len(members)), draws)
+    return counts
+
+
+def selection_gain(
+    correct: Bool[np.ndarray, "m n"],
+    fixed: Float[np.ndarray, " n"],
+    patterns: Sequence[str],
+    size: int,
+    draws: int = 2000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """The gain of the best of m models on a test set of `size` pairs over what was fixed before.
+
+    Args:
+        correct: whether each model gets each of n pairs right.
+        fixed: the same of what it is compared with: one model, or the mean of several.
+        patterns: of the pairs.
+
+    Returns:
+        "reported", the mean gain on the set that the choice was made on; "reported/low" and "reported/high", between
+        which 95 % of the sets lie; "held", the mean gain of the chosen model in the population. In fractions.
+    """
+    counts = draw_sets(patterns, size, draws, seed)
+    gains = counts @ (correct - fixed).T / size  # [draws, m]
+    chosen = gains.argmax(1)
+    reported = gains[np.arange(draws), chosen]
+    held = (correct - fixed).mean(1)[chosen]
+    low, high = percentiles(reported)
+    return {"reported": reported.mean(), "reported/low": low, "reported/high": high, "held": held.mean()}
+
+
+def selection_table(
+    correct: Bool[np.ndarray, "s k n"], patterns: Sequence[str], sizes: Sequence[int] = (135, 2700), seed: int = 0
+) -> pd.DataFrame:
+    """`selection_gain` of the best of 1 to k checkpoints of a seed, and of the last checkpoint of 1 to s seeds.
+
+    Args:
+        correct: of s seeds and their k checkpoints, in the order of their steps; those that are chosen among are spread
+            evenly over the run and end with the last.
+
+    Returns:
+        Columns `of` ("checkpoints", mean over the seeds, or "seeds"), `choices`, `size`, and those of `selection_gain`.
+        Checkpoints are compared with the last one of their run, seeds with the mean of all seeds.
+    """
+    seeds, checkpoints, _ = correct.shape
+    rows = []
+    for size in sizes:
+        for k in range(1, checkpoints + 1):
+            places = checkpoints - 1 - np.linspace(0, checkpoints - 1, k).round().astype(int)
+            gains = [selection_gain(run[places], run[-1].astype(float), patterns, size, seed=seed) for run in correct]
+            rows.append({"of": "checkpoints", "choices": k, "size": size, **pd.DataFrame(gains).mean()})
+        last = correct[:, -1]
+        for s in range(1, seeds + 1):
+            gain = selection_gain(last[:s], last.mean(0), patterns, size, seed=seed)
+            rows.append({"of": "seeds", "choices": s, "size": size, **gain})
+    return pd.DataFrame(rows)

@@ -1,0 +1,26 @@
+"""The pairs that each checkpoint gets right, as they are kept."""
+
+import numpy as np
+import pandas as pd
+
+from diva_lab.evaluation.pairs import score_pairs
+from diva_lab.evaluation.world import world_pairs
+from diva_lab.models.encoders import load_encoder
+from tools.checkpoints import pack, read_checkpoints, run_seed, unpack
+from tools.feedback import Plan
+
+
+def test_bits_are_read_back_as_they_were_written():
+    for n in (1, 8, 2700, 2701):
+        correct = np.random.default_rng(n).random(n) < 0.3
+        assert np.array_equal(unpack(pack(correct), n), correct)
+
+
+def test_a_seed_has_a_row_for_each_checkpoint_and_the_untrained_one_is_left_out(tmp_path):
+    rows = run_seed(Plan(runs=tmp_path, dose=0.002, evaluations=2), 0, 1e-4)
+    assert rows["step"].tolist() == [0, 1, 2]
+    pd.concat([rows, rows.assign(seed=1)]).to_csv(tmp_path / "checkpoints.csv", index=False)
+    correct, patterns = read_checkpoints(tmp_path / "checkpoints.csv")
+    assert correct.shape == (2, 2, len(patterns)) and np.array_equal(correct[0], correct[1])
+    original = score_pairs(load_encoder("tiny"), world_pairs())["correct"].to_numpy()
+    assert np.array_equal(unpack(rows["correct"][0], len(patterns)), original)

@@ -1,0 +1,70 @@
+"""Which pairs each checkpoint of several seeds gets right: what `analysis.selection` chooses among.
+
+    python -m tools.checkpoints [--seeds 0 1 2 3 4]    -> data/results/checkpoints.csv
+
+DIVA after the image-only alignment of `tools.feedback`, with the rate that it chose there, for 400 steps: a recipe
+whose pair score hardly moves, as in the replications of DIVA that are known. Each seed and checkpoint has a row;
+`correct` holds a bit for each pair of the split `measure`, in hexadecimal digits.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool
+
+from diva_lab.evaluation.pairs import read_pairs, score_pairs
+from diva_lab.evaluation.results import versions_and_git
+from diva_lab.evaluation.world import world_pairs
+from diva_lab.models.encoders import Encoder
+from diva_lab.paths import DATA
+from diva_lab.training.stages import tune
+from tools.feedback import Plan, Row, choose_trial
+
+FILE = DATA / "results" / "checkpoints.csv"
+ROW, DOSE, CHECKPOINTS = Row("diva", "image-only"), 0.4, 10
+
+
+def pack(correct: Bool[np.ndarray, " n"]) -> str:
+    return np.packbits(correct).tobytes().hex()
+
+
+def unpack(text: str, n: int) -> Bool[np.ndarray, " n"]:
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[:n].astype(bool)
+
+
+def read_checkpoints(path: Path = FILE) -> tuple[Bool[np.ndarray, "s k n"], list[str]]:
+    """Whether each checkpoint of each seed gets each pair right, without the untrained one, and the pairs' patterns."""
+    patterns = read_pairs(world_pairs())["pattern"].tolist()
+    table = pd.read_csv(path).query("step > 0").sort_values(["seed", "step"])
+    runs = [[unpack(text, len(patterns)) for text in run] for _, run in table.groupby("seed")["correct"]]
+    return np.array(runs), patterns
+
+
+def run_seed(plan: Plan, seed: int, lr: float) -> pd.DataFrame:
+    """The rows of one seed; its run is trained if it is not there."""
+    folder = world_pairs(plan.world)
+
+    def right_pairs(encoder: Encoder) -> dict[str, str]:
+        return {"correct": pack(score_pairs(encoder, folder)["correct"].to_numpy())}
+
+    evaluations = tune(plan.stage_2(ROW, lr, seed), plan.runs, right_pairs).evaluations()
+    return evaluations[["step", "correct"]].assign(seed=seed, lr=lr, **versions_and_git())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.checkpoints", description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    chosen, _ = choose_trial(Plan(), ROW)
+    plan = Plan(dose=DOSE, evaluations=CHECKPOINTS)
+    pd.concat([run_seed(plan, seed, float(chosen["lr"])) for seed in args.seeds]).to_csv(FILE, index=False)
+
+
+if __name__ == "__main__":
+    main()
