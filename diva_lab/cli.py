@@ -178,6 +178,28 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
+# --- blind-pairs ------------------------------------------------------------------------------------------------
+
+
+def add_blind_pairs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", type=Path, help="folder of images, searched with its folders")
+    parser.add_argument("--encoder", required=True, help="the blind one: as for evaluate")
+    parser.add_argument("--against", required=True, help="one that sees: timm:NAME, or a folder or hub id, as DINOv2's")
+    parser.add_argument("--out", type=Path, required=True, help="new folder to write, in MMVP-VLM's layout")
+    parser.add_argument("--similar", type=float, default=0.95, help="least cosine in the blind one (default: .95)")
+    parser.add_argument("--apart", type=float, default=0.6, help="largest cosine in the seeing one (default: .6)")
+    parser.add_argument("--most", type=whole(1, 100_000), default=150, help="pairs to write (default: 150)")
+
+
+def blind_pairs(args: argparse.Namespace) -> int:
+    from diva_lab.evaluation.blind_pairs import write_blind_pairs
+
+    bounds = {"similar": args.similar, "apart": args.apart}
+    pairs = write_blind_pairs(args.images, args.encoder, args.against, args.out, args.most, **bounds)
+    print(f"{args.out}: {len(pairs)} pairs; write their statements into Questions.csv, as in notebook 04")
+    return 0
+
+
 # --- llava ------------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +333,7 @@ VERBS: dict[str, tuple[str, Callable, Callable]] = {  # name -> what it does, it
     "train": ("train by a preset, both stages, on one GPU or many", add_train, train),
     "evaluate": ("score any encoders on any benchmarks, into one csv", add_evaluate, evaluate),
     "export": ("write a tuned encoder as open_clip and transformers folders, with a model card", add_export, export),
+    "blind-pairs": ("find pairs of images that an encoder takes for the same", add_blind_pairs, blind_pairs),
     "llava": ("make, train and ask language models that see through an encoder", add_llava, llava),
     "benchmark": ("how fast and how small a step is, against a plain one", add_benchmark, benchmark),
     "presets": ("list the papers' recipes, or print the settings of one", add_presets, presets),

@@ -36,6 +36,7 @@ from diva_lab.evaluation.image_sets import decode_image
 from diva_lab.image_files import Place, content_hash
 from diva_lab.machine import fast_bf16
 from diva_lab.models.encoders import Encoder, Features, all_finite
+from diva_lab.models.vision import VisionEncoder
 from diva_lab.paths import CACHE
 
 LOADED = 256  # images that a worker hands over at once, however many go through the model together
@@ -76,11 +77,14 @@ def features_for(kind: str, encoder: str) -> str:
     return "class+unit-patches" if kind == "class+patches" and UNIT_TOKENS.search(encoder) else kind
 
 
-def prepare(image: Image.Image, px: int, interpolation: str, squash: bool) -> np.ndarray:
-    """An image at a model's size, uint8 [px, px, 3]: as open_clip's own transform, but before it is normalised."""
-    if image.size != (px, px):
+def prepare(image: Image.Image, px: int, interpolation: str, squash: bool, resized: int = 0) -> np.ndarray:
+    """An image at a model's size, uint8 [px, px, 3]: as open_clip's own transform, but before it is normalised.
+
+    `resized` is the length of the shorter side before the image is cropped; 0 for px.
+    """
+    if image.size != (px, px) or resized > px:
         mode = transforms.InterpolationMode(interpolation if interpolation != "random" else "bicubic")
-        image = transforms.resize(image, [px, px] if squash else [px], mode)
+        image = transforms.resize(image, [px, px] if squash else [resized or px], mode)
         image = transforms.center_crop(image, [px, px])
     return np.asarray(image)
 
@@ -108,7 +112,7 @@ class FeatureStore:
     """Features of one encoder, kept on disk.
 
     Args:
-        encoder: frozen.
+        encoder: frozen; an `Encoder`, or a `models.vision.VisionEncoder`.
         cache: folder of the features; None keeps nothing.
         precision: `no` is float32; `bf16` is faster where the machine has it, and moves scores a little; `auto` is
             bf16 on a GPU that has it, and float32 on every CPU, so that a CPU's scores do not depend on its model.
@@ -118,7 +122,7 @@ class FeatureStore:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Encoder | VisionEncoder,
         cache: Path | None = CACHE / "features",
         precision: str = "no",
         batch: int | None = None,
@@ -179,7 +183,8 @@ class FeatureStore:
     @torch.no_grad()
     def _embed(self, places: Sequence[Place], kind: str, seed: int) -> dict[str, Float[Tensor, "n d"]]:
         """Name -> features: `features`, or `draw 0`, `draw 1` and so on."""
-        own = partial(prepare, px=self.encoder.px, interpolation=self.encoder.interpolation, squash=self.encoder.squash)
+        facts = {name: getattr(self.encoder, name) for name in ("px", "interpolation", "squash", "resized")}
+        own = partial(prepare, **facts)
         loader = DataLoader(
             _Pictures(places, own), min(self.batch, LOADED), collate_fn=_collate, num_workers=self.workers,
             pin_memory=self.device.type == "cuda",

@@ -238,6 +238,9 @@ def _read_questions(path: Path) -> tuple[dict[int, tuple[str, str]], list[str]]:
             wrong.append(f"the header {','.join(header)!r}; expected id, type and statement, in this order")
     if not rows or len(rows) % 2:
         wrong.append(f"{len(rows)} questions, which are not pairs")
+    if unsaid := sum(len(row) == 3 and all(row[:2]) and not row[2] for row in rows):
+        wrong.append(f"{unsaid} questions without a statement; write what each image shows")
+        return questions, wrong
     for row in rows:
         if len(row) != 3 or not all(row) or not re.fullmatch(r"\d{1,9}", row[0]) or int(row[0]) < 1:
             wrong.append(f"no id, type and statement in the row {','.join(row)!r}")

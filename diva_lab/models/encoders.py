@@ -119,6 +119,7 @@ class Encoder(nn.Module):
         preprocess = open_clip.get_model_preprocess_cfg(model)
         size = preprocess["size"]
         self.px: int = size if isinstance(size, int) else size[0]
+        self.resized = self.px  # the shorter side before images are cropped
         self.interpolation, self.squash = preprocess["interpolation"], preprocess.get("resize_mode") == "squash"
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(preprocess[name]).view(1, 3, 1, 1), persistent=False)
@@ -233,7 +234,7 @@ def _open_clip_name(name: str) -> tuple[str, str | None]:
     )
 
 
-def _fetch_folder(name: str) -> tuple[str, str | None]:
+def fetch_folder(name: str) -> tuple[str, str | None]:
     """The local folder of a hub id (`owner/name` or `hf-hub:owner/name`) and the id; (name, None) for any other name.
 
     Weights in .bin are downloaded only where there are none in .safetensors.
@@ -346,7 +347,7 @@ def load_encoder(name: str | Path, device: str | torch.device = "cpu") -> Encode
         FileNotFoundError: where the weights are not on this machine and cannot be downloaded.
     """
     label, released, prefix = _split_name(str(name))
-    source, repository = _fetch_folder(label)
+    source, repository = fetch_folder(label)
     if Path(source, "config.json").exists() and not Path(source, "open_clip_config.json").exists():
         model_name, tag = f"local-dir:{source}", None
     else:
@@ -371,7 +372,7 @@ def encoder_files(name: str) -> dict[str, Path]:
         ValueError, FileNotFoundError: as `load_encoder`.
     """
     label, released, _ = _split_name(name)
-    source, _ = _fetch_folder(label)
+    source, _ = fetch_folder(label)
     tag = None
     if source in ENCODERS or not Path(source).is_dir():
         source, tag = _open_clip_name(source)

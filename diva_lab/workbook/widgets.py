@@ -1,9 +1,12 @@
-"""The pair explorer: minimal pairs with controls in a live session, a still figure elsewhere.
+"""Controls in a live session: the pair explorer, which is a still figure elsewhere, and a writer of statements.
 
 A committed notebook has no widgets: with `interactive=False`, the notebooks' default, no widget is made.
 """
 
+import csv
+import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -13,8 +16,11 @@ from IPython.display import display
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
+from diva_lab.evaluation.image_sets import IMAGE_FOLDERS
+from diva_lab.evaluation.pairs import PAIR_SUFFIXES
 from diva_lab.figures.samples import minimal_pairs
 from diva_lab.image_files import decode_square
+from diva_lab.world import PATTERNS
 
 PairImages = Callable[[pd.DataFrame], UInt8[np.ndarray, "n 2 h w 3"]]
 
@@ -84,3 +90,57 @@ def _controls(
         control.observe(redraw, "value")
     redraw()
     return ipywidgets.VBox([ipywidgets.HBox([pattern, number, selected]), screen])
+
+
+def statement_writer(folder: str | Path) -> ipywidgets.VBox:
+    """Controls to say what the images of a pair show: its pattern and two statements, for `diva-lab blind-pairs`.
+
+    Args:
+        folder: pairs in MMVP-VLM's layout. `save` writes the statements into its Questions.csv, whole or not at all,
+            and moves the two images into the folder of their pattern.
+
+    Raises:
+        FileNotFoundError: where there is no such folder.
+    """
+    folder = Path(folder)
+    table = folder / "Questions.csv"
+    images = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), folder)
+    header, *rows = csv.reader(table.read_text(encoding="utf-8").splitlines())
+    number = ipywidgets.BoundedIntText(1, 1, len(rows) // 2, description="pair")
+    pattern = ipywidgets.Dropdown(options=list(PATTERNS.values()), description="pattern")
+    texts = [ipywidgets.Text(description=f"image {n}", placeholder="what it shows, after 'a photo of'") for n in (1, 2)]
+    pictures = [ipywidgets.Image(width=224) for _ in texts]
+    button, told = ipywidgets.Button(description="save"), ipywidgets.Label()
+
+    def find(row: list[str]) -> Path:
+        paths = [images / row[1] / f"{row[0]}{suffix}" for suffix in PAIR_SUFFIXES]
+        return next((path for path in paths if path.is_file()), paths[0])
+
+    def show(_: object = None) -> None:
+        pair = rows[2 * number.value - 2 : 2 * number.value]
+        for row, text, picture in zip(pair, texts, pictures, strict=True):
+            text.value, picture.value = row[2], find(row).read_bytes()
+        pattern.value = pair[0][1] if pair[0][1] in pattern.options else pattern.options[0]
+        told.value = f"{sum(bool(row[2]) for row in rows)} of {len(rows)} statements are written"
+
+    def save(_: object) -> None:
+        moved = []
+        for row, text in zip(rows[2 * number.value - 2 : 2 * number.value], texts, strict=True):
+            path, row[1], row[2] = find(row), pattern.value, text.value.strip()
+            if path.parent.name != row[1]:
+                (images / row[1]).mkdir(exist_ok=True)
+                shutil.copyfile(path, images / row[1] / path.name)
+                moved.append(path)
+        draft = table.with_suffix(".new")
+        with open(draft, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *rows])
+        draft.replace(table)
+        for path in moved:
+            path.unlink()
+        number.value = min(number.value + 1, number.max)
+        show()
+
+    number.observe(show, "value")
+    button.on_click(save)
+    show()
+    return ipywidgets.VBox([ipywidgets.HBox([number, pattern, button, told]), ipywidgets.HBox(pictures), *texts])

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from diva_lab.evaluation.pairs import read_pairs
 from diva_lab.workbook import widgets
-from diva_lab.workbook.widgets import open_pairs, pair_explorer
+from diva_lab.workbook.widgets import open_pairs, pair_explorer, statement_writer
 from diva_lab.world import World, draw_pairs, write_pairs
 
 matplotlib.use("agg")
@@ -75,3 +75,26 @@ def test_the_explorer_refuses_scores_of_other_pairs_and_an_empty_table():
         pair_explorer(PAIRS, {"dcr": COSINES[:2]}, images)
     with pytest.raises(ValueError, match="nothing to explore"):
         pair_explorer(PAIRS[:0], SCORES, images)
+
+
+def test_statements_are_written_pair_by_pair_and_make_the_folder_whole(tmp_path):
+    folder = write_pairs(tmp_path, World(), 1, 0)
+    table = folder / "Questions.csv"
+    header, *rows = table.read_text().splitlines()
+    unsorted = folder / "MLLM_VLM Images" / "unsorted"
+    unsorted.mkdir()
+    for path in folder.rglob("*.jpg"):
+        path.rename(unsorted / path.name)
+    table.write_text("\n".join([header, *(f"{i},unsorted," for i in range(1, len(rows) + 1))]))
+    box = statement_writer(folder)
+    (number, pattern, button, told), texts = box.children[0].children, box.children[2:]
+    for k in range(len(rows) // 2):
+        assert number.value == k + 1 and told.value == f"{2 * k} of {len(rows)} statements are written"
+        pattern.value = "Color and Appearance" if k % 2 else "Texts"
+        for n, text in enumerate(texts):
+            text.value = f" a thing, {n} "
+        button.click()
+    pairs = read_pairs(folder)
+    assert set(pairs["statement_1"]) == {"a thing, 0"} and set(pairs["statement_2"]) == {"a thing, 1"}
+    assert set(pairs["pattern"]) == {"Color and Appearance", "Texts"} and not any(unsorted.iterdir())
+    assert box.children[0].children[0].value == len(rows) // 2
