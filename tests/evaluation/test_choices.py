@@ -43,7 +43,7 @@ class Colours(Encoder):
     def __init__(self):
         nn.Module.__init__(self)
         self.px, self.interpolation, self.squash, self.asked = 8, "bicubic", False, []
-        self.mean = torch.zeros(1)
+        self.mean, self.resized = torch.zeros(1), 0
 
     def features(self, images):
         colour = images.mean((2, 3)) + 1e-3
