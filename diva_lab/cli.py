@@ -112,8 +112,9 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--benchmarks",
         required=True,
-        help="some of mmvp-vlm, world-readability, readability, zero-shot, clustering, probe, knn, retrieval, world, "
-        "emoji, patch-probe, segmentation, world-segmentation, correspondence, by commas; NAME:SET for one set",
+        help="some of mmvp-vlm, sugarcrepe, winoground, colorswap, whatsup, aro, countbench, valse, world-readability, "
+        "readability, zero-shot, clustering, probe, knn, retrieval, world, emoji, patch-probe, segmentation, "
+        "world-segmentation, correspondence, by commas; NAME:SET for one set",
     )
     parser.add_argument("--root", type=Path, default=Path(), help="folder of the data (default: here)")
     parser.add_argument("--out", type=Path, default=Path("results.csv"), help="csv to write (default: results.csv)")

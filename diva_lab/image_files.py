@@ -58,13 +58,20 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 class Place(NamedTuple):
-    """Where an image's bytes lie: a whole file, or `size` bytes of one from `offset` on."""
+    """Where an image's bytes lie: a whole file, `size` bytes of one from `offset` on, or `data`, read from `path`.
+
+    `box` is the part of the image that is meant, as left, top, right and bottom in pixels; () for all of it.
+    """
 
     path: str
     offset: int = 0
     size: int = -1
+    data: bytes | None = None
+    box: tuple[int, ...] = ()
 
     def read(self) -> bytes:
+        if self.data is not None:
+            return self.data
         with open_regular(self.path) as file:
             size = os.fstat(file.fileno()).st_size if self.size < 0 else self.size
             if size > MAX_BYTES:
@@ -74,7 +81,8 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         path = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in self.path)  # on one line
-        return path if self.size < 0 else f"{path} (byte {self.offset})"
+        path += " (an image in it)" if self.data is not None else "" if self.size < 0 else f" (byte {self.offset})"
+        return f"{path} {self.box}" if self.box else path
 
 
 class Sample(NamedTuple):
@@ -150,6 +158,7 @@ def open_picture(
     Raises:
         ValueError: if it cannot be read; says why.
     """
+    box = data.box if isinstance(data, Place) else ()
     try:
         if not isinstance(data, bytes):
             data = (Place(str(data)) if isinstance(data, Path) else data).read()
@@ -158,7 +167,8 @@ def open_picture(
             if pixels > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels; expected at most {MAX_PIXELS} in all")
             with (large if pixels > LARGE else None) or nullcontext():
-                yield _to_rgb(image, upright)
+                rgb = _to_rgb(image, upright)
+                yield rgb.crop(box) if box else rgb
     except Exception as error:  # Pillow's readers let through whatever a broken file makes them raise
         reason = str(error).partition(" <_io.")[0]  # without an address in memory
         raise ValueError(f"{type(error).__name__}: {reason}") from error
@@ -534,9 +544,11 @@ def dataset_cell(row: dict) -> bytes | Place | ValueError:
 
 
 def content_hash(places: Sequence[Place]) -> str:
-    """A hash of all images' bytes, in their order."""
+    """A hash of all images' bytes, in their order, and of the part of each that is meant."""
     whole = blake2b(digest_size=16)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for part in pool.map(lambda place: blake2b(place.read(), digest_size=16).digest(), places):
-            whole.update(part)
+        for place, part in zip(
+            places, pool.map(lambda p: blake2b(p.read(), digest_size=16).digest(), places), strict=True
+        ):
+            whole.update(part + (str(place.box).encode() if place.box else b""))
     return whole.hexdigest()

@@ -16,7 +16,17 @@ from image_writers import png, write_tar
 from PIL import Image
 
 from diva_lab import image_files
-from diva_lab.image_files import MAX_PIXELS, choose_images, decode_square, find_images, find_tars, tar_images
+from diva_lab.image_files import (
+    MAX_PIXELS,
+    Place,
+    choose_images,
+    content_hash,
+    decode_square,
+    find_images,
+    find_tars,
+    open_picture,
+    tar_images,
+)
 from diva_lab.images import Images, open_images
 
 
@@ -296,6 +306,27 @@ def test_an_image_of_too_many_pixels_or_bytes_is_unreadable_before_it_is_decoded
     (tmp_path / "1.png").write_bytes(png(0) + bytes(10_000))
     monkeypatch.setattr(image_files, "MAX_BYTES", 9000)
     assert {Path(name).name for name, _ in take(tmp_path, 3).skipped} == {"1.png"}
+
+
+def test_a_place_may_hold_its_bytes_and_mean_a_part_of_its_image(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(3))
+    whole, inside = Place(str(tmp_path / "a.png")), Place("table.parquet", data=png(3))
+    part = whole._replace(box=(4, 2, 20, 10))
+    pixels = []
+    for place in (whole, inside, part, inside._replace(box=part.box)):
+        with open_picture(place) as image:
+            pixels.append(np.asarray(image))
+    assert np.array_equal(pixels[0], pixels[1]) and np.array_equal(pixels[2], pixels[0][2:10, 4:20])
+    assert np.array_equal(pixels[3], pixels[2])
+    hashes = [content_hash([place]) for place in (whole, inside, part, part._replace(box=(4, 2, 20, 11)))]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+    assert str(part).endswith("a.png (4, 2, 20, 10)") and str(inside) == "table.parquet (an image in it)"
+
+
+def test_a_part_without_pixels_or_with_too_many_is_unreadable():
+    for box in ((9, 0, 3, 9), (0, 0, 10**6, 10**6)):
+        with pytest.raises(ValueError, match="Error"), open_picture(Place("x", data=png(3), box=box)):
+            pass
 
 
 def test_of_large_images_one_is_decoded_at_a_time(tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ A benchmark runs on every folder of the root that it can read (`zero-shot:cifar1
 once for each encoder and set. Features that draw patches at random (`DRAWS`) are measured 20 times: the usual rows are
 of the first draw, and beside each stands `METRIC, 20 draws`: the mean, and as low and high the lowest and the highest
 draw. All that fails is listed at the end and has no row. Of two or more encoders, the later
-ones are compared with the first, pair by pair. An average stands only where all sets of a list are there: the 27 of
-zero-shot, the six of clustering.
+ones are compared with the first, pair by pair. An average stands only where all of a list are there: the 27 sets of
+zero-shot, the six of clustering, the eight benchmarks of perception (`PERCEPTION`), each with one set.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +20,11 @@ import numpy as np
 import pandas as pd
 import torch
 
+from diva_lab.evaluation.aro import aro
 from diva_lab.evaluation.clustering import cluster_benchmark
+from diva_lab.evaluation.colorswap import colorswap
 from diva_lab.evaluation.correspondence import correspondence
+from diva_lab.evaluation.countbench import countbench
 from diva_lab.evaluation.emoji import emoji_benchmark
 from diva_lab.evaluation.features import DRAWS, FEATURES, PRECISIONS, FeatureStore, features_for
 from diva_lab.evaluation.feedback import readability_benchmark, world_readability
@@ -34,7 +37,11 @@ from diva_lab.evaluation.probes import linear_probe
 from diva_lab.evaluation.results import COLUMNS, FACTS, ResultFiles, versions_and_git
 from diva_lab.evaluation.retrieval import retrieval_benchmark
 from diva_lab.evaluation.segmentation import segmentation, world_segmentation
+from diva_lab.evaluation.sugarcrepe import sugarcrepe
 from diva_lab.evaluation.task import Reads, Task, reads_of, score_row, spread_rows
+from diva_lab.evaluation.valse import valse
+from diva_lab.evaluation.whatsup import whatsup
+from diva_lab.evaluation.winoground import winoground
 from diva_lab.evaluation.world import world_benchmark
 from diva_lab.evaluation.zeroshot import zero_shot
 from diva_lab.image_files import visible
@@ -46,6 +53,13 @@ from diva_lab.training.runs import Run
 
 BENCHMARKS: dict[str, Callable[[Task], Iterator[dict]]] = {
     "mmvp-vlm": mmvp_vlm,
+    "sugarcrepe": sugarcrepe,
+    "winoground": winoground,
+    "colorswap": colorswap,
+    "whatsup": whatsup,
+    "aro": aro,
+    "countbench": countbench,
+    "valse": valse,
     "zero-shot": zero_shot,
     "clustering": cluster_benchmark,
     "probe": linear_probe,
@@ -62,6 +76,16 @@ BENCHMARKS: dict[str, Callable[[Task], Iterator[dict]]] = {
 }
 # benchmark -> the sets of its average, and the metrics that are averaged
 AVERAGES = {"zero-shot": (tuple(CLASSIFICATION_SETS), ("score",)), "clustering": (CLUSTERED, ("nmi", "acc", "ari"))}
+PERCEPTION = {  # benchmark of `p average` -> its score, a metric of the category `all`
+    "mmvp-vlm": "pairs",
+    "sugarcrepe": "accuracy",
+    "winoground": "group",
+    "colorswap": "group",
+    "whatsup": "accuracy",
+    "aro": "macro accuracy",
+    "countbench": "accuracy",
+    "valse": "accuracy",
+}
 
 
 def evaluate(
@@ -179,7 +203,7 @@ class _Session:
             how = f" through {task.projector}" if reads.feedback else f", layer {task.layer}" if reads.layer else ""
             place = {"encoder": name, "benchmark": benchmark, "set": _label(label, task.classes) + how}
             own += self._add([{**place, **row, **facts} for row in measured])
-        self._add(average_rows(own))
+        self._add(average_rows(own) + perception_row(own))
         self._report_speed(name, store, options["kind"])
 
     def _facts(self, store: FeatureStore, kind: str, reads: Reads | None = None) -> dict:
@@ -291,14 +315,23 @@ def benchmark_folders(root: Path, benchmark: str) -> list[Path]:
         found = [path for path in (root, *inside, *tables) if is_pairs(path)]
     elif reads.data == "masks":
         found = [path for path in (root, *inside) if is_masks(path)]
+    elif reads.data == "own":
+        found = [root] if reads.is_here(root) else [path for path in inside if reads.is_here(path)]
     else:
-        others = [path for path in inside if is_pairs(path) or (is_masks(path) and not _is_classified(path))]
-        sets = [root] if is_set(root) else [path for path in inside if path not in others]
+        others = [path for path in (root, *inside) if _is_read_otherwise(path)]
+        sets = [path for path in ([root] if is_set(root) else inside) if path not in others]
         captioned = {path: has_captions(path) for path in sets}  # None: a broken tar, which each benchmark reports
         found = [path for path in sets if captioned[path] in (None, reads.data == "captions")]
     if not found:
-        raise FileNotFoundError(f"{root}: no folder {only or 'here'} for {name}; see diva_lab.evaluation.image_sets")
+        layout = BENCHMARKS[name].__module__ if reads.data == "own" else "diva_lab.evaluation.image_sets"
+        raise FileNotFoundError(f"{root}: no folder {only or 'here'} for {name}; see {layout}")
     return found
+
+
+def _is_read_otherwise(folder: Path) -> bool:
+    """Whether a folder holds pairs, masks or a benchmark's own layout, and no set of images."""
+    own = any(reads_of(function).is_here(folder) for function in BENCHMARKS.values())
+    return own or is_pairs(folder) or (is_masks(folder) and not _is_classified(folder))
 
 
 def _is_classified(folder: Path) -> bool:
@@ -353,8 +386,36 @@ def average_rows(rows: Sequence[dict]) -> list[dict]:
     return found
 
 
+def _scores_of_perception(rows: Sequence[dict]) -> dict[str, dict]:
+    """Benchmark -> its row of one encoder, for those of `PERCEPTION` that one set was measured of."""
+    found = {name: [] for name in PERCEPTION}
+    for row in rows:
+        if row["category"] == "all" and PERCEPTION.get(row["benchmark"]) == row["metric"]:
+            found[row["benchmark"]].append(row)
+    return {name: own[0] for name, own in found.items() if len(own) == 1}
+
+
+def perception_row(rows: Sequence[dict]) -> list[dict]:
+    """The row of `p average`, the mean over `PERCEPTION`, from one encoder's rows of all of them; else none.
+
+    Its interval follows from those of the scores, which are taken as independent, by the sum of the squared distances
+    from each score to its ends (Zou and Donner, Statistics in Medicine 27, 2008).
+    """
+    own = list(_scores_of_perception(rows).values())
+    if len(own) < len(PERCEPTION):
+        return []
+    values, low, high, chance = (np.array([row[key] for row in own]) for key in ("value", "low", "high", "chance"))
+    value, n = float(values.mean()), len(own)
+    ends = value - np.hypot.reduce(values - low) / n, value + np.hypot.reduce(high - values) / n
+    facts = own[0] | {"benchmark": "p average", "set": f"{n} benchmarks"}
+    return [facts | score_row("mean", value, n, *map(float, ends), float(chance.mean()))]
+
+
 def count_sets(table: pd.DataFrame) -> list[str]:
-    """A line for each encoder and list of sets: how many of them were measured, and which are missing."""
+    """A line for each encoder and list of sets: how many of them were measured, and which are missing.
+
+    So of the benchmarks of `PERCEPTION`, where there is one beside mmvp-vlm.
+    """
     lines = []
     for (encoder, benchmark), rows in table.groupby(["encoder", "benchmark"], sort=False):
         names = AVERAGES.get(benchmark, ((), ()))[0]
@@ -365,4 +426,10 @@ def count_sets(table: pd.DataFrame) -> list[str]:
             )
         elif names:
             lines.append(f"{encoder}, {benchmark}: {len(names)} of {len(names)} sets, averaged")
+    for encoder, rows in table.groupby("encoder", sort=False):
+        here = _scores_of_perception(rows.to_dict("records"))
+        missing = [name for name in PERCEPTION if name not in here]
+        end = f"no p average without one set of {', '.join(missing)}" if missing else "averaged"
+        if set(here) - {"mmvp-vlm"}:
+            lines.append(f"{encoder}, perception: {len(here)} of {len(PERCEPTION)} benchmarks, {end}")
     return lines

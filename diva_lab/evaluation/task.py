@@ -20,7 +20,9 @@ class Reads:
     """What a benchmark needs, and which options it heeds.
 
     Attributes:
-        data: `pairs` (MMVP-VLM's layout), `classes`, `captions`, `masks`, or `nothing`: it brings its own images.
+        data: `pairs` (MMVP-VLM's layout), `classes`, `captions`, `masks`, `own` (a layout that no other benchmark
+            reads), or `nothing`: it brings its own images.
+        is_here: whether a folder is in its `own` layout.
         heeds: of the options `strict` and `max_images` those that change its rows.
         fixed: what its rows say of `features` and `precision` whatever the options are.
         feedback: whether it reads a projector and a denoiser.
@@ -28,6 +30,7 @@ class Reads:
     """
 
     data: str = "classes"
+    is_here: Callable[[Path], bool] = lambda folder: False
     heeds: tuple[str, ...] = ()
     fixed: dict[str, str] = field(default_factory=dict)
     feedback: bool = False

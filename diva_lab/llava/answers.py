@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 import torch
 
+from diva_lab.evaluation.row_files import read_lines
 from diva_lab.image_files import open_picture
 from diva_lab.llava.folders import Llava
 from diva_lab.llava.prompts import SILENT, read_images, render, tokenize
-from diva_lab.llava.questions import Question, read_lines
+from diva_lab.llava.questions import Question
 from diva_lab.models.weights import weight_files
 from diva_lab.provenance import sha256
 

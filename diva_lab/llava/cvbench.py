@@ -9,8 +9,9 @@ import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from diva_lab.evaluation.row_files import find_file, image_of, read_rows
 from diva_lab.evaluation.task import score_row
-from diva_lab.llava.questions import LETTER, Question, find_file, image_of, read_letter, read_rows, rights
+from diva_lab.llava.questions import LETTER, Question, read_letter, rights
 from diva_lab.statistics import bootstrap_mean, wilson
 
 COLUMNS = ("idx", "prompt", "choices", "answer", "task", "source")

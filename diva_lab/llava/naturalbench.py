@@ -9,8 +9,9 @@ image, group accuracy that all four are. An answer is what stands first in it, a
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from diva_lab.evaluation.row_files import find_file, image_of, read_rows
 from diva_lab.evaluation.task import score_row
-from diva_lab.llava.questions import Question, find_file, first_word, image_of, read_rows, rights
+from diva_lab.llava.questions import Question, first_word, rights
 from diva_lab.statistics import bootstrap_mean, wilson
 
 STEMS = ("test", "test-00000-of-00001", "naturalbench")

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from diva_lab.evaluation.row_files import read_rows
 from diva_lab.evaluation.task import score_row
 from diva_lab.image_files import Place, visible
-from diva_lab.llava.questions import Question, read_rows
+from diva_lab.llava.questions import Question
 from diva_lab.statistics import bootstrap_counts
 
 COLUMNS = ("question_id", "image", "text", "label")

@@ -4,24 +4,16 @@ An answer is read in two ways, each a score of its own: by a rule from what the 
 choices it finds the most likely.
 """
 
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from diva_lab.image_files import Place, open_picture, visible
-from diva_lab.models.weights import one_line
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."  # LLaVA-1.5's words
-READERS: dict[str, Callable[[Path], list[dict]]] = {
-    ".parquet": lambda path: pd.read_parquet(path).to_dict("records"),
-    ".jsonl": lambda path: read_lines(path),
-    ".json": lambda path: _read_list(path),
-}
 
 
 @dataclass(frozen=True)
@@ -48,77 +40,6 @@ class Question:
 
 
 # --- files ------------------------------------------------------------------------------------------------------
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a file of JSON lines.
-
-    Raises:
-        ValueError: names the first line that is none, as the last one of a file that was written half.
-    """
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            rows.append(None)
-        if not isinstance(rows[-1], dict):
-            raise ValueError(f"{path}, line {number}: {line[:40]!r}; expected a JSON object, a line each: cut off?")
-    return rows
-
-
-def _read_list(path: Path) -> list[dict]:
-    """The objects of a JSON list, or, as POPE's files are named, of JSON lines."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if not text.lstrip().startswith("["):
-        return read_lines(path)
-    try:
-        rows = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON list, cut off? {one_line(error)}") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: expected a list of JSON objects")
-    return rows
-
-
-def read_rows(path: Path, columns: Sequence[str]) -> list[dict]:
-    """The rows of a .parquet, .jsonl or .json file.
-
-    Raises:
-        ValueError: for a file that cannot be read, without rows, or with a row that lacks one of `columns`.
-    """
-    try:
-        rows = READERS[path.suffix](path)
-    except (OSError, ValueError) as error:
-        if str(error).startswith(str(path)):
-            raise
-        raise ValueError(f"{path}: not a {path.suffix[1:]} file: {one_line(error)}") from error
-    if not rows:
-        raise ValueError(f"{path}: no rows; expected some with {', '.join(columns)}")
-    for number, row in enumerate(rows, 1):
-        if missing := [name for name in columns if name not in row]:
-            raise ValueError(f"{path}, row {number}: no {', '.join(missing)}; expected {', '.join(columns)}")
-    return rows
-
-
-def find_file(folder: Path, stem: str) -> Path | None:
-    """The file `stem` in a folder, or in a folder `data` in it, in whichever of the formats there is."""
-    places = [place / f"{stem}{suffix}" for place in (folder, folder / "data") for suffix in READERS]
-    return next((path for path in places if path.is_file()), None)
-
-
-def image_of(value: object, folder: Path) -> Place | bytes:
-    """An image of a row: the bytes that parquet files hold, or the file that is named.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
-        return value["bytes"]
-    name = value.get("path") if isinstance(value, dict) else value
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"an image is {str(value)[:40]!r}; expected bytes or the name of a file")
-    return Place(str(folder / name))
 
 
 def check_images(questions: Sequence[Question], source: Path) -> None:

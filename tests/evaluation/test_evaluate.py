@@ -66,7 +66,8 @@ def table(root):
 
 
 # these have tests of their own
-ELSEWHERE = ("world", "world-readability", "patch-probe", "segmentation", "world-segmentation", "correspondence")
+ELSEWHERE = ("world", "world-readability", "patch-probe", "segmentation", "world-segmentation", "correspondence",
+             "sugarcrepe", "winoground", "colorswap", "whatsup", "aro", "countbench", "valse")  # fmt: skip
 
 
 def value(table, benchmark, metric, category="all"):

@@ -1,0 +1,26 @@
+"""ColorSwap: two captions of the same words in which the colours are swapped, and an image of each.
+
+Burapacheep et al. (arXiv 2402.04492). The folder's name has `colorswap` in it; it holds `test.json` (image_1, image_2,
+caption_1, caption_2) and the images, or the hub's parquet files `test`, with images inside. The scores are
+Winoground's. The authors' script for encoders could not be read: that a tie is wrong is Winoground's rule.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from diva_lab.evaluation.choices import square_rows
+from diva_lab.evaluation.row_files import find_parts
+from diva_lab.evaluation.task import Task, benchmark
+
+
+def is_here(folder: Path) -> bool:
+    return "colorswap" in folder.name.lower() and bool(find_parts(folder, "test"))
+
+
+@benchmark(data="own", is_here=is_here)
+def colorswap(task: Task) -> Iterator[dict]:
+    """The text, image and group score."""
+    parts = find_parts(task.folder, "test")
+    if not parts:
+        raise FileNotFoundError(f"{task.folder}: no test.json and no test*.parquet; expected one of them")
+    yield from square_rows(task, parts, ("image_1", "image_2"), ("caption_1", "caption_2"))
