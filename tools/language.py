@@ -1,11 +1,12 @@
 """Train the tiny language model, which sees the tiny world through the tiny CLIP, from a seed.
 
 `python -m tools.language` writes `data/tiny/llava`, a LLaVA folder of float16 with a Llama of about a million weights
-and its own vocabulary of whole words, and `record.json`. Language model and projector are trained together by
-`diva-lab llava train`: on captions of random scenes that name every detail, then on conversations about them. In these
-every detail is asked for in an open question, as two options, and as yes or no, in the words in which MMVP and
-NaturalBench ask. `python -m tools.language questions FOLDER` writes questions about minimal pairs in the layouts of
-these two, as `diva-lab llava evaluate` reads them.
+and its own vocabulary of whole words, and `record.json`. `diva-lab llava train` makes it in three phases: the language
+model learns from text alone to find a word among options; it says captions of random scenes that name every detail; and
+it talks about them. There every detail is asked for in an open question, as two options, and as yes or no, in the words
+in which MMVP and NaturalBench ask. It says what it sees before it decides, as in `red (a)` or `blue No`: a model of
+this size learns no other way in minutes. `python -m tools.language questions` writes questions about minimal pairs in
+the layouts of these two, as `diva-lab llava evaluate` reads them.
 """
 
 import argparse
@@ -42,11 +43,16 @@ ASKED = {  # attribute -> the open question
     "text": "Which letter is on the sign?",
     "viewpoint": "Is it seen from high or low?",
 }
+MARK = "<image>\n"  # where the image stands in a conversation's first turn
 TURNS = 8  # of a training image's conversation
-SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIZES = {
+    "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "initializer_range": 128**-0.5,  # with transformers' .02 a layer this narrow attends to all tokens alike for long
+}  # fmt: skip
 LONGEST = 512  # tokens of a conversation
 PHASES: dict[str, dict] = {  # file of conversations -> how language model and projector are trained on it
-    "captions": {"dialogue": "plain", "steps": 800, "batch": 64},
+    "words": {"steps": 300, "batch": 32},
+    "captions": {"dialogue": "plain", "steps": 500, "batch": 64},
     "conversations": {"steps": 600, "batch": 32},
 }
 
@@ -66,7 +72,7 @@ def option_question(scene: np.void, name: str, rng: np.random.Generator) -> tupl
     pair = [true, (true + 1 + int(rng.integers(len(values) - 1))) % len(values)]
     rng.shuffle(pair)
     options = list_options(*(values[i] for i in pair))
-    return f"{ASKED[name]} {options}{LETTER}", "(a)" if pair[0] == true else "(b)"
+    return f"{ASKED[name]} {options}{LETTER}", f"{values[true]} {'(a)' if pair[0] == true else '(b)'}"
 
 
 def yes_question(scene: np.void, name: str, rng: np.random.Generator) -> tuple[str, str]:
@@ -75,7 +81,7 @@ def yes_question(scene: np.void, name: str, rng: np.random.Generator) -> tuple[s
     if false := rng.random() < 0.5:
         count = len(ATTRIBUTES[name])
         said[name] = (said[name] + 1 + rng.integers(count - 1)) % count
-    return statement_question(said, name) + ASK["yes_no"], "No" if false else "Yes"
+    return statement_question(said, name) + ASK["yes_no"], f"{ATTRIBUTES[name][scene[name]]} {'No' if false else 'Yes'}"
 
 
 def list_options(one: str, other: str) -> str:
@@ -96,8 +102,18 @@ def conversation(scene: np.void, rng: np.random.Generator) -> list[dict[str, str
     for _ in range(TURNS):
         kind, name = KINDS[rng.integers(len(KINDS))], list(ASKED)[rng.integers(len(ASKED))]
         question, answer = kind(scene, name, rng)
-        mark = "" if said else "<image>\n"
-        said += [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
+        said += [{"from": "human", "value": ("" if said else MARK) + question}, {"from": "gpt", "value": answer}]
+    return said
+
+
+def word_game(scene: np.void, rng: np.random.Generator) -> list[dict[str, str]]:
+    """The same questions with the answer before each, so that no image is needed, in short."""
+    said = []
+    for _ in range(TURNS):
+        kind, name = KINDS[1 + rng.integers(2)], list(ASKED)[rng.integers(len(ASKED))]
+        question, answer = kind(scene, name, rng)
+        short = f"{answer.split()[0]}. {question.removesuffix(LETTER).removesuffix(ASK['yes_no'])}"
+        said += [{"from": "human", "value": ("" if said else MARK) + short}, {"from": "gpt", "value": answer}]
     return said
 
 
@@ -107,15 +123,23 @@ def description(scene: np.void) -> list[dict[str, str]]:
 
 
 def write_conversations(folder: Path, world: World, n: int, seed: int) -> dict[str, Path]:
-    """`n` images with `captions.json` and `conversations.json`; returns the files by the names of `PHASES`."""
+    """`n` images, and a file for each of `PHASES`, by its name."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     scenes, rng = draw_scenes(n, (seed, 7)), np.random.default_rng((seed, 8))
     for k, pixels in enumerate(world.render(scenes)):
         Image.fromarray(pixels).save(folder / "images" / f"{k}.png")
-    said = {"captions": map(description, scenes), "conversations": (conversation(scene, rng) for scene in scenes)}
+    said = {
+        "words": (word_game(scene, rng) for scene in scenes),
+        "captions": map(description, scenes),
+        "conversations": (conversation(scene, rng) for scene in scenes),
+    }
     files = {}
     for name, each in said.items():
         records = [{"id": str(k), "image": f"{k}.png", "conversations": turns} for k, turns in enumerate(each)]
+        for k, record in enumerate(records):
+            if name == "words" and k % 4:  # the rest shows what an image is: nothing that these questions need
+                del record["image"]
+                record["conversations"][0]["value"] = record["conversations"][0]["value"].removeprefix(MARK)
         files[name] = folder / f"{name}.json"
         files[name].write_text(json.dumps(records), encoding="utf-8")
     return files
@@ -167,7 +191,7 @@ def vocabulary() -> list[str]:
     rng, texts = np.random.default_rng(0), ["USER: ASSISTANT: Yes No (a) (b)", LETTER, *ASK.values()]
     for scene in draw_scenes(400, 0):
         for name in ASKED:
-            texts += [text for kind in KINDS for text in kind(scene, name, rng)]
+            texts += [text for kind in KINDS for text in kind(scene, name, rng)] + ["."]
         texts.append(description(scene)[1]["value"])
     texts += [value for values in ATTRIBUTES.values() for value in values] + list(CLASSES)
     splitter = _splitter()

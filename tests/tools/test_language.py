@@ -24,11 +24,14 @@ def test_what_a_training_conversation_says_is_true():
         for name, values in ATTRIBUTES.items():
             true = values[scene[name]]
             assert language.open_question(scene, name, rng) == (ASKED[name], true)
-            question, letter = language.option_question(scene, name, rng)
+            question, answer = language.option_question(scene, name, rng)
+            word, letter = answer.split()
+            assert word == true
             assert f"{letter} {true}" in question.replace("\n", " ").replace(" (b)", " ; (b)")
             assert question.count(true) >= 1 and "(a)" in question and "(b)" in question
             question, answer = language.yes_question(scene, name, rng)
-            assert (answer == "Yes") == question.startswith(language.statement_question(scene, name))
+            word, answer = answer.split()
+            assert word == true and (answer == "Yes") == question.startswith(language.statement_question(scene, name))
             counts[letter] += 1
             counts[answer] += 1
     assert min(counts.values()) > 200  # of 600: no answer is right by default
