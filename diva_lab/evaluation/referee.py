@@ -11,6 +11,7 @@ numbers from elsewhere. `verdicts` makes differences, tests and rulings of it.
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -32,17 +33,19 @@ KNOWN = (*BENCHMARKS, *sorted(set(PUBLISHED["benchmark"]) - BENCHMARKS.keys()))
 # --- the table that is open for numbers from elsewhere ------------------------------------------------------------
 
 
-def _number(least: float, most: float, whole: bool = False) -> tuple[Callable[[str], bool], str]:
+def _number(least: Real, most: Real, whole: bool = False) -> tuple[Callable[[str], bool], str]:
     """A check of a cell that may be empty, and what it expects."""
 
     def check(text: str) -> bool:
         try:
-            return not text or (least <= (int if whole else float)(text) <= most)
+            return not text or (least <= float(text) <= most and not (whole and float(text) % 1))
         except ValueError:
             return False
 
     kind = "a whole number" if whole else "a number"
-    return check, f"{kind} " + (f"from {least:g} to {most:g}" if most < 1e6 else f"of at least {least:g}") + ", or nothing"
+    return check, f"{kind} " + (
+        f"from {least:g} to {most:g}" if most < 1e6 else f"of at least {least:g}"
+    ) + ", or nothing"
 
 
 _WORD = (bool, "a word or more")
@@ -70,7 +73,8 @@ CHECKS: dict[str, tuple[Callable[[str], bool], str]] = {  # column -> check of a
     "commit": _ANY,
     "command": _ANY,
 }
-NUMBERS = ("percent", "low", "high", "chance", "n", "gained", "lost", "p", "seed")
+FRACTIONS = ("percent", "low", "high", "chance", "p")
+NUMBERS = (*FRACTIONS, "n", "gained", "lost", "seed")
 KEY = ["benchmark", "set", "metric", "category", "backbone", "method", "seed", "source"]  # of one measurement
 
 
@@ -98,19 +102,20 @@ def _wrong_cell(row: dict[str, str]) -> str:
             return f"column {name}: {row[name]!r}; expected {expected}"
     if not row["percent"] and not row["finding"]:
         return "column percent: ''; expected a number, or what was found in words under finding"
-    ends = [float(row[name]) for name in ("low", "percent", "high") if row[name]]
-    if ends != sorted(ends):
-        return f"column percent: {row['percent']!r}; expected it between low and high"
-    changed, n = sum(int(row[name] or 0) for name in ("gained", "lost")), row["n"]
-    if changed and (not n or changed > int(n)):
-        return f"column n: {n!r}; expected at least gained + lost, {changed}"
+    if bool(row["low"]) != bool(row["high"]) or (row["low"] and float(row["low"]) > float(row["high"])):
+        return f"column low: {row['low']!r}; expected both ends of an interval, low and high ({row['high']!r}), or none"
+    changed, n = sum(float(row[name] or 0) for name in ("gained", "lost")), row["n"]
+    if changed > float(n or 0):
+        return f"column n: {n!r}; expected at least gained + lost, {changed:g}"
     return ""
 
 
 def write_results(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
     """Add rows to a table in the schema, in the place of older ones of the same measurement. Returns all of it."""
-    table = rows.reindex(columns=list(CHECKS)).astype({name: object for name in NUMBERS})
-    update_csv(path, table.where(table.notna(), ""), KEY)
+    table = rows.reindex(columns=list(CHECKS))
+    for name in NUMBERS:
+        table[name] = [f"{value:.6g}" if name in FRACTIONS else f"{value:.0f}" for value in table[name]]
+    update_csv(path, table.replace("nan", ""), KEY)
     return read_results(path)
 
 
@@ -166,8 +171,10 @@ def find_benchmarks(root: Path) -> list[str]:
     """The benchmarks that find data under a root, as `evaluate` takes them; those that bring their own are left out.
 
     Raises:
-        FileNotFoundError: where there is none.
+        FileNotFoundError: where there is none, and where there is no such folder.
     """
+    if not root.is_dir():
+        raise FileNotFoundError(f"--root {root}: no such folder")
     names = []
     for name, function in BENCHMARKS.items():
         reads = reads_of(function)

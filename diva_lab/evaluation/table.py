@@ -29,7 +29,14 @@ from diva_lab.evaluation.countbench import countbench
 from diva_lab.evaluation.emoji import emoji_benchmark
 from diva_lab.evaluation.features import DRAWS, FEATURES, PRECISIONS, FeatureStore, features_for
 from diva_lab.evaluation.feedback import readability_benchmark, world_readability
-from diva_lab.evaluation.image_sets import CLASSIFICATION_SETS, CLUSTERED, canonical_name, has_captions, is_set
+from diva_lab.evaluation.image_sets import (
+    CLASSIFICATION_SETS,
+    CLUSTERED,
+    IMAGE_FOLDERS,
+    canonical_name,
+    has_captions,
+    is_set,
+)
 from diva_lab.evaluation.knn import knn_benchmark
 from diva_lab.evaluation.mask_sets import is_masks
 from diva_lab.evaluation.pairs import compare_pairs, is_pairs, mmvp_vlm, read_corrections
@@ -215,9 +222,7 @@ class _Session:
         self._add(average_rows(own) + perception_row(own))
         self._report_speed(name, store, options["kind"])
 
-    def _take_finished(
-        self, name: str, benchmark: str, folder: Path, label: str, how: str, facts: dict
-    ) -> list[dict]:
+    def _take_finished(self, name: str, benchmark: str, folder: Path, label: str, how: str, facts: dict) -> list[dict]:
         """The rows of a cell that the files hold from an earlier call; none where it is to be measured."""
         if not self.files.resume or folder in self.corrections:
             return []
@@ -341,6 +346,7 @@ def benchmark_folders(root: Path, benchmark: str) -> list[Path]:
         found = [root] if reads.is_here(root) else [path for path in inside if reads.is_here(path)]
     else:
         others = [path for path in (root, *inside) if _is_read_otherwise(path)]
+        others += [path for path in inside if path.name in IMAGE_FOLDERS]  # where the root itself is pairs
         sets = [path for path in ([root] if is_set(root) else inside) if path not in others]
         captioned = {path: has_captions(path) for path in sets}  # None: a broken tar, which each benchmark reports
         found = [path for path in sets if captioned[path] in (None, reads.data == "captions")]

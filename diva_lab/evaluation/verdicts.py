@@ -42,8 +42,8 @@ def measured(results: pd.DataFrame, backbone: str) -> pd.DataFrame:
 def is_headline(rows: pd.DataFrame) -> pd.Series:
     """Whether a row's metric is one by which its benchmark is tested: those of `HEADLINES`, else the first."""
     first = rows.groupby(["benchmark", "set"], sort=False)["metric"].transform("first")
-    chosen = [metric in HEADLINES.get(name, (one,)) for name, metric, one in zip(rows["benchmark"], rows["metric"], first,
-                                                                                   strict=True)]  # fmt: skip
+    cells = zip(rows["benchmark"], rows["metric"], first, strict=True)
+    chosen = [metric in HEADLINES.get(benchmark, (one,)) for benchmark, metric, one in cells]
     return pd.Series(chosen, rows.index, dtype=bool)
 
 
@@ -101,7 +101,7 @@ def rule(published: float, difference: float, low: float, high: float, adjusted:
 
 
 def _plain(label: str) -> str:
-    """A set's name without case, marks and what stands in brackets, to compare names of papers with those of folders."""
+    """A set's name without case, marks and brackets, to compare names of papers with those of folders."""
     plain = re.sub(r"[^a-z0-9]", "", re.sub(r"\(.*?\)", "", label).lower())
     return SAME_SET.get(plain, plain)
 

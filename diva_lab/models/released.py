@@ -92,6 +92,7 @@ def _encoder_name(one: Released, place: Path) -> str:
 def missing_weights(one: Released) -> str:
     """For a report: where the weights of a released encoder were looked for, and how to get them."""
     name = f"{one.name}.pth" if one.format == "pth" else f"the folder {one.name}"
+    name += "" if one.format else f" or as {one.name}.pth"
     if one.repository and one.file:
         return f"not on this machine; fetch with network: {fetch_command(one.repository)} {one.file}"
     where = f"{one.repository} on the hub" if one.repository else one.source
