@@ -36,12 +36,11 @@ from diva_lab.world import World, write_pairs
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """MMVP-VLM's layout, a set with both splits and one without a train split."""
+    """MMVP-VLM's layout, and a set with both splits."""
     root = tmp_path_factory.mktemp("root")
     write_pairs(root / "MMVP_VLM", World(), 2, seed=3)
     for split in ("train", "test"):
         write_folders(root / "animals", ("cat", "dog", "owl"), 7, split)
-    write_folders(root / "shapes", ("disc", "star"), 6, "test")
     return root
 
 
@@ -90,15 +89,12 @@ def test_every_released_format_and_a_run_are_scored_alike_and_the_page_says_so(
     original, root, released, run, tmp_path, capsys
 ):
     words = ["referee", original, "--root", str(root), "--out", str(tmp_path), "--released", str(released)]
-    assert main([*words, "--also", str(run)]) == 0
+    assert main([*words, "--also", str(run), "--benchmarks", "mmvp-vlm,zero-shot,knn"]) == 0
     printed = capsys.readouterr().out
     results = read_results(tmp_path / "results.csv")
     own = results[results["source"] == OWN]
     assert set(own["method"]) == {"none", "diva", "genhancer", run.name}
-    benchmarks = {"mmvp-vlm", "zero-shot", "clustering", "probe", "knn"}
-    for _, rows in own.groupby("method"):
-        assert set(rows["benchmark"]) == benchmarks
-        assert set(rows.loc[rows["benchmark"] == "probe", "set"]) == {"animals"}, "shapes has no train split"
+    assert all(set(rows["benchmark"]) == {"mmvp-vlm", "zero-shot", "knn"} for _, rows in own.groupby("method"))
     assert own["weights"].nunique() == 4 and own["commit"].all() and (own["command"].str.contains("--also")).all()
     for one in ("dcr", "un2clip"):
         assert re.search(rf"^openai-l14-{one}: not on this machine; see ", printed, re.MULTILINE)
@@ -118,7 +114,7 @@ def test_after_a_kill_no_finished_cell_is_measured_again(original, root, release
     whole = run_referee(original, root, tmp_path / "whole", (), released, names, cache=tmp_path / "cache").results
     once = Counter(calls)
     calls.clear()
-    inner, left = BENCHMARKS["zero-shot"], [3]  # the fourth cell of it is killed: the second encoder's second set
+    inner, left = BENCHMARKS["zero-shot"], [2]  # the third encoder is killed between two cells
 
     @functools.wraps(inner)
     def kill(task):
@@ -163,13 +159,14 @@ def test_other_weights_under_the_same_name_are_measured_again(original, root, sm
     assert rows["weights"].nunique() == 1, "the new rows take the place of the old ones"
 
 
-def test_what_cannot_be_measured_is_listed_and_the_rest_stands(original, root, released, tmp_path, capsys):
+def test_what_cannot_be_measured_is_listed_and_the_rest_stands(original, root, tmp_path, capsys):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "openai-l14-diva.pth").write_bytes(b"no weights")
-    words = ["referee", original, "--root", str(root), "--out", str(tmp_path / "out"), "--benchmarks", "zero-shot"]
+    words = ["referee", original, "--root", str(root), "--out", str(tmp_path / "out")]
     assert main([*words, "--released", str(tmp_path / "weights")]) == 2
     assert "openai-l14-diva.pth" in capsys.readouterr().err
-    assert set(read_results(tmp_path / "out" / "results.csv").query("source == @OWN")["method"]) == {"none"}
+    own = read_results(tmp_path / "out" / "results.csv").query("source == @OWN")
+    assert set(own["method"]) == {"none"} and set(own["benchmark"]) == set(find_benchmarks(root))
     assert "What could not be measured" in (tmp_path / "out" / "index.html").read_text()
 
 
@@ -199,27 +196,25 @@ def test_a_table_of_another_original_is_not_mixed_with(original, root, tmp_path)
 
 
 def test_a_runs_original_may_be_any_encoder_and_p_stands_against_d(root, small_clip, run, tmp_path):
-    found = run_referee(str(small_clip), root, tmp_path, [run, f"{run}:0.5"], cache=None)
+    also, names = [run, f"{run}:0.5"], ["mmvp-vlm", "zero-shot", "knn"]
+    found = run_referee(str(small_clip), root, tmp_path, also, None, names, cache=None)
     assert list(found.encoders) == ["none", run.name, f"{run.name}:0.5"] and found.missing == {}
     balance = balance_table(found.results, str(small_clip))
     assert set(balance["objective"]) == set(found.encoders) - {"none"} and balance[["P", "D"]].notna().all(axis=None)
-    changes = differences(found.results, str(small_clip))
-    assert (
-        changes["holm"].notna().sum() == 2 * len(find_benchmarks_of(changes))
-        and claims(found.results, str(small_clip)).empty
-    )
+    assert differences(found.results, str(small_clip))["holm"].notna().sum() == 2 * len(names)
+    assert claims(found.results, str(small_clip)).empty
     write_referee_page(tmp_path / "page.html", found)
     assert "No claim on" in (tmp_path / "page.html").read_text()
 
 
-def find_benchmarks_of(changes):
-    return changes[["benchmark", "set"]].drop_duplicates()
-
-
 def test_only_benchmarks_with_data_under_the_root_are_found(root, tmp_path):
-    assert find_benchmarks(root) == ["mmvp-vlm", "zero-shot", "clustering", "probe:animals", "knn:animals"]
+    assert find_benchmarks(root) == ["mmvp-vlm", "zero-shot", "clustering", "probe", "knn"]
     write_pairs(tmp_path / "pairs", World(), 1, seed=0)
-    assert find_benchmarks(tmp_path) == ["mmvp-vlm"] and find_benchmarks(tmp_path / "pairs") == ["mmvp-vlm"]
+    assert find_benchmarks(tmp_path) == ["mmvp-vlm"] == find_benchmarks(tmp_path / "pairs")
+    for name, splits in {"both": ("train", "test"), "one": ("test",)}.items():
+        for split in splits:
+            write_folders(tmp_path / name, ("disc", "star"), 2, split)
+    assert find_benchmarks(tmp_path) == ["mmvp-vlm", "zero-shot", "clustering", "probe:both", "knn:both"]
 
 
 def test_encoders_of_one_folder_name_are_told_apart(tmp_path):
