@@ -10,11 +10,13 @@ import re
 import numpy as np
 import pandas as pd
 
-from diva_lab.evaluation.referee import BENCHMARKS, OWN, PUBLISHED
+from diva_lab.evaluation.referee import OWN, PUBLISHED
+from diva_lab.evaluation.table import BENCHMARKS, PERCEPTION
 from diva_lab.statistics import holm, independent_difference, mcnemar_pairs, paired_shares
 
 LEVEL, POWER = 0.05, 0.8
 HEADLINES = {"zero-shot": ("score",), "world": ("pairs", "probe", "zeroshot", "nmi")}  # others: the first metric
+HEADLINES |= {benchmark: (metric,) for benchmark, metric in PERCEPTION.items()}
 CLASSES = ("zero-shot", "clustering", "probe", "knn", "retrieval")  # benchmarks of D-Ability
 CLASS_METRICS = ("zeroshot", "nmi", "acc", "ari")  # of the tiny world
 PATCHES = ("patch-probe", "segmentation", "world-segmentation", "correspondence")  # of patch tokens: neither P nor D
@@ -181,14 +183,15 @@ def difference_table(changes: pd.DataFrame) -> pd.DataFrame:
 def balance_table(results: pd.DataFrame, backbone: str) -> pd.DataFrame:
     """P and D as `figures.trade_off` takes them: a step from the original (0) to each method (1), fractions.
 
-    Each is the mean over the headline scores that the method and the original both have; a method without any of P or
-    D has no row.
+    Each is the mean over the headline scores of single sets that the method and the original both have; a method
+    without any of P or D has no row.
 
     Returns:
         Columns objective, seed, step, `P` and `D`.
     """
     changes = differences(results, backbone)
     changes = changes[is_headline(changes) & (changes["ability"] != "")]
+    changes = changes[~changes["set"].str.fullmatch(r"\d+ (sets|benchmarks)")]  # averages of others
     rows = []
     for method, own in changes.groupby("method", sort=False):
         means = own.groupby("ability")[["before", "after"]].mean() / 100

@@ -79,7 +79,7 @@ def write_referee_page(path: Path, referee: Referee) -> None:
     rulings = rulings or [f"No claim on {escape(referee.original)} is published that we know of."]
     elsewhere = referee.results[referee.results["source"] != OWN].dropna(axis=1, how="all")
     drawn = [_image(name, fig) for name, fig in referee_figures(referee.results, referee.original).items()]
-    first = ", ".join(f"{name}: {' and '.join(metrics)}" for name, metrics in HEADLINES.items())
+    first = "; ".join(f"{name}: {' and '.join(metrics)}" for name, metrics in HEADLINES.items())
     body = f"""<h1>The referee: {escape(referee.original)}</h1>
 <h2>Published claims</h2>{_list(rulings)}
 <h2>What was compared</h2>{_list([escape(f"{method}: {name}") for method, name in referee.encoders.items()])}

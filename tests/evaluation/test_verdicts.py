@@ -5,8 +5,18 @@ import pandas as pd
 import pytest
 
 from diva_lab.evaluation.pairs import compare_pairs
-from diva_lab.evaluation.referee import CHECKS, NUMBERS, OWN
-from diva_lab.evaluation.verdicts import balance_table, claims, difference_table, differences, rule, score_table
+from diva_lab.evaluation.referee import CHECKS, KNOWN, NUMBERS, OWN
+from diva_lab.evaluation.table import PERCEPTION
+from diva_lab.evaluation.verdicts import (
+    ability_of,
+    balance_table,
+    claims,
+    difference_table,
+    differences,
+    is_headline,
+    rule,
+    score_table,
+)
 from diva_lab.workbook.findings import state_claim
 from diva_lab.workbook.referee_page import state_rulings
 
@@ -25,11 +35,13 @@ RESULTS = pd.DataFrame(
         row("none", "zero-shot", "animals", "top-1", 60.0, 49.0, 70.0),
         row("none", "zero-shot", "animals", "score", 60.0, 49.02, 70.05),
         row("none", "clustering", "6 sets", "nmi", 71.0, n=6),
+        row("none", "knn", "animals", "top-1", 50.0, n=20),
         row("diva", *MMVP, 25.2, 18.0, 33.0, gained=8, lost=1, p=20 / 512),
         row("diva", "mmvp-vlm", "MMVP_VLM", "group", 12.0, 7.0, 18.0),
         row("diva", "zero-shot", "animals", "score", 80.0, 69.2, 87.7),
         row("dcr", *MMVP, 40.0, 32.0, 48.0, gained=30, lost=3, p=1e-6),
         row("dcr", "clustering", "6 sets", "nmi", 76.0, n=6),
+        row("dcr", "knn", "animals", "top-1", 55.0, n=20),
         row("diva", *MMVP, 19.0, source="somebody"),
         row("diva", *MMVP, np.nan, source="a thread", finding="below the original"),
     ]
@@ -61,7 +73,7 @@ def test_a_difference_is_paired_where_items_were_compared_and_else_of_independen
     one = of(changes, method="dcr", metric="nmi")
     assert one["how"] == "" and one["difference"] == pytest.approx(5) and np.isnan([one["low"], one["p"]]).all()
     assert dict(zip(changes["metric"], changes["ability"], strict=True)) == {
-        "pairs": "P", "group": "P", "score": "D", "nmi": "D",
+        "pairs": "P", "group": "P", "score": "D", "nmi": "D", "top-1": "D",
     }  # fmt: skip
 
 
@@ -161,13 +173,20 @@ def test_claims_of_real_backbones_are_stated_before_anything_is_measured():
 
 def test_tables_for_figures_hold_headline_scores_as_fractions():
     scores = score_table(RESULTS, "b")
-    assert set(scores["metric"]) == {"pairs", "score", "nmi"} and scores["value"].between(0, 1).all()
+    assert set(scores["metric"]) == {"pairs", "score", "nmi", "top-1"} and scores["value"].between(0, 1).all()
     changes = difference_table(differences(RESULTS, "b"))
     assert set(changes["measure"]) == {
         "mmvp-vlm, MMVP_VLM: pairs", "zero-shot, animals: score", "clustering, 6 sets: nmi",
+        "knn, animals: top-1",
     }  # fmt: skip
     balance = balance_table(RESULTS, "b")
     assert balance[["objective", "step", "P", "D"]].values.tolist() == [
         ["diva", 0, 0.2, pytest.approx(0.6)], ["diva", 1, pytest.approx(0.252), pytest.approx(0.8)],
-        ["dcr", 0, 0.2, pytest.approx(0.71)], ["dcr", 1, pytest.approx(0.4), pytest.approx(0.76)],
+        ["dcr", 0, 0.2, pytest.approx(0.5)], ["dcr", 1, pytest.approx(0.4), pytest.approx(0.55)],
     ]  # fmt: skip
+
+
+def test_every_score_of_perception_is_a_headline_and_their_average_may_stand_in_the_table():
+    rows = pd.DataFrame([row("none", benchmark, "s", metric, 1.0) for benchmark, metric in PERCEPTION.items()])
+    assert is_headline(rows).all() and "p average" in KNOWN
+    assert all(ability_of(benchmark, metric) == "P" for benchmark, metric in PERCEPTION.items())
