@@ -14,7 +14,6 @@ from huggingface_hub import try_to_load_from_cache
 from diva_lab.machine import fetch_command
 from diva_lab.paths import DATA
 
-FORMATS = ("pth", "transformers", "open_clip", "")
 CONFIGS = ("open_clip_config.json", "config.json")  # by one of which a folder is known to hold an encoder
 
 
