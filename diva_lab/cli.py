@@ -18,6 +18,12 @@ example:
   diva-lab evaluate --encoder openai-l14 --encoder runs/ID \\
       --benchmarks mmvp-vlm,clustering,zero-shot --root data_root --out results.csv
 """
+REFEREE_EXAMPLE = """\
+example:
+  diva-lab referee openai-l14 --root data_root --released weights --also runs/ID --out referee
+
+A stopped command goes on where it was. Published encoders whose weights are not on this machine are named.
+"""
 TRAIN_EXAMPLE = """\
 examples:
   hf download --repo-type dataset pixparse/cc3m-wds --local-dir cc3m
@@ -152,6 +158,45 @@ def evaluate(args: argparse.Namespace) -> int:
     print(shown[COLUMNS].to_string(index=False))
     print("\n".join(count_sets(table)))
     print(args.out)
+    return 0
+
+
+# --- referee ----------------------------------------------------------------------------------------------------
+
+
+def add_referee(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = REFEREE_EXAMPLE
+    parser.add_argument("original", help="the encoder that all others are compared with: name, folder or NAME@FILE")
+    parser.add_argument("--root", type=Path, default=Path(), help="folder of the data (default: here)")
+    parser.add_argument("--out", type=Path, default=Path("referee"), help="folder to write (default: referee)")
+    parser.add_argument(
+        "--also", nargs="+", action="extend", default=[], metavar="ENCODER", help="runs and other encoders to compare"
+    )
+    parser.add_argument("--released", type=Path, metavar="FOLDER", help="folder of published weights")
+    parser.add_argument("--benchmarks", help="by commas, as of evaluate (default: all that find data under the root)")
+    parser.add_argument("--seed", type=whole(0, SEED), default=0, help="of k-means and bootstraps")
+    parser.add_argument(
+        "--max-images", type=whole(0, 10**9), default=0, help="of a set's split at most so many, drawn by the seed"
+    )
+    parser.add_argument("--workers", type=whole(0, 256), help="processes that decode images")
+
+
+def referee(args: argparse.Namespace) -> int:
+    from diva_lab.evaluation.referee import run_referee
+    from diva_lab.workbook.referee_page import state_rulings, write_referee_page
+
+    check_writable(args.out)
+    found = run_referee(
+        args.original, args.root, args.out, args.also, args.released, args.benchmarks and args.benchmarks.split(","),
+        args.seed, args.max_images, args.workers,
+    )  # fmt: skip
+    write_referee_page(args.out / "index.html", found)
+    for name, why in found.missing.items():
+        print(f"{name}: {why}")
+    print("\n".join(state_rulings(found.results, found.original)))
+    print(args.out / "index.html")
+    if found.failures:
+        raise ValueError(found.failures)
     return 0
 
 
@@ -333,6 +378,11 @@ VERBS: dict[str, tuple[str, Callable, Callable]] = {  # name -> what it does, it
     "run": ("run the notebooks and gather what came out: runs/ID/report.html, summary.csv", add_run, run),
     "train": ("train by a preset, both stages, on one GPU or many", add_train, train),
     "evaluate": ("score any encoders on any benchmarks, into one csv", add_evaluate, evaluate),
+    "referee": (
+        "score an encoder and its published improved versions alike, and rule on the claims",
+        add_referee,
+        referee,
+    ),
     "export": ("write a tuned encoder as open_clip and transformers folders, with a model card", add_export, export),
     "blind-pairs": ("find pairs of images that an encoder takes for the same", add_blind_pairs, blind_pairs),
     "llava": ("make, train and ask language models that see through an encoder", add_llava, llava),

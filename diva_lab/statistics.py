@@ -1,4 +1,4 @@
-"""Intervals for a proportion, a mean, a rate of counts, a difference over seeds, a slope and a rate of conflict."""
+"""Intervals for a proportion, a mean, a rate of counts, differences, a slope and a rate of conflict; tests of many."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -107,6 +107,69 @@ def nested_t(
     if len(means) < 2:
         return float(means.mean()), np.nan, np.nan
     return paired_t(means.to_numpy(), level)
+
+
+def paired_shares(gained: int, lost: int, n: int, level: float = 0.95) -> tuple[float, float, float]:
+    """Difference of two paired shares with its interval: (difference, low, high), the difference (gained - lost) / n.
+
+    Wald's interval with one half of a pair added to each of the four cells (Bonett and Price, J. Educ. Behav. Stat. 37,
+    2012), so that it has a width too where nothing changed.
+
+    Args:
+        gained, lost: items that the second is right of and the first is not, and the reverse.
+        n: of all items.
+    """
+    if min(gained, lost) < 0 or n < max(gained + lost, 1):
+        raise ValueError(f"no shares: {gained} gained and {lost} lost of {n}; expected gained + lost <= n and n >= 1")
+    up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = stats.norm.ppf((1 + level) / 2) * np.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    return (gained - lost) / n, float(max(up - down - half, -1)), float(min(up - down + half, 1))
+
+
+def independent_difference(
+    before: tuple[float, float, float], after: tuple[float, float, float], level: float = 0.95
+) -> tuple[float, float, float, float]:
+    """after - before with its interval and two-sided p: (difference, low, high, p), from values with their intervals.
+
+    Each is (value, low, high) at `level`. The squared distances of the ends are added (Newcombe, Stat. Med. 17, 1998;
+    Zou and Donner, Stat. Med. 27, 2008), as for independent samples: two encoders on the same items mostly agree, so
+    that a paired interval would be narrower. p is the normal one whose test agrees with the interval.
+    """
+    (a, a_low, a_high), (b, b_low, b_high) = before, after
+    difference = b - a
+    down, up = np.hypot(b - b_low, a_high - a), np.hypot(b_high - b, a - a_low)
+    to_zero = down if difference > 0 else up
+    z = abs(difference) / to_zero * stats.norm.ppf((1 + level) / 2) if to_zero > 0 else np.inf if difference else 0.0
+    return difference, float(difference - down), float(difference + up), float(2 * stats.norm.sf(z))
+
+
+def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Holm's adjusted p values (Scand. J. Stat. 6, 1979): the chance of one false finding among all stays below each.
+
+    The k-th smallest of m is multiplied by m - k + 1, none is smaller than the one before it, none exceeds 1. NaN is no
+    test, and stays NaN.
+    """
+    p = np.asarray(p, float)
+    adjusted, order = np.full(p.shape, np.nan), np.argsort(p, kind="stable")  # NaN comes last
+    m = int(np.isfinite(p).sum())
+    adjusted[order[:m]] = np.maximum.accumulate(np.minimum(p[order[:m]] * np.arange(m, 0, -1), 1.0))
+    return adjusted
+
+
+def mcnemar_pairs(difference: float, discordance: float, power: float = 0.8, level: float = 0.05) -> int:
+    """How many pairs McNemar's two-sided test takes to find a difference of shares with a probability of `power`.
+
+    n = (z_(1 - level / 2) sqrt(psi) + z_power sqrt(psi - d^2))^2 / d^2 for the difference d and the share psi of pairs
+    that change either way (Connor, Biometrics 43, 1987). psi is at least |d|, as where all changes go one way.
+
+    Raises:
+        ValueError: for no difference, which no number of pairs can find.
+    """
+    if not 0 < abs(difference) <= 1 or not 0 <= discordance <= 1:
+        raise ValueError(f"difference {difference} of discordance {discordance}; expected shares, the first not 0")
+    d, psi = abs(difference), max(discordance, abs(difference))
+    z_level, z_power = stats.norm.ppf(1 - level / 2), stats.norm.ppf(power)
+    return int(np.ceil((z_level * np.sqrt(psi) + z_power * np.sqrt(psi - d * d)) ** 2 / (d * d)))
 
 
 def regression(

@@ -29,6 +29,7 @@ from diva_lab.cli import VERBS, main
 from diva_lab.evaluation.table import BENCHMARKS
 from diva_lab.llava import scores
 from diva_lab.llava.tuning import llava_settings
+from diva_lab.models.encoders import ENCODERS
 from diva_lab.training.presets import PRESETS, parse_changes, preset, replace_settings
 from diva_lab.workbook.notebooks import declared_parameters
 
@@ -108,7 +109,12 @@ def check_diva_lab(words: list[str]) -> None:
         llava_settings(args.llava, args.data, args.images, args.trained, args.set)
     if args.verb == "llava" and args.what == "evaluate":
         assert set(args.benchmarks.split(",")) <= scores.BENCHMARKS.keys()
-    written = {"evaluate": "out", "export": "folder", "benchmark": "json", "llava": "out"}.get(args.verb)
+    if args.verb == "referee":
+        assert args.original in ENCODERS
+        assert {name.partition(":")[0] for name in (args.benchmarks or "zero-shot").split(",")} <= BENCHMARKS.keys()
+    written = {"evaluate": "out", "referee": "out", "export": "folder", "benchmark": "json", "llava": "out"}.get(
+        args.verb
+    )
     if written and getattr(args, written):
         assert is_ignored(f"{getattr(args, written)}/"), "what a command of the docs writes is ignored by git"
 

@@ -11,8 +11,12 @@ from diva_lab.statistics import (
     bootstrap_weights,
     compare_rows,
     conflict_rate,
+    holm,
+    independent_difference,
+    mcnemar_pairs,
     nested_t,
     paired_differences,
+    paired_shares,
     paired_t,
     percentiles,
     regression,
@@ -261,3 +265,68 @@ def test_bootstrap_weights_draw_as_many_items_as_there_are_and_their_percentiles
     low, high = percentiles(weights @ values / 50)
     assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 * values.std() / 50**0.5, rel=0.15)
     assert percentiles(np.array([np.nan, 1.0, 3.0]), 0.5) == (1.5, 2.5)
+
+
+# --- two shares, and many tests ---------------------------------------------------------------------------------
+
+
+def test_holm_gives_the_values_of_a_computation_by_hand():
+    # sorted .005 .01 .03 .04, times 4 3 2 1: .02 .03 .06 .04, the last raised to .06
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == pytest.approx([1, 1])
+    assert len(holm([])) == 0
+
+
+def test_holm_counts_no_test_that_was_not_made():
+    adjusted = holm([np.nan, 0.02, np.nan, 0.03])
+    assert adjusted[[1, 3]] == pytest.approx([0.04, 0.04]) and np.isnan(adjusted[[0, 2]]).all()
+
+
+def test_an_interval_of_paired_shares_is_that_of_a_computation_by_hand():
+    # (8 + 1) / 22 and (3 + 1) / 22: .2273 -+ 1.96 sqrt((.5909 - .0517) / 22)
+    assert paired_shares(8, 3, 20) == pytest.approx((0.25, -0.07958, 0.53413), abs=1e-5)
+    difference, low, high = paired_shares(0, 0, 135)
+    assert difference == 0 and low == -high and 0.01 < high < 0.03
+    assert paired_shares(3, 3, 3 + 3)[0] == 0
+    with pytest.raises(ValueError, match=r"5 gained and 2 lost of 6; expected gained \+ lost <= n"):
+        paired_shares(5, 2, 6)
+
+
+def test_an_interval_of_paired_shares_holds_the_difference_as_often_as_it_says():
+    cells, rng = np.array([0.15, 0.05, 0.8]), np.random.default_rng(0)
+    held = []
+    for gained, lost, _ in rng.multinomial(135, cells, size=2000):
+        _, low, high = paired_shares(int(gained), int(lost), 135)
+        held.append(low <= 0.1 <= high)
+    assert 0.93 < np.mean(held) < 0.97
+
+
+def test_an_interval_of_independent_shares_is_newcombes():
+    one, two = ((x / n, *wilson(x, n)) for x, n in ((48, 80), (56, 70)))  # method 10 of Newcombe's table II
+    difference, low, high, p = independent_difference(one, two)
+    assert (difference, low, high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5) and 0.001 < p < 0.05
+    assert independent_difference(two, one)[:3] == pytest.approx((-0.2, -0.3339, -0.0524), abs=5e-5)
+    assert independent_difference(two, one)[3] == pytest.approx(p)
+    assert independent_difference(one, one)[3] == 1 and independent_difference((0.5,) * 3, (0.6,) * 3)[3] == 0
+
+
+def test_p_of_independent_scores_is_below_a_twentieth_where_the_interval_excludes_zero():
+    for x in range(40, 80, 3):
+        _, low, high, p = independent_difference((0.6, *wilson(60, 100)), (x / 100, *wilson(x, 100)))
+        assert (p < 0.05) == (low > 0 or high < 0)
+
+
+def test_the_pairs_that_mcnemars_test_takes_are_those_of_a_computation_by_hand():
+    # (1.96 sqrt(.3) + .8416 sqrt(.3 - .0196))^2 / .0196 = 117.7
+    assert mcnemar_pairs(0.14, 0.3) == mcnemar_pairs(-0.14, 0.3) == 118
+    # all changes one way: (1.96 sqrt(.1) + .8416 sqrt(.1 - .01))^2 / .01 = 76.1
+    assert mcnemar_pairs(0.1, 0.02) == mcnemar_pairs(0.1, 0.1) == 77
+    with pytest.raises(ValueError, match=r"difference 0\.0 of discordance"):
+        mcnemar_pairs(0.0, 0.3)
+
+
+def test_with_so_many_pairs_the_test_finds_the_difference_in_four_of_five_samples():
+    n, rng = mcnemar_pairs(0.1, 0.24), np.random.default_rng(0)
+    gained, lost, _ = rng.multinomial(n, [0.17, 0.07, 0.76], size=4000).T
+    found = (gained - lost) ** 2 / (gained + lost) > stats.chi2.ppf(0.95, 1)
+    assert found.mean() == pytest.approx(0.8, abs=0.02)

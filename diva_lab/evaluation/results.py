@@ -1,4 +1,4 @@
-"""The csv files that `evaluate` writes: results, and beside them the changed pairs and the speed."""
+"""The csv files that `evaluate` writes: results, and beside them the changed pairs, the speed and the answers."""
 
 import csv
 from collections.abc import Sequence
@@ -16,6 +16,9 @@ FACTS = ["seed", "features", "precision", "strict", "max_images", "weights", "gi
 KEY = ["encoder", "benchmark", "set", "seed", "features", "precision", "strict", "max_images"]  # of a measurement
 PAIRS = ["encoder", "against", "set", "pattern", "id_1", "id_2", "change", *FACTS]
 PAIRS_KEY = ["encoder", "against", "set", "seed", "features", "precision", "strict"]
+ANSWERS = ["encoder", "benchmark", "set", "pattern", "id_1", "id_2", "correct", *FACTS]  # a row a pair
+ANSWERS_KEY = ["encoder", "benchmark", "set", "seed", "features", "precision", "strict", "max_images"]
+SAME = ("seed", "features", "precision", "strict", "max_images", "weights")  # facts of a cell that is finished
 SPEED = ["encoder", "embedded", "seconds", "images_per_second", "waiting", "batch", "workers", "device"]
 SPEED += ["features", "precision", "weights", "git", *VERSIONS]
 SPEED_KEY = ["encoder", "features", "precision", "device"]
@@ -29,16 +32,25 @@ def versions_and_git() -> dict[str, str]:
 class ResultFiles:
     """OUT.csv, OUT.pairs.csv and OUT.speed.csv; nothing is written where `out` is None.
 
+    With `resume`, OUT.answers.csv too: every encoder's answer to every pair, so that a finished cell (an encoder's
+    weights on a set of a benchmark) is compared with others without being measured again.
+
     Raises:
         ValueError: for a file of that name with other columns.
     """
 
-    def __init__(self, out: str | Path | None):
+    def __init__(self, out: str | Path | None, resume: bool = False):
         self.out = None if out is None else Path(out)
+        self.old_rows, self.old_answers = pd.DataFrame(columns=COLUMNS + FACTS), pd.DataFrame(columns=ANSWERS)
+        self.resume = resume and self.out is not None
         if self.out is not None:
             for path, columns in ((self.out, COLUMNS + FACTS), (self._beside("pairs"), PAIRS),
-                                  (self._beside("speed"), SPEED)):  # fmt: skip
+                                  (self._beside("speed"), SPEED), (self._beside("answers"), ANSWERS)):  # fmt: skip
                 check_columns(path, columns)
+        if self.resume and self.out.exists():
+            self.old_rows = read_written(self.out)
+        if self.resume and self._beside("answers").exists():
+            self.old_answers = read_written(self._beside("answers"))
 
     def _beside(self, what: str) -> Path:
         return self.out.with_suffix(f".{what}.csv")
@@ -52,6 +64,27 @@ class ResultFiles:
         if self.out is not None:
             table = pd.DataFrame([facts | pair for pair in pairs], columns=PAIRS)
             update_csv(self._beside("pairs"), table, PAIRS_KEY, facts)
+
+    def add_answers(self, scores: pd.DataFrame, place: dict, facts: dict) -> None:
+        """Keep the answers of one encoder to the pairs of a set, before the rows that say the set is finished."""
+        if self.resume:
+            table = scores[["pattern", "id_1", "id_2", "correct"]].assign(**place, **facts)
+            update_csv(self._beside("answers"), table.reindex(columns=ANSWERS), ANSWERS_KEY)
+
+    def find_cell(self, encoder: str, benchmark: str, sets: str, facts: dict) -> tuple[list[dict], pd.DataFrame]:
+        """The rows and answers of a cell that was finished before, with the same weights and options; else none.
+
+        Args:
+            sets: a regular expression of the cell's set, which its rows may say more of than its folder.
+        """
+        found = []
+        for old in (self.old_rows, self.old_answers):
+            same = (old["encoder"] == encoder) & (old["benchmark"] == benchmark)
+            same &= old["set"].astype(str).str.fullmatch(sets)
+            for name in SAME:
+                same &= old[name].astype(str) == str(facts[name])
+            found.append(old[same.astype(bool)])
+        return found[0].to_dict("records"), found[1].reset_index(drop=True)
 
     def add_speed(self, row: dict) -> None:
         if self.out is not None:
@@ -80,8 +113,7 @@ def update_csv(path: Path, table: pd.DataFrame, key: Sequence[str], same: dict |
     """
     check_columns(path, list(table.columns))
     if path.exists():
-        numbers = {name: [""] for name in ("value", "low", "high", "chance")}  # elsewhere "NA" and "null" are names
-        old = pd.read_csv(path, dtype={"weights": str, "git": str}, keep_default_na=False, na_values=numbers)
+        old = read_written(path)
         new = pd.concat([table[key], pd.DataFrame([same])[key]]) if same else table[key]
         settled = set(new.astype(str).itertuples(index=False, name=None))
         kept = [row not in settled for row in old[key].astype(str).itertuples(index=False, name=None)]
@@ -90,6 +122,13 @@ def update_csv(path: Path, table: pd.DataFrame, key: Sequence[str], same: dict |
     draft = path.with_suffix(".new")
     write_csv(draft, table)
     draft.replace(path)
+
+
+def read_written(path: Path) -> pd.DataFrame:
+    """The rows of a csv that `update_csv` wrote."""
+    numbers = {name: [""] for name in ("value", "low", "high", "chance")}  # elsewhere "NA" and "null" are names
+    names = dict.fromkeys(("weights", "git", "commit"), str)
+    return pd.read_csv(path, dtype=names, keep_default_na=False, na_values=numbers)
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:

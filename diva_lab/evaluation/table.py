@@ -11,6 +11,7 @@ ones are compared with the first, pair by pair. An average stands only where all
 zero-shot, the six of clustering, the eight benchmarks of perception (`PERCEPTION`), each with one set.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,7 +29,14 @@ from diva_lab.evaluation.countbench import countbench
 from diva_lab.evaluation.emoji import emoji_benchmark
 from diva_lab.evaluation.features import DRAWS, FEATURES, PRECISIONS, FeatureStore, features_for
 from diva_lab.evaluation.feedback import readability_benchmark, world_readability
-from diva_lab.evaluation.image_sets import CLASSIFICATION_SETS, CLUSTERED, canonical_name, has_captions, is_set
+from diva_lab.evaluation.image_sets import (
+    CLASSIFICATION_SETS,
+    CLUSTERED,
+    IMAGE_FOLDERS,
+    canonical_name,
+    has_captions,
+    is_set,
+)
 from diva_lab.evaluation.knn import knn_benchmark
 from diva_lab.evaluation.mask_sets import is_masks
 from diva_lab.evaluation.pairs import compare_pairs, is_pairs, mmvp_vlm, read_corrections
@@ -104,6 +112,7 @@ def evaluate(
     denoiser: str = "tiny",
     corrections: str | Path | None = None,
     layer: int = -2,
+    resume: bool = False,
 ) -> pd.DataFrame:
     """One row for each encoder, benchmark, set, metric and category: `COLUMNS` and `FACTS`.
 
@@ -129,6 +138,8 @@ def evaluate(
         corrections: a csv of corrected labels, see `pairs.read_corrections`. For each set that it names, mmvp-vlm has
             one more row of `pairs` beside the official one, of the category `corrected by FILE`.
         layer: whose patch tokens are read, as in `Encoder.tokens`, where a benchmark reads them; named in `set`.
+        resume: whether to take the rows of a cell (an encoder's weights on a set of a benchmark) from `out` where they
+            stand there, measured with the same options. A set with `corrections` is always measured.
 
     Raises:
         ValueError: before anything is computed, where no data is there for a benchmark; else at the end, listing
@@ -140,7 +151,8 @@ def evaluate(
     options = {"kind": features, "seed": seed, "strict": strict, "max_images": max_images, "layer": layer}
     work = _work(Path(root), benchmarks)
     labels = {} if corrections is None else _corrections(Path(corrections), work)
-    session = _Session(ResultFiles(out), work, options | {"projector": str(projector), "denoiser": denoiser}, labels)
+    files = ResultFiles(out, resume)
+    session = _Session(files, work, options | {"projector": str(projector), "denoiser": denoiser}, labels)
     return session.run(encoders, partial(FeatureStore, cache=cache, precision=precision, workers=workers))
 
 
@@ -191,20 +203,35 @@ class _Session:
         options = self.options | {"kind": features_for(self.options["kind"], _original_name(name))}
         for benchmark, folder, label in self.work:
             task = Task(store.encoder, store, folder, **options, corrections=self.corrections.get(folder))
+            reads = reads_of(BENCHMARKS[benchmark])
+            facts = self._facts(store, task.kind, reads)
+            how = f" through {task.projector}" if reads.feedback else f", layer {task.layer}" if reads.layer else ""
+            if rows := self._take_finished(name, benchmark, folder, label, how, facts):
+                own += rows
+                continue
             try:
                 measured = _measure_draws(benchmark, task)
             except (ValueError, OSError) as error:
                 self.failed(1, f"{name}, {benchmark}, {label}: {error}")
                 continue
-            reads = reads_of(BENCHMARKS[benchmark])
-            facts = self._facts(store, task.kind, reads)
-            for scores in task.scores:
-                measured += self._compare_with_first(name, folder, label, scores, facts)
-            how = f" through {task.projector}" if reads.feedback else f", layer {task.layer}" if reads.layer else ""
             place = {"encoder": name, "benchmark": benchmark, "set": _label(label, task.classes) + how}
+            for scores in task.scores:
+                self.files.add_answers(scores, place, facts)
+                measured += self._compare_with_first(name, folder, label, scores, facts)
             own += self._add([{**place, **row, **facts} for row in measured])
         self._add(average_rows(own) + perception_row(own))
         self._report_speed(name, store, options["kind"])
+
+    def _take_finished(self, name: str, benchmark: str, folder: Path, label: str, how: str, facts: dict) -> list[dict]:
+        """The rows of a cell that the files hold from an earlier call; none where it is to be measured."""
+        if not self.files.resume or folder in self.corrections:
+            return []
+        sets = rf"{re.escape(label)}( \(\d+ of \d+ classes\))?{re.escape(how)}"
+        rows, answers = self.files.find_cell(name, benchmark, sets, facts)
+        if rows and len(answers):
+            self.first_scores.setdefault(folder, (name, answers))
+        self.rows += rows
+        return rows
 
     def _facts(self, store: FeatureStore, kind: str, reads: Reads | None = None) -> dict:
         """What a row says of how it was measured; options that its benchmark does not heed are at their default."""
@@ -319,6 +346,7 @@ def benchmark_folders(root: Path, benchmark: str) -> list[Path]:
         found = [root] if reads.is_here(root) else [path for path in inside if reads.is_here(path)]
     else:
         others = [path for path in (root, *inside) if _is_read_otherwise(path)]
+        others += [path for path in inside if path.name in IMAGE_FOLDERS]  # where the root itself is pairs
         sets = [path for path in ([root] if is_set(root) else inside) if path not in others]
         captioned = {path: has_captions(path) for path in sets}  # None: a broken tar, which each benchmark reports
         found = [path for path in sets if captioned[path] in (None, reads.data == "captions")]

@@ -48,6 +48,8 @@ LABELS = {
     "naive": "naive sum",
     "dcr": "DCR",
     "genhancer": "GenHancer",
+    "un2clip": "un2CLIP",
+    "kuea": "KUEA",
     "dcr-guidance": "DCR, guided (ours)",
     "caption-contrast": "CLIP's loss on captions",
     "truth": "pull to the truth",

@@ -30,6 +30,7 @@ from diva_lab.models.weights import check_finite, weight_files
 from diva_lab.paths import DATA
 
 ENCODERS = {  # name -> (open_clip model, pretrained tag); a `local-dir:` folder holds weights and tokenizer
+    # the tiny world's, then the papers' eight backbones, for which there are presets
     "tiny": (f"local-dir:{DATA / 'tiny' / 'clip'}", None),
     "openai-l14": ("ViT-L-14-quickgelu", "openai"),
     "openai-l14-336": ("ViT-L-14-336-quickgelu", "openai"),
@@ -39,6 +40,16 @@ ENCODERS = {  # name -> (open_clip model, pretrained tag); a `local-dir:` folder
     "siglip-so400m-384": ("ViT-SO400M-14-SigLIP-384", "webli"),
     "dfn-h14": ("ViT-H-14-quickgelu", "dfn5b"),
     "dfn-h14-378": ("ViT-H-14-378-quickgelu", "dfn5b"),
+    # what they are compared with
+    "openai-b32": ("ViT-B-32-quickgelu", "openai"),
+    "openai-b16": ("ViT-B-16-quickgelu", "openai"),
+    "dfn-l14": ("ViT-L-14-quickgelu", "dfn2b"),
+    "eva02-l14": ("EVA02-L-14", "merged2b_s4b_b131k"),
+    "eva02-l14-336": ("EVA02-L-14-336", "merged2b_s6b_b61k"),
+    "siglip2-so400m": ("ViT-SO400M-14-SigLIP2", "webli"),
+    "siglip2-so400m-378": ("ViT-SO400M-14-SigLIP2-378", "webli"),
+    "metaclip2-h14": ("ViT-H-14-worldwide-quickgelu", "metaclip2_worldwide"),
+    "pe-l14-336": ("PE-Core-L-14-336", "meta"),
 }
 
 

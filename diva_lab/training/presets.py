@@ -12,10 +12,8 @@ from dataclasses import asdict, fields, replace
 import yaml
 
 from diva_lab.image_files import CC3M
-from diva_lab.models.encoders import ENCODERS
 from diva_lab.training.settings import Settings
 
-BACKBONES = tuple(name for name in ENCODERS if name != "tiny")
 PX = {"openai-l14-336": 336, "siglip-so400m-384": 384, "dfn-h14-378": 378}  # the others see 224
 DIVA_CONDITION = {  # how dense the recap is, as DIVA has it for each backbone
     "openai-l14": "recap",
@@ -27,6 +25,7 @@ DIVA_CONDITION = {  # how dense the recap is, as DIVA has it for each backbone
     "dfn-h14": "recap-all",
     "dfn-h14-378": "recap-half",
 }
+BACKBONES = tuple(DIVA_CONDITION)  # the papers'; other encoders have no preset
 DIVA = {  # one stage: encoder and a new linear projector together
     "objective": "diva", "steps": 4600, "optimizer": "sgd", "lr": 1e-4, "weight_decay": 0.0, "schedule": "cosine",
     "warmup": 23, "batch": 16, "lora_rank": 0, "precision": "bf16", "clip": 0.0, "vae_px": 512, "latent": "mean",
@@ -117,7 +116,7 @@ def preset(name: str, stage: int = 2, processes: int = 1) -> Settings:
     """A recipe's settings.
 
     Args:
-        name: one of `PRESETS`: a backbone of `ENCODERS`, a dash, and a key of `RECIPES`.
+        name: one of `PRESETS`: one of `BACKBONES`, a dash, and a key of `RECIPES`.
         stage: one of `stages(name)`: 1 aligns the projector, 2 tunes the encoder.
         processes: as many as will train together.
 

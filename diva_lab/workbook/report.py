@@ -101,7 +101,8 @@ def _is_harmless(tag: str, name: str, value: str) -> bool:
     return name in ("class", "id", "alt", "title", "width", "height", "colspan", "rowspan", "open")
 
 
-def _table(frame: pd.DataFrame) -> str:
+def table_html(frame: pd.DataFrame) -> str:
+    """A table of numbers and texts, which are escaped."""
     text = frame.to_html(index=False, border=0, na_rep="–", float_format=lambda x: f"{x:.3f}", justify="unset")
     return f'<div class="wide">{text}</div>'
 
@@ -127,20 +128,26 @@ def write_report(
     if len(summary):
         columns = [name for name in REPORT_COLUMNS if name in summary]
         details = summary.drop(columns=[name for name in columns if name not in ("objective", "seed")])
-        tables = _table(summary[columns].rename(columns=REPORT_COLUMNS))
-        tables += f"<details><summary>every pattern, probe and run</summary>{_table(details)}</details>"
+        tables = table_html(summary[columns].rename(columns=REPORT_COLUMNS))
+        tables += f"<details><summary>every pattern, probe and run</summary>{table_html(details)}</details>"
     else:
         tables = '<p class="faint">No run of stage 2 has finished.</p>'
     notes = " · ".join(f"{escape(str(name))} {escape(str(value))}" for name, value in facts.items())
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>diva-lab · {escape(path.parent.name)}</title><style>{CSS}</style></head>
-<body><h1>diva-lab</h1>
+    body = f"""<h1>diva-lab</h1>
 <nav><ol>{"".join(contents)}</ol></nav>
 <h2>Objectives and seeds</h2>
 {tables}
 <p class="faint">{notes}</p>
-{"".join(sections)}
+{"".join(sections)}"""
+    write_page(path, f"diva-lab · {path.parent.name}", body)
+
+
+def write_page(path: Path, title: str, body: str) -> None:
+    """Write a page of HTML in this project's style; `body` is HTML, `title` a text."""
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title><style>{CSS}</style></head>
+<body>{body}
 </body></html>
 """
     path.write_text(page, encoding="utf-8")

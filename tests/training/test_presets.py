@@ -53,6 +53,14 @@ from tools.write_presets import PRESET_FILES, write_presets
 TABLE = list(csv.DictReader((DATA / "published" / "recipes.csv").read_text().splitlines()))
 
 
+def test_the_presets_are_of_the_papers_eight_backbones_and_no_encoder_beside_them():
+    assert BACKBONES == (
+        "openai-l14", "openai-l14-336", "metaclip-l14", "metaclip-h14", "siglip-so400m", "siglip-so400m-384",
+        "dfn-h14", "dfn-h14-378",
+    )  # fmt: skip
+    assert set(BACKBONES) < ENCODERS.keys() and {backbone for backbone, _ in PRESETS.values()} == set(BACKBONES)
+
+
 def has_row(backbone: str, row: dict[str, str]) -> bool:
     mine = row["backbones"].split() or [backbone.split("-")[0]]
     return f"{backbone}-{row['recipe']}" in PRESETS and backbone.split("-")[0] in mine
