@@ -447,7 +447,7 @@ class Colours(Encoder):
 
     def __init__(self):
         nn.Module.__init__(self)
-        self.px, self.interpolation, self.squash, self.config, self.dim = 8, "bicubic", False, None, 3
+        self.px, self.resized, self.interpolation, self.squash, self.config, self.dim = 8, 8, "bicubic", False, None, 3
         self.register_buffer("mean", torch.zeros(1)), self.register_buffer("std", torch.ones(1))
 
     def features(self, images):
