@@ -2,7 +2,7 @@
 
     python -m tools.checkpoints [--seeds 0 1 2 3 4]    -> data/results/checkpoints.csv
 
-DIVA after the image-only alignment of `tools.feedback`, with the rate that it chose there, for 400 steps: a recipe
+DIVA after the image-only alignment of `tools.feedback`, with the rate that it chose there, for 250 steps: a recipe
 whose pair score hardly moves, as in the replications of DIVA that are known. Each seed and checkpoint has a row;
 `correct` holds a bit for each pair of the split `measure`, in hexadecimal digits.
 """
@@ -25,7 +25,7 @@ from diva_lab.training.stages import tune
 from tools.feedback import Plan, Row, choose_trial
 
 FILE = DATA / "results" / "checkpoints.csv"
-ROW, DOSE, CHECKPOINTS = Row("diva", "image-only"), 0.4, 10
+ROW, DOSE, CHECKPOINTS = Row("diva", "image-only"), 0.25, 10
 
 
 def pack(correct: Bool[np.ndarray, " n"]) -> str:
@@ -63,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     chosen, _ = choose_trial(Plan(), ROW)
     plan = Plan(dose=DOSE, evaluations=CHECKPOINTS)
-    pd.concat([run_seed(plan, seed, float(chosen["lr"])) for seed in args.seeds]).to_csv(FILE, index=False)
+    tables = []
+    for seed in args.seeds:
+        tables.append(run_seed(plan, seed, float(chosen["lr"])))
+        pd.concat(tables).to_csv(FILE, index=False)
 
 
 if __name__ == "__main__":
