@@ -150,6 +150,15 @@ GAINS = GAINS.assign(gain=[9.0, 20.0, -1.0])
 MAPS = {"global": np.broadcast_to(np.arange(8.0), (4, 4, 8)), "recap": RNG.normal(0, 1, (4, 4, 8))}
 PATCH_MAPS = {"changed": np.eye(4, dtype=bool)[None].repeat(len(IMAGES), 0)}
 PATCH_MAPS |= {name: RNG.random((len(IMAGES), 4, 4)) for name in ("before", "after")}
+CHOSEN = pd.DataFrame(
+    [
+        (of, k, size, 0.01 * k, 0, 0.02 * k, 0.001)
+        for of in ("checkpoints", "seeds")
+        for size in (135, 2700)
+        for k in (1, 2)
+    ],
+    columns=["of", "choices", "size", "reported", "reported/low", "reported/high", "held"],
+)
 ANSWERS = {"none": [["red", "red"], ["one", "two"]], "diva": [["red", "blue"], ["two", "one"]]}
 
 DRAWN = {
@@ -159,6 +168,7 @@ DRAWN = {
     "front": lambda source="": figures.front(MIXES, PUSHES, source=source),
     "image_grid": lambda source="": figures.image_grid(IMAGES[0], ["one", "two"], source=source),
     "minimal_pairs": lambda source="": figures.minimal_pairs(PAIRS, IMAGES, SCORES, source),
+    "selection": lambda source="": figures.selection(CHOSEN, source),
     "answers": lambda source="": figures.answers(["Colour?", "How many?"], IMAGES, ANSWERS["diva"], ANSWERS, source),
     "patch_maps": lambda source="": figures.patch_maps(IMAGES, PATCH_MAPS, source),
     "drawn_attributes": lambda source="": figures.drawn_attributes(QUALITY, {"class": 0.8}, source),

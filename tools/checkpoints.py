@@ -9,14 +9,12 @@ whose pair score hardly moves, as in the replications of DIVA that are known. Ea
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool
 
-from diva_lab.evaluation.pairs import read_pairs, score_pairs
+from diva_lab.analysis.selection import pack
+from diva_lab.evaluation.pairs import score_pairs
 from diva_lab.evaluation.results import versions_and_git
 from diva_lab.evaluation.world import world_pairs
 from diva_lab.models.encoders import Encoder
@@ -26,22 +24,6 @@ from tools.feedback import Plan, Row, choose_trial
 
 FILE = DATA / "results" / "checkpoints.csv"
 ROW, DOSE, CHECKPOINTS = Row("diva", "image-only"), 0.25, 10
-
-
-def pack(correct: Bool[np.ndarray, " n"]) -> str:
-    return np.packbits(correct).tobytes().hex()
-
-
-def unpack(text: str, n: int) -> Bool[np.ndarray, " n"]:
-    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[:n].astype(bool)
-
-
-def read_checkpoints(path: Path = FILE) -> tuple[Bool[np.ndarray, "s k n"], list[str]]:
-    """Whether each checkpoint of each seed gets each pair right, without the untrained one, and the pairs' patterns."""
-    patterns = read_pairs(world_pairs())["pattern"].tolist()
-    table = pd.read_csv(path).query("step > 0").sort_values(["seed", "step"])
-    runs = [[unpack(text, len(patterns)) for text in run] for _, run in table.groupby("seed")["correct"]]
-    return np.array(runs), patterns
 
 
 def run_seed(plan: Plan, seed: int, lr: float) -> pd.DataFrame:

@@ -7,12 +7,40 @@ the drawn set, as it would be reported, and in the population, as it holds.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
+from scipy.stats import binomtest
 
-from diva_lab.statistics import percentiles
+from diva_lab.statistics import mcnemar_pairs, percentiles
+from diva_lab.world import PATTERNS
+
+PAIRS = 135  # of MMVP-VLM
+
+
+def pack(correct: Bool[np.ndarray, " n"]) -> str:
+    """A bit for each pair, in hexadecimal digits."""
+    return np.packbits(correct).tobytes().hex()
+
+
+def unpack(text: str, n: int) -> Bool[np.ndarray, " n"]:
+    """What `pack` wrote of n pairs."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[:n].astype(bool)
+
+
+def read_checkpoints(path: str | Path, each: int = 300) -> tuple[Bool[np.ndarray, "s k n"], list[str]]:
+    """Whether each checkpoint of each seed gets each pair right, the untrained one first; and the pairs' patterns.
+
+    Args:
+        path: a csv with `seed`, `step` and `correct`, packed.
+        each: pairs of a pattern.
+    """
+    patterns = np.repeat(list(PATTERNS.values()), each).tolist()
+    table = pd.read_csv(path).sort_values(["seed", "step"])
+    runs = [[unpack(text, len(patterns)) for text in run] for _, run in table.groupby("seed")["correct"]]
+    return np.array(runs), patterns
 
 
 def draw_sets(patterns: Sequence[str], size: int, draws: int, seed: int) -> Int[np.ndarray, "draws n"]:
@@ -86,3 +114,30 @@ def selection_table(
             gain = selection_gain(last[:s], last.mean(0), patterns, size, seed=seed)
             rows.append({"of": "seeds", "choices": s, "size": size, **gain})
     return pd.DataFrame(rows)
+
+
+def published_power(published: pd.DataFrame, discordance: float) -> pd.DataFrame:
+    """What published gains on MMVP-VLM would need to be told from zero.
+
+    Papers give no answers to single pairs, so that McNemar's test cannot be done. Two cases bound it: no pair was lost,
+    and as large a share of the pairs changed as `discordance` says.
+
+    Args:
+        published: rows of data/published/results.csv; those of mmvp-vlm's score over all pairs are used.
+
+    Returns:
+        Columns backbone, method, pairs (gained less lost, of 135), "p, none lost", "p, some lost", and "pairs needed":
+        how many find the difference with a power of 80 % at that discordance; NaN where nothing was gained.
+    """
+    rows = published[(published["benchmark"] == "mmvp-vlm") & (published["metric"] == "pairs")]
+    table = rows.pivot_table(index="backbone", columns="method", values="percent", sort=False)
+    found = []
+    for backbone, scores in table.iterrows():
+        for method, percent in scores.drop("none").dropna().items():
+            net = round((percent - scores["none"]) / 100 * PAIRS)
+            changed = max(abs(net), round(discordance * PAIRS))
+            changed += (changed - net) % 2  # gained - lost = net, gained + lost = changed
+            tests = [binomtest((n + net) // 2, n).pvalue if n else 1.0 for n in (abs(net), changed)]
+            needed = mcnemar_pairs(net / PAIRS, discordance) if net else np.nan
+            found.append((backbone, method, net, *tests, needed))
+    return pd.DataFrame(found, columns=["backbone", "method", "pairs", "p, none lost", "p, some lost", "pairs needed"])

@@ -18,7 +18,15 @@ from diva_lab.figures.gradients import (
     term_norms,
 )
 from diva_lab.figures.samples import answers, drawn_attributes, image_grid, minimal_pairs, patch_maps
-from diva_lab.figures.scores import benchmark_scores, claims, objective_differences, pair_scores, radar, runs_scatter
+from diva_lab.figures.scores import (
+    benchmark_scores,
+    claims,
+    objective_differences,
+    pair_scores,
+    radar,
+    runs_scatter,
+    selection,
+)  # fmt: skip
 from diva_lab.figures.style import COLOURS, LABELS, MARKERS, MEASURES, STYLE, running_mean, save, trace
 from diva_lab.figures.theory import affine_range, message_maps, theorem_bounds
 from diva_lab.figures.training import learning_rates, loss_curves, recovered_fraction, trade_off

@@ -245,6 +245,33 @@ def benchmark_scores(
     return style.finish(fig, source)
 
 
+@style.apply
+def selection(table: pd.DataFrame, source: str = "") -> Figure:
+    """What the best of several adds: as it would be reported, with the range of 95 % of the test sets, and as it holds.
+
+    `table`: as `analysis.selection.selection_table` returns it, in fractions. Checkpoints and seeds have a panel each.
+    """
+    style.require_columns(table, ("of", "choices", "size", "reported", "reported/low", "reported/high", "held"))
+    groups = list(table.groupby("of", sort=False))
+    fig, axes = style.make_panels(len(groups), len(groups), 3.0, sharey=True)
+    colours = style.colours_of(map(str, sorted(table["size"].unique())))
+    for ax, (of, rows) in zip(axes, groups, strict=True):
+        ax.axhline(0, color=style.INK, linewidth=0.9)
+        for size, part in rows.groupby("size"):
+            colour = colours[str(size)]
+            ax.fill_between(part["choices"], part["reported/low"], part["reported/high"], color=colour, alpha=0.15)
+            ax.plot(
+                part["choices"], part["reported"], "o-", color=colour, markersize=4, label=f"reported, {size} pairs"
+            )
+            ax.plot(part["choices"], part["held"], "--", color=colour, label=f"held, {size} pairs")
+        ax.set(title=f"best of so many {of}", xlabel=of)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.yaxis.set_major_formatter(style.PERCENT)
+    axes[0].set_ylabel("gain in the pair score, points")
+    style.move_legend(fig, "outside upper center", 4)
+    return style.finish(fig, source)
+
+
 def _published_panels(
     published: pd.DataFrame, replications: pd.DataFrame | None, keys: list[str]
 ) -> list[tuple[tuple, pd.DataFrame]]:

@@ -1,9 +1,10 @@
 """What choosing on the test set adds: nothing to choose adds nothing, luck is reported and does not hold."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from diva_lab.analysis.selection import draw_sets, selection_gain, selection_table
+from diva_lab.analysis.selection import draw_sets, published_power, selection_gain, selection_table
 
 PATTERNS = ["a"] * 100 + ["b"] * 50
 RNG = np.random.default_rng(0)
@@ -59,3 +60,15 @@ def test_the_table_has_every_number_of_choices_and_the_first_is_no_choice():
     assert (one["reported"] == 0).all()
     more = table[(table["of"] == "checkpoints") & (table["size"] == 20)]["reported"].to_numpy()
     assert more[-1] > more[0]
+
+
+def test_a_published_gain_is_bounded_by_two_tests():
+    """9 of 135 pairs: 9 gained and none lost, 2 / 2^9; 18 gained and 9 lost of 27, by hand from the binomial."""
+    columns = ["benchmark", "metric", "backbone", "method", "percent"]
+    rows = [("mmvp-vlm", "pairs", "a", name, value) for name, value in (("none", 20.0), ("dcr", 26.67), ("diva", 20.0))]
+    table = published_power(pd.DataFrame(rows, columns=columns), 0.2).set_index("method")
+    assert table["pairs"].to_dict() == {"dcr": 9, "diva": 0}
+    assert table.loc["dcr", "p, none lost"] == pytest.approx(2 / 2**9)
+    assert table.loc["dcr", "p, some lost"] == pytest.approx(0.1221, abs=1e-4)
+    assert table.loc["diva", "p, some lost"] == 1 and np.isnan(table.loc["diva", "pairs needed"])
+    assert 300 < table.loc["dcr", "pairs needed"] < 400

@@ -4,6 +4,7 @@ import pytest
 from figure_records import (
     BENCHMARKS,
     CEILING,
+    CHOSEN,
     DIFFERENCES,
     LINE,
     PUBLISHED,
@@ -20,6 +21,15 @@ from matplotlib.colors import to_hex
 from diva_lab import figures
 from diva_lab.figures import style
 from diva_lab.world import PATTERNS
+
+
+def test_selection_draws_what_is_reported_and_what_holds_for_each_size():
+    fig = figures.selection(CHOSEN)
+    assert [ax.get_title("left") for ax in fig.axes] == ["best of so many checkpoints", "best of so many seeds"]
+    assert list(legend(fig)) == [f"{name}, {n} pairs" for n in (135, 2700) for name in ("reported", "held")]
+    for ax in fig.axes:
+        drawn = [line.get_ydata().tolist() for line in ax.lines if len(line.get_ydata()) == 2][1:]
+        assert drawn == [[0.01, 0.02], [0.001, 0.001]] * 2
 
 
 def test_pair_scores_carry_values_intervals_and_ceiling():
