@@ -78,7 +78,7 @@ def find_towers(plan: Plan, seed: int) -> dict[str, str]:
     _, images = world_scenes(study.world, 64)
     for name, (row, whole) in TOWERS.items():
         chosen, _ = choose_trial(study, row)
-        run = None if chosen is None else find_run(study.stage_2(row, chosen["lr"], seed), study.runs)
+        run = None if chosen is None else find_run(study.stage_2(row, float(chosen["lr"]), seed), study.runs)
         if run is None or not run.done:
             print(f"{name}, seed {seed}: not trained, see python -m tools.feedback run '{row}'", flush=True)
             continue
