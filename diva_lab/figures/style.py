@@ -201,9 +201,12 @@ def marker_of(key: object) -> str:
 
 
 def colours_of(names: Iterable[str]) -> dict[str, str]:
-    """The fixed colour of each objective and its variants; other names take the palette's colours in their order."""
-    spare = cycle([*list(COLOURS.values())[3:], *list(COLOURS.values())[:3]])
-    return {name: COLOURS[base_objective(name)] if base_objective(name) in COLOURS else next(spare) for name in names}
+    """The fixed colour of each objective and its variants; other names take those that these leave."""
+    names = list(names)
+    fixed = {name: COLOURS[base_objective(name)] for name in names if base_objective(name) in COLOURS}
+    palette = [*list(COLOURS.values())[3:], *list(COLOURS.values())[:3]]
+    spare = cycle([colour for colour in palette if colour not in fixed.values()] or palette)
+    return {name: fixed[name] if name in fixed else next(spare) for name in names}
 
 
 def draw_image(ax: Axes, pixels: np.ndarray, **colours: object) -> None:
