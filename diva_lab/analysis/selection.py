@@ -7,6 +7,7 @@ the drawn set, as it would be reported, and in the population, as it holds.
 """
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -62,35 +63,33 @@ def draw_sets(patterns: Sequence[str], size: int, draws: int, seed: int) -> Int[
 
 
 def selection_gain(
-    correct: Bool[np.ndarray, "m n"],
-    fixed: Float[np.ndarray, " n"],
-    patterns: Sequence[str],
-    size: int,
-    draws: int = 2000,
-    seed: int = 0,
+    correct: Bool[np.ndarray, "m n"], fixed: Float[np.ndarray, " n"], sets: Int[np.ndarray, "draws n"]
 ) -> dict[str, float]:
-    """The gain of the best of m models on a test set of `size` pairs over what was fixed before.
+    """The gain of the best of m models on a test set over what was fixed before.
 
     Args:
         correct: whether each model gets each of n pairs right.
         fixed: the same of what it is compared with: one model, or the mean of several.
-        patterns: of the pairs.
+        sets: as `draw_sets` returns them.
 
     Returns:
         "reported", the mean gain on the set that the choice was made on; "reported/low" and "reported/high", between
         which 95 % of the sets lie; "held", the mean gain of the chosen model in the population. In fractions.
     """
-    counts = draw_sets(patterns, size, draws, seed)
-    gains = counts @ (correct - fixed).T / size  # [draws, m]
+    gains = sets @ (correct - fixed).T / sets[0].sum()  # [draws, m]
     chosen = gains.argmax(1)
-    reported = gains[np.arange(draws), chosen]
-    held = (correct - fixed).mean(1)[chosen]
+    reported = gains[np.arange(len(sets)), chosen]
     low, high = percentiles(reported)
-    return {"reported": reported.mean(), "reported/low": low, "reported/high": high, "held": held.mean()}
+    held = (correct - fixed).mean(1)[chosen].mean()
+    return {"reported": reported.mean(), "reported/low": low, "reported/high": high, "held": held}
 
 
 def selection_table(
-    correct: Bool[np.ndarray, "s k n"], patterns: Sequence[str], sizes: Sequence[int] = (135, 2700), seed: int = 0
+    correct: Bool[np.ndarray, "s k n"],
+    patterns: Sequence[str],
+    sizes: Sequence[int] = (PAIRS, 2700),
+    draws: int = 2000,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """`selection_gain` of the best of 1 to k checkpoints of a seed, and of the last checkpoint of 1 to s seeds.
 
@@ -99,20 +98,22 @@ def selection_table(
             evenly over the run and end with the last.
 
     Returns:
-        Columns `of` ("checkpoints", mean over the seeds, or "seeds"), `choices`, `size`, and those of `selection_gain`.
-        Checkpoints are compared with the last one of their run, seeds with the mean of all seeds.
+        Columns `of` ("checkpoints", mean over the seeds, or "seeds", mean over all choices of so many), `choices`,
+        `size`, and those of `selection_gain`. Checkpoints are compared with the last one of their run, seeds with the
+        mean of all seeds.
     """
     seeds, checkpoints, _ = correct.shape
-    rows = []
+    last, rows = correct[:, -1], []
     for size in sizes:
+        sets = draw_sets(patterns, size, draws, seed)
         for k in range(1, checkpoints + 1):
             places = checkpoints - 1 - np.linspace(0, checkpoints - 1, k).round().astype(int)
-            gains = [selection_gain(run[places], run[-1].astype(float), patterns, size, seed=seed) for run in correct]
+            gains = [selection_gain(run[places], run[-1].astype(float), sets) for run in correct]
             rows.append({"of": "checkpoints", "choices": k, "size": size, **pd.DataFrame(gains).mean()})
-        last = correct[:, -1]
         for s in range(1, seeds + 1):
-            gain = selection_gain(last[:s], last.mean(0), patterns, size, seed=seed)
-            rows.append({"of": "seeds", "choices": s, "size": size, **gain})
+            some = map(list, combinations(range(seeds), s))
+            gains = [selection_gain(last[chosen], last.mean(0), sets) for chosen in some]
+            rows.append({"of": "seeds", "choices": s, "size": size, **pd.DataFrame(gains).mean()})
     return pd.DataFrame(rows)
 
 

@@ -20,7 +20,7 @@ def test_a_set_has_as_many_pairs_of_each_pattern():
 
 def test_one_model_against_itself_gains_nothing():
     correct = RNG.random((1, 150)) < 0.3
-    gain = selection_gain(correct, correct[0].astype(float), PATTERNS, 20)
+    gain = selection_gain(correct, correct[0].astype(float), draw_sets(PATTERNS, 20, 100, 0))
     assert set(gain.values()) == {0}
 
 
@@ -29,7 +29,7 @@ def test_models_of_one_ability_gain_by_luck_which_a_larger_set_shrinks_and_the_p
     for k, row in enumerate(correct):  # 5 of 100 and 3 of 50 right in each model, other ones
         row[5 * k : 5 * k + 5] = row[100 + 3 * k : 103 + 3 * k] = True
     fixed = correct[-1].astype(float)
-    few, many = (selection_gain(correct, fixed, PATTERNS, size) for size in (20, 2000))
+    few, many = (selection_gain(correct, fixed, draw_sets(PATTERNS, size, 2000, 0)) for size in (20, 2000))
     assert few["held"] == pytest.approx(0, abs=1e-12) == many["held"]
     assert few["reported"] > 0.05 and 0 < many["reported"] < few["reported"] / 4
     assert few["reported/low"] <= few["reported"] <= few["reported/high"]
@@ -38,7 +38,7 @@ def test_models_of_one_ability_gain_by_luck_which_a_larger_set_shrinks_and_the_p
 def test_the_best_of_two_is_the_expected_maximum():
     """One pair a pattern in two models, each right in another one: drawn sets of size 1 leave no doubt."""
     correct = np.array([[True, False], [False, True]])
-    gain = selection_gain(correct, correct[1].astype(float), ["a", "a"], 1, draws=4000)
+    gain = selection_gain(correct, correct[1].astype(float), draw_sets(["a", "a"], 1, 4000, 0))
     # pair 0 is drawn: the first model gains 1; pair 1: both choices gain at most 0, the second is the fixed one
     assert gain["reported"] == pytest.approx(0.5, abs=0.03) and gain["held"] == 0
 
@@ -46,7 +46,7 @@ def test_the_best_of_two_is_the_expected_maximum():
 def test_a_model_that_is_better_everywhere_is_found_and_its_gain_holds():
     correct = np.zeros((3, 150), bool)
     correct[1] = True
-    gain = selection_gain(correct, correct[2].astype(float), PATTERNS, 20)
+    gain = selection_gain(correct, correct[2].astype(float), draw_sets(PATTERNS, 20, 100, 0))
     assert gain["reported"] == gain["held"] == 1
 
 
@@ -58,6 +58,8 @@ def test_the_table_has_every_number_of_choices_and_the_first_is_no_choice():
     }  # fmt: skip
     one = table[(table["of"] == "checkpoints") & (table["choices"] == 1)]
     assert (one["reported"] == 0).all()
+    alone = table[(table["of"] == "seeds") & (table["choices"] == 1)]
+    assert alone["reported"].to_numpy() == pytest.approx(0, abs=1e-12) == alone["held"].to_numpy()
     more = table[(table["of"] == "checkpoints") & (table["size"] == 20)]["reported"].to_numpy()
     assert more[-1] > more[0]
 
