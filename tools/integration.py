@@ -74,7 +74,7 @@ class Plan:
 
 def find_towers(plan: Plan, seed: int) -> dict[str, str]:
     """Name -> encoder, as `evaluation.table.open_encoder` takes it; what is not trained yet is left out and told."""
-    towers, study = {ORIGINAL: "tiny"}, plan.feedback
+    towers, pushed, study = {ORIGINAL: "tiny"}, {}, plan.feedback
     _, images = world_scenes(study.world, 64)
     for name, (row, whole) in TOWERS.items():
         chosen, _ = choose_trial(study, row)
@@ -83,8 +83,8 @@ def find_towers(plan: Plan, seed: int) -> dict[str, str]:
             print(f"{name}, seed {seed}: not trained, see python -m tools.feedback run '{row}'", flush=True)
             continue
         towers[name] = str(run.folder) if whole else f"{run.folder}:{chosen['mix']:g}"
-        towers[PUSH] = str(perturb(run, images[:64], "drift", plan.runs).folder)
-    return towers
+        pushed[PUSH] = str(perturb(run, images[:64], "drift", plan.runs).folder)
+    return towers | pushed
 
 
 def measure_patches(plan: Plan, tower: str) -> Iterator[dict]:
