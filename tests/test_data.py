@@ -54,7 +54,7 @@ def test_the_projector_of_the_study_has_converged():
     assert last["gained"] < PLATEAU * last["steps"] / 1000
 
 
-def test_the_tiny_models_keep_to_eleven_million_weights_and_24_megabytes():
+def test_the_tiny_models_keep_to_twelve_million_weights_and_25_megabytes():
     files = list((DATA / "tiny").rglob("*.safetensors"))
     weights = 0
     for file in files:
@@ -64,8 +64,8 @@ def test_the_tiny_models_keep_to_eleven_million_weights_and_24_megabytes():
                 for length in tensors.get_slice(name).get_shape():
                     size *= length
                 weights += size
-    assert weights <= 11_000_000
-    assert sum(file.stat().st_size for file in (DATA / "tiny").rglob("*") if file.is_file()) <= 24e6
+    assert weights <= 12_000_000  # a million and a half of them in the language model and its tower
+    assert sum(file.stat().st_size for file in (DATA / "tiny").rglob("*") if file.is_file()) <= 25e6
 
 
 def test_the_denoiser_reads_captions_with_clips_own_text_tower():

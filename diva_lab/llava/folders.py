@@ -65,6 +65,8 @@ class Llava:
 
     def save(self, folder: Path) -> Path:
         """Write a new folder; what makes it a whole one for `load_llava`, the processor, is written last."""
+        for config in (self.model.config, self.model.config.text_config, self.model.config.vision_config):
+            config._name_or_path = ""  # transformers keeps the path of a part on this machine
         self.model.save_pretrained(folder)
         text = json.dumps({**self.record, **environment()}, indent=1)
         (folder / RECORD).write_text(text + "\n", encoding="utf-8")

@@ -28,7 +28,7 @@ def test_selection_draws_what_is_reported_and_what_holds_for_each_size():
     assert [ax.get_title("left") for ax in fig.axes] == ["best of so many checkpoints", "best of so many seeds"]
     assert list(legend(fig)) == [f"{name}, {n} pairs" for n in (135, 2700) for name in ("reported", "held")]
     for ax in fig.axes:
-        drawn = [line.get_ydata().tolist() for line in ax.lines if len(line.get_ydata()) == 2][1:]
+        drawn = [list(line.get_ydata()) for line in ax.lines][1:]
         assert drawn == [[0.01, 0.02], [0.001, 0.001]] * 2
 
 
