@@ -4,6 +4,7 @@ And models of real size without weights, on the meta device.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import open_clip
@@ -22,6 +23,7 @@ from timm.models.eva import Eva, _create_eva
 from timm.models.vision_transformer import VisionTransformer, _create_vision_transformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BitImageProcessor,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -29,6 +31,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -255,4 +259,14 @@ def write_language(folder: Path, seed: int = 0, kind: str = "llama", **changes) 
         model = GPT2LMHeadModel(GPT2Config(**sizes | changes))
     unlike(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_dinov2(folder: Path, mean: Sequence[float] = (0.5, 0.5, 0.5)) -> Path:
+    """A folder of a DINOv2 with random weights, which resizes to 32 and crops to 28 pixels."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
+    BitImageProcessor(**size, image_mean=list(mean), image_std=[0.2] * 3).save_pretrained(folder)
     return folder

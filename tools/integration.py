@@ -74,8 +74,7 @@ class Plan:
 
 def find_towers(plan: Plan, seed: int) -> dict[str, str]:
     """Name -> encoder, as `evaluation.table.open_encoder` takes it; what is not trained yet is left out and told."""
-    towers, pushed, study = {ORIGINAL: "tiny"}, {}, plan.feedback
-    _, images = world_scenes(study.world, 64)
+    towers, last, study = {ORIGINAL: "tiny"}, None, plan.feedback
     for name, (row, whole) in TOWERS.items():
         chosen, _ = choose_trial(study, row)
         run = None if chosen is None else find_run(study.stage_2(row, float(chosen["lr"]), seed), study.runs)
@@ -83,8 +82,11 @@ def find_towers(plan: Plan, seed: int) -> dict[str, str]:
             print(f"{name}, seed {seed}: not trained, see python -m tools.feedback run '{row}'", flush=True)
             continue
         towers[name] = str(run.folder) if whole else f"{run.folder}:{chosen['mix']:g}"
-        pushed[PUSH] = str(perturb(run, images[:64], "drift", plan.runs).folder)
-    return towers | pushed
+        last = run
+    if last is not None:
+        _, images = world_scenes(study.world, 64)
+        towers[PUSH] = str(perturb(last, images[:64], "drift", plan.runs).folder)
+    return towers
 
 
 def measure_patches(plan: Plan, tower: str) -> Iterator[dict]:

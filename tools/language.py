@@ -13,7 +13,7 @@ import argparse
 import csv
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,25 +96,29 @@ def statement_question(scene: np.void, name: str) -> str:
 KINDS = (open_question, option_question, yes_question)
 
 
-def conversation(scene: np.void, rng: np.random.Generator) -> list[dict[str, str]]:
-    """Turns about a scene in LLaVA's format, of any kind and about any attribute."""
+def _turns(scene: np.void, rng: np.random.Generator, kinds: Sequence[Callable], ask: Callable[[str, str], str]) -> list:
+    """Turns about a scene in LLaVA's format, of any of `kinds` and about any attribute; `ask` makes what is asked."""
     said = []
     for _ in range(TURNS):
-        kind, name = KINDS[rng.integers(len(KINDS))], list(ASKED)[rng.integers(len(ASKED))]
+        kind, name = kinds[rng.integers(len(kinds))], list(ASKED)[rng.integers(len(ASKED))]
         question, answer = kind(scene, name, rng)
-        said += [{"from": "human", "value": ("" if said else MARK) + question}, {"from": "gpt", "value": answer}]
+        mark = "" if said else MARK
+        said += [{"from": "human", "value": mark + ask(question, answer)}, {"from": "gpt", "value": answer}]
     return said
+
+
+def conversation(scene: np.void, rng: np.random.Generator) -> list[dict[str, str]]:
+    """Questions of every kind, as they are."""
+    return _turns(scene, rng, KINDS, lambda question, answer: question)
 
 
 def word_game(scene: np.void, rng: np.random.Generator) -> list[dict[str, str]]:
-    """The same questions with the answer before each, so that no image is needed, in short."""
-    said = []
-    for _ in range(TURNS):
-        kind, name = KINDS[1 + rng.integers(2)], list(ASKED)[rng.integers(len(ASKED))]
-        question, answer = kind(scene, name, rng)
-        short = f"{answer.split()[0]}. {question.removesuffix(LETTER).removesuffix(ASK['yes_no'])}"
-        said += [{"from": "human", "value": ("" if said else MARK) + short}, {"from": "gpt", "value": answer}]
-    return said
+    """Questions to decide with the answer before each, so that no image is needed, in short."""
+
+    def ask(question: str, answer: str) -> str:
+        return f"{answer.split()[0]}. {question.removesuffix(LETTER).removesuffix(ASK['yes_no'])}"
+
+    return _turns(scene, rng, KINDS[1:], ask)
 
 
 def description(scene: np.void) -> list[dict[str, str]]:

@@ -26,7 +26,7 @@ from diva_lab.figures.scores import (
     radar,
     runs_scatter,
     selection,
-)  # fmt: skip
+)
 from diva_lab.figures.style import COLOURS, LABELS, MARKERS, MEASURES, STYLE, running_mean, save, trace
 from diva_lab.figures.theory import affine_range, message_maps, theorem_bounds
 from diva_lab.figures.training import learning_rates, loss_curves, recovered_fraction, trade_off

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+from small_models import write_dinov2
 
 from diva_lab.cli import main
 from diva_lab.evaluation.blind_pairs import find_blind_pairs
@@ -48,13 +48,7 @@ def test_an_image_is_no_pair_with_itself_and_its_copy_is_none_where_the_other_se
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
     """A folder of a small DINOv2 with random weights."""
-    folder = tmp_path_factory.mktemp("dinov2")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
-    BitImageProcessor(**size, image_mean=[0.5] * 3, image_std=[0.2] * 3).save_pretrained(folder)
-    return folder
+    return write_dinov2(tmp_path_factory.mktemp("dinov2"))
 
 
 @pytest.fixture

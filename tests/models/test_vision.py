@@ -7,8 +7,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from small_models import write_dinov2
 from timm.models import save_for_hf
-from transformers import AutoImageProcessor, BitImageProcessor, Dinov2Config, Dinov2Model
+from transformers import AutoImageProcessor, Dinov2Model
 
 from diva_lab.evaluation.features import FeatureStore
 from diva_lab.image_files import Place
@@ -25,12 +26,7 @@ def image(tmp_path_factory):
 
 @pytest.fixture
 def dinov2(tmp_path):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / "dinov2")
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
-    BitImageProcessor(**size, image_mean=[0.5, 0.4, 0.3], image_std=[0.2] * 3).save_pretrained(tmp_path / "dinov2")
-    return tmp_path / "dinov2"
+    return write_dinov2(tmp_path / "dinov2", mean=(0.5, 0.4, 0.3))
 
 
 def test_a_dinov2_gives_what_transformers_gives(dinov2, image):
