@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from types import CodeType
 
+import torch
+
 from diva_lab.paths import ROOT
 
 PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "accelerate", "peft", "numpy")
@@ -74,9 +76,14 @@ def environment() -> dict:
         "git": (_git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else ""),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores{_gpu()}",
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _gpu() -> str:
+    """The name of the GPU that is trained on, after a comma; "" where there is none."""
+    return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
 
 
 def _git(*words: str) -> str:

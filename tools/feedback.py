@@ -18,7 +18,7 @@ rates are chosen after the anchored and after the image-only alignment; an unpai
 placebo the image-only one's, and a row of `RELEASED` that of the row from which it differs, unless it sets its own. A
 run whose zero-shot accuracy falls below 70 % has diverged and is stopped.
 
-At its end each run is measured at `MIXES` too: between the original's weights and its own (`mix_weights`). The row
+At its end each run is measured at `MIXES` too: between the original's weights and its own (`tuned_encoder`). The row
 `diva, mixed` chooses rate and mix together: the highest pair score within 2 points of the original's zero-shot accuracy
 and 5 points of its NMI.
 """
@@ -39,8 +39,8 @@ from diva_lab.analysis.alignment import alignment_report
 from diva_lab.analysis.readability import DRAWS, Instrument, readability, world_pairs_in_memory
 from diva_lab.evaluation.shift import shift_report
 from diva_lab.evaluation.world import WORLD_MEASURES, WORLD_SPLITS, cache_report, world_report, world_scenes
+from diva_lab.machine import default_device
 from diva_lab.models.encoders import Encoder, load_encoder
-from diva_lab.models.lora import mix_weights
 from diva_lab.models.registry import load_denoiser
 from diva_lab.paths import DATA, RUNS
 from diva_lab.provenance import environment, sha256
@@ -217,9 +217,9 @@ def align_all(plan: Plan, alignments: Sequence[str]) -> None:
 
 def measure_mixes(plan: Plan, settings: Settings, report: Report) -> dict[str, list[float]]:
     """What `report` finds at each of `plan.mixes`, in columns."""
-    original, lines = load_encoder(settings.encoder), []
+    device, lines = default_device(), []
     for mix in plan.mixes:
-        mixed = mix_weights(tuned_encoder(find_run(settings, plan.runs)), original, mix)
+        mixed = tuned_encoder(find_run(settings, plan.runs), device, mix)
         lines.append({"mix": mix} | {name: round(value, DIGITS) for name, value in report(mixed).items()})
     return pd.DataFrame(lines).to_dict("list")
 
@@ -248,7 +248,9 @@ def run_once(plan: Plan, settings: Settings, report: Report, **facts: object) ->
             facts["mixes"] = measure_mixes(plan, settings, report)
             if facts["split"] == "measure":
                 facts["pushes"] = measure_pushes(plan, run, report)
-        facts["shift"] = plan.shift(load_encoder(settings.encoder), tuned_encoder(run), plan.world, facts["split"])
+        device = default_device()
+        pair = load_encoder(settings.encoder, device), tuned_encoder(run, device)
+        facts["shift"] = plan.shift(*pair, plan.world, facts["split"])
     except (Diverged, FloatingPointError):
         facts["diverged"] = True
     write_record(find_run(settings, plan.runs), plan.results / "records", **facts)
