@@ -47,6 +47,7 @@ figures: $(INSTALLED) ## run the notebooks in place; rewrites their outputs and 
 pretrain: $(INSTALLED) ## train data/tiny again from a seed: hours on two cores, continues where it was stopped
 	$(BIN)/python -m tools.pretrain all --threads $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 	$(BIN)/python -m tools.language
+	$(BIN)/python -m tools.rivals --threads $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
 study: $(INSTALLED) ## run the study in two worlds, write data/results: hours, continues where it was stopped [SMALL=1: minutes]
 	$(BIN)/python -m tools.study $${SMALL:+--small}

@@ -104,6 +104,37 @@ def small_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_unclip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small random unCLIP decoder of the small CLIP's embeddings."""
+    from small_models import write_unclip
+
+    return write_unclip(tmp_path_factory.mktemp("models") / "unclip")
+
+
+@pytest.fixture(scope="session")
+def small_vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small random DINOv2."""
+    from small_models import write_dinov2
+
+    return write_dinov2(tmp_path_factory.mktemp("models") / "vision")
+
+
+@pytest.fixture(scope="session")
+def settings_of(small_settings, small_unclip: Path, small_vision: Path):
+    """Objective -> `small_settings` with it, and with the models that it reads."""
+    from dataclasses import replace
+
+    from diva_lab.objectives import OBJECTIVES
+    from diva_lab.objectives.step import models_of
+
+    def settings(objective: str):
+        denoiser = str(small_unclip) if "decoder" in models_of(OBJECTIVES[objective]) else small_settings.denoiser
+        return replace(small_settings, objective=objective, denoiser=denoiser, teacher=str(small_vision))
+
+    return settings
+
+
+@pytest.fixture(scope="session")
 def small_settings(small_clip: Path, small_diffusion: Path):
     """Settings of the small models: four steps of three pictures, a new projector, full precision."""
     from diva_lab.training.settings import Settings

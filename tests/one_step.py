@@ -15,9 +15,10 @@ from diva_lab.models.conditions import Conditioner
 from diva_lab.models.denoiser import Denoiser
 from diva_lab.models.encoders import Encoder, Features
 from diva_lab.models.registry import load_denoiser
+from diva_lab.models.teacher import Teacher
 from diva_lab.objectives import OBJECTIVES
 from diva_lab.objectives.step import Step
-from diva_lab.training.build import build_conditioner, build_encoder, make_step
+from diva_lab.training.build import build_conditioner, build_encoder, build_teacher, make_step
 from diva_lab.training.settings import Settings
 from diva_lab.world import World, captions, draw_scenes
 
@@ -46,12 +47,14 @@ class OneStep:
     encoder: Encoder
     conditioner: Conditioner
     denoiser: Denoiser
+    teacher: Teacher | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> "OneStep":
         encoder, denoiser = build_encoder(settings), shared_denoiser(settings.denoiser)
         conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(False)
-        return cls(settings, encoder.eval(), conditioner, denoiser)
+        teacher = build_teacher(settings) if "teacher" in settings.models else None
+        return cls(settings, encoder.eval(), conditioner, denoiser, teacher)
 
     def images(self) -> Tensor:
         """The step's images, in [0, 1]."""
@@ -69,7 +72,8 @@ class OneStep:
         settings = replace(self.settings, **changes)
         random = random or generator("a test", settings.seed)
         models = (self.encoder, self.conditioner, self.denoiser)
-        step = make_step(self.images(), *models, random, settings, captions=self.captions())
+        given = {"captions": self.captions(), "teacher": self.teacher}
+        step = make_step(self.images(), *models, random, settings, **given)
         return OBJECTIVES[objective or settings.objective](step)
 
     def loss(self) -> Tensor:

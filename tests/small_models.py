@@ -15,8 +15,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableUnCLIPImg2ImgPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from safetensors.torch import save_file
 from timm.models import register_model
 from timm.models.eva import Eva, _create_eva
@@ -31,6 +33,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     Dinov2Config,
     Dinov2Model,
     GPT2Config,
@@ -195,6 +199,29 @@ def write_diffusion(folder: Path, seed: int = 0, prediction_type: str = "epsilon
     DDPMScheduler(
         1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
     ).save_pretrained(folder / "scheduler")
+    return folder
+
+
+def write_unclip(folder: Path, seed: int = 0, width: int = 48, **unet) -> Path:
+    """A Stable unCLIP folder as diffusers writes it, for embeddings `width` wide."""
+    labels = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * width}
+    write_diffusion(folder, seed, "v_prediction", UNET2 | labels | unet)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    normalizer = StableUnCLIPImageNormalizer(width)
+    torch.nn.init.normal_(normalizer.mean), torch.nn.init.uniform_(normalizer.std, 0.5, 2)
+    StableUnCLIPImg2ImgPipeline(
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32),
+        image_encoder=CLIPVisionModelWithProjection(
+            CLIPVisionConfig(**vision, image_size=32, patch_size=8, projection_dim=width)
+        ),
+        image_normalizer=normalizer,
+        image_noising_scheduler=DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2"),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
+        scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
+        vae=AutoencoderKL.from_pretrained(folder / "vae"),
+    ).save_pretrained(folder)
     return folder
 
 

@@ -8,9 +8,9 @@
     python -m tools.feedback ship                     the first anchored projector -> data/tiny/projectors
     python -m tools.feedback --models FOLDER PART     the same on other models, as `tools.pretrain` writes them
 
-A row is an objective after an alignment, as `diva/anchored`; `diva` or `/anchored` names several. `caption-contrast`
-has no projector: its row is `caption-contrast/none`. Every finished run is put on record under data/results/records; a
-run on record is not run again. Parts may run side by side on rows of their own.
+A row is an objective after an alignment, as `diva/anchored`; `diva` or `/anchored` names several. `caption-contrast`,
+`un2clip` and `kuea` read no projector: their rows are `caption-contrast/none` and so on. Every finished run is put on
+record under data/results/records; a run on record is not run again. Parts may run side by side on rows of their own.
 
 The rate of a row is the one with the highest pair score among those that end within 5 points of the original's
 zero-shot accuracy; if there is none, the one with the highest sum of both. A rate at an end of its grid widens it. The
@@ -27,7 +27,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -64,6 +64,7 @@ ALIGNMENTS = {  # name -> what differs in stage 1
     "unpaired": {"anchor": "text"},
 }
 NO_PROJECTOR = "none"  # the alignment of an objective that reads no projector
+RIVALS = ("un2clip", "kuea")  # objectives that learn from models of `tools.rivals`, of the shipped world alone
 DIVA = {"objective": "diva", "batch": 16, "steps": 1000, "timesteps": "high-noise"}
 DCR = {"objective": "dcr", "batch": 8, "steps": 2000, "timesteps": "high-noise"}
 OBJECTIVES = {  # name -> settings of stage 2; 16,000 images each
@@ -74,6 +75,8 @@ OBJECTIVES = {  # name -> settings of stage 2; 16,000 images each
     "naive, equal norms": DIVA | {"objective": "naive", "combine": "equal-norms"},
     "dcr, guided": DCR | {"objective": "dcr-guidance"},
     "caption-contrast": {"objective": "caption-contrast", "batch": 16, "steps": 1000, "tau": 0.01},
+    "un2clip": DIVA | {"objective": "un2clip", "denoiser": "unclip-tiny"},
+    "kuea": {"objective": "kuea", "batch": 16, "steps": 1000},
 }
 RELEASED = {  # row -> the row that it differs from in one setting of the released code, and that setting
     "diva, draws 5 to 1": ("diva", {"draw_weights": "5,1"}),
@@ -89,7 +92,7 @@ RELEASED = {  # row -> the row that it differs from in one setting of the releas
 }
 OBJECTIVES |= {name: OBJECTIVES[base] | change for name, (base, change) in RELEASED.items()}
 MIXED = ("diva, mixed",)  # objectives whose mix is chosen too
-RATES = {name: (1e-4, 2e-4, 4e-4) for name in ("diva", "naive, equal norms", "caption-contrast")}
+RATES = {name: (1e-4, 2e-4, 4e-4) for name in ("diva", "naive, equal norms", "caption-contrast", *RIVALS)}
 RATES |= {name: (1e-5, 3e-5, 1e-4) for name in ("dcr", "dcr, bounded", "dcr, guided")} | {
     "diva, mixed": (4e-4, 8e-4, 1.6e-3)
 }
@@ -166,6 +169,10 @@ class Plan:
     def world(self) -> World:
         """The world that the models were trained on."""
         return world_of(self.models)
+
+    def rows(self, rows: Iterable["Row"]) -> list["Row"]:
+        """Those of `rows` that can be run on the models."""
+        return [row for row in rows if self.models is None or row.objective not in RIVALS]
 
     def reports(self, split: str) -> Report:
         return cache_report(partial(self.report, world=self.world, split=split))
@@ -343,7 +350,7 @@ def write_tables(plan: Plan) -> None:
     each run of `RELEASED`. feedback_missing.csv: the seeds that are not on record.
     """
     curves, mixes, pushes, tried, released, missing = [], [], [], [], [], []
-    for row in all_rows():
+    for row in plan.rows(all_rows()):
         place = {"objective": row.objective, "alignment": row.alignment}
         chosen, trials = choose_trial(plan, row)
         if rate_row(row) == row and len(trials):
@@ -394,21 +401,24 @@ READABILITY_PAIRS = 16  # of a pattern
 
 
 def measure_readability(plan: Plan) -> None:
-    """readability.csv: the instrument on the shipped projector and on those of stage 1 that are not in it yet."""
+    """readability.csv: the instrument on the shipped projector, those of stage 1 and un2CLIP's decoder, once each."""
     path = plan.results / "readability.csv"
     table = pd.read_csv(path) if path.is_file() else pd.DataFrame({"projector": []})
     pairs = world_pairs_in_memory(READABILITY_PAIRS, WORLD_SPLITS["measure"][1] + plan.world.seed, plan.world)
-    projectors = {} if plan.models else {"shipped": "shipped"}
-    projectors |= {file.stem: str(file) for file in sorted((plan.results / "projectors").glob("*.safetensors"))}
     models = Settings(**name_models(plan.models), objective="diva", draws=DRAWS)
-    encoder, denoiser = load_encoder(models.encoder), load_denoiser(models.denoiser)
-    for name, projector in projectors.items():
+    measured_with = {} if plan.models else {"shipped": replace(models, projector="shipped")}
+    for file in sorted((plan.results / "projectors").glob("*.safetensors")):
+        measured_with[file.stem] = replace(models, projector=str(file))
+    if plan.models is None:
+        measured_with["un2clip"] = replace(models, objective="un2clip", denoiser=OBJECTIVES["un2clip"]["denoiser"])
+    for name, settings in measured_with.items():
         if name in set(table["projector"]):
             continue
         start = time.perf_counter()
-        settings = replace(models, projector=projector)
+        encoder, denoiser = load_encoder(settings.encoder), load_denoiser(settings.denoiser)
         conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(False)
-        measured = readability(pairs, Instrument(encoder, conditioner, denoiser, settings))
+        instrument = Instrument(encoder, conditioner, denoiser, settings, (settings.objective,))
+        measured = readability(pairs, instrument)
         facts = {"projector": name, "seconds": time.perf_counter() - start, "git": environment()["git"]}
         table = pd.concat([table, measured.assign(**facts)])
         table.to_csv(path, index=False, float_format="%.5g")
@@ -439,7 +449,7 @@ def all_rows() -> list[Row]:
     """Every row of the study, the more important ones first."""
     rows = [Row(objective, alignment) for objective in ("diva", "dcr", "dcr, bounded") for alignment in ALIGNMENTS]
     rows += [Row("diva, mixed", alignment) for alignment in ALIGNMENTS]
-    rows += [Row("caption-contrast", NO_PROJECTOR)]
+    rows += [Row(objective, NO_PROJECTOR) for objective in ("caption-contrast", *RIVALS)]
     return rows + [Row(objective, "anchored") for objective in ("naive, equal norms", "dcr, guided", *RELEASED)]
 
 
@@ -470,7 +480,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [f"/{name}" for name in args.names] if args.part == "align" else args.names
     try:
         plan = SMALL if args.small else Plan.of(args.models) if args.models else Plan()
-        rows = list(read_rows(["diva/anchored"] if args.small else names))
+        rows = plan.rows(read_rows(["diva/anchored"] if args.small else names))
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     if args.seeds:

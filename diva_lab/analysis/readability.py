@@ -2,7 +2,8 @@
 
 Each decision is between the image's own statement and its partner's, so chance is 50 %; a tie counts half.
 
-    known      is L_rec lower under the right statement than under the wrong one? The denoiser as its own judge.
+    known      is L_rec lower under the right statement than under the wrong one? The denoiser as its own judge; an
+               unCLIP decoder reads no statements.
     readable   does -dL/df, the gradient in the embedding f, point from the wrong statement to the right one?
     said       is f itself nearer to the right statement?
     seen       is an augmented view, without flips, nearer to its own image than to the partner's image?
@@ -167,7 +168,8 @@ class Instrument:
         by_bin["all"] = {name: sum(by_bin[str(k)][name] for k in self.used) for name in by_bin["0"]}
         towards_class = self._class_directions(pairs, images.device)
         for name, measured in by_bin.items():
-            out["known", name] = decide(measured.pop("known"))
+            if "known" in measured:
+                out["known", name] = decide(measured.pop("known"))
             for term, gradient in measured.items():
                 out[f"readable: {term}", name] = decide(towards(gradient, difference, f))
                 out[f"norm: {term}", name] = gradient.norm(dim=2).mean(1).cpu().numpy()
@@ -190,7 +192,7 @@ class Instrument:
     def _one_bin(self, images: Tensor, texts: list[list[str]], k: int, number: int) -> dict[str, Tensor]:
         """`known`: the margins [n, 2], and of every term the gradients [n, 2, d]; equal draws for both images."""
         settings = replace(self.settings, timesteps=",".join(str(int(k == j)) for j in range(self.bins)))
-        contexts = [self.denoiser.encode_text(part) for part in texts]
+        contexts = [] if self.denoiser.labelled else [self.denoiser.encode_text(part) for part in texts]
         sides = []
         for side, part in enumerate(images.unbind(1)):  # apart: the images of a contrast are of different pairs
 
@@ -200,7 +202,9 @@ class Instrument:
                 models = (self.encoder, self.conditioner, self.denoiser)
                 return make_step(part, *models, random, settings, shift), shift
 
-            found = {"known": statement_margins(self.denoiser, start()[0], contexts[side], contexts[1 - side])}
+            found = {}
+            if contexts:
+                found["known"] = statement_margins(self.denoiser, start()[0], contexts[side], contexts[1 - side])
             for objective in self.objectives:
                 for term, gradient in embedding_gradients(OBJECTIVES[objective], *start()).items():
                     found[objective if term in (objective, "rec") else f"{objective} {term}"] = gradient

@@ -23,6 +23,7 @@ from diva_lab.evaluation.task import Task, benchmark, score_row
 from diva_lab.evaluation.world import PROBE_TRAIN, WORLD, WORLD_SPLITS, world_scenes
 from diva_lab.image_files import decode_square
 from diva_lab.models.encoders import embed
+from diva_lab.models.registry import reads_embeddings
 from diva_lab.training.build import build_conditioner, build_denoiser
 from diva_lab.training.runs import Run
 from diva_lab.training.settings import Settings
@@ -33,19 +34,21 @@ PAIRS = 32  # of a pattern at most: the first ones
 def open_instrument(task: Task) -> Instrument:
     """The instrument of a task: its encoder, `task.projector` and `task.denoiser`.
 
-    A projector that is a run of stage 1 brings its denoiser, and how the denoiser is used.
+    A projector that is a run of stage 1 brings its denoiser, and how the denoiser is used. An unCLIP decoder needs
+    none, and is read by un2clip.
 
     Raises:
         FileNotFoundError, ValueError: as `build_conditioner`.
     """
-    settings = Settings(objective="diva", denoiser=task.denoiser, projector=task.projector, draws=DRAWS)
+    objective = "un2clip" if reads_embeddings(task.denoiser) else "diva"
+    settings = Settings(objective=objective, denoiser=task.denoiser, projector=task.projector, draws=DRAWS)
     if (Path(task.projector) / "settings.json").is_file():
         own = Settings.of(Run(Path(task.projector)))
         settings = replace(own, objective="diva", projector=task.projector, draws=DRAWS, anchor="none")
     device = task.encoder.mean.device
     denoiser = build_denoiser(settings, device)
     conditioner = build_conditioner(settings, task.encoder, denoiser).eval().requires_grad_(False)
-    return Instrument(task.encoder, conditioner, denoiser, settings)
+    return Instrument(task.encoder, conditioner, denoiser, settings, (settings.objective,))
 
 
 def read_minimal_pairs(folder: Path, px: int) -> MinimalPairs:

@@ -33,11 +33,13 @@ COLOURS = {
     "genhancer": "#56B4E9",
     "dcr-guidance": "#7B4FA3",
     "caption-contrast": "#D55E00",
+    "un2clip": "#1B3A6B",
+    "kuea": "#8A8D00",
 }
-MARKERS = dict(zip(COLOURS, "oXDp^vsP*h", strict=True))
+MARKERS = dict(zip(COLOURS, "oXDp^vsP*h<>", strict=True))
 # a term of a loss has the colour of an objective: its own, or for DCR's parts one that pulls alike
 TERMS = {"loss": "none", "rec": "diva", "con": "contrastive", "dcr": "dcr", "cap": "caption-contrast"}
-TERMS |= {"truth": "diva", "view": "contrastive", "push": "naive"}
+TERMS |= {"truth": "diva", "view": "contrastive", "push": "naive", "kernel": "kuea", "keep": "un2clip"}
 TERMS = {term: COLOURS[objective] for term, objective in TERMS.items()}
 LABELS = {
     "none": "none (original)",
@@ -55,6 +57,8 @@ LABELS = {
     "truth": "pull to the truth",
     "view": "pull to the view",
     "push": "push of the negatives",
+    "kernel": "kernel alignment",
+    "keep": "distance to the original",
     "loss": "loss",
     "rec": "reconstruction",
     "con": "contrastive",

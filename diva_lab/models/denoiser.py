@@ -41,6 +41,7 @@ class Denoiser(nn.Module):
         native: what the network itself predicts, `noise` or `velocity`.
         widths: those of the parts of a context's token, by name, where each part has a projector of its own.
         scratch: whether the network has random weights until stage 1 trains it.
+        labelled: whether the network reads class labels beside its context: an image's embedding (unCLIP).
         prompt: the text that `empty` encodes; set it before `empty` is first used.
         prompt_mask: whether the prompt is encoded with the attention mask, as DCR's released code has it: every token
             behind its end is then another one. Stable Diffusion 1 and 2 only.
@@ -55,7 +56,7 @@ class Denoiser(nn.Module):
             signal does not fall with the timestep; for a `scaling_factor` of 0.
     """
 
-    scratch = False
+    scratch = labelled = False
     widths: dict[str, int] = {}  # noqa: RUF012 (a family sets its own)
 
     def __init__(self, vae, network, scheduler, width: int, px: int):
@@ -182,9 +183,14 @@ class Denoiser(nn.Module):
         return (noise - x0 if self.flow else signal * noise - sigma * x0).float()
 
     def predict(
-        self, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], context: Float[Tensor, "n l c2"], kind: str = "noise"
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: Int[Tensor, " b"],
+        context: Float[Tensor, "n l c2"],
+        kind: str = "noise",
+        labels: Float[Tensor, "n k"] | None = None,
     ) -> Float[Tensor, "n c h w"]:
-        """The noise in x_t as the network predicts it under `context`, in float32; differentiable in both.
+        """The noise in x_t as the network predicts it under `context`, in float32; differentiable in all of them.
 
         Args:
             x_t, t: noisy latents and their timesteps.
@@ -192,13 +198,15 @@ class Denoiser(nn.Module):
                 latent, the next n / b to the second, and so on. A context of one token is added to every token of the
                 empty prompt.
             kind: `noise`, or `native` for the network's own prediction.
+            labels: class labels, one per prediction, of a network that is `labelled`.
         """
         n = len(context) // len(x_t)
         x_t, t = (part.repeat_interleave(n, 0) for part in (x_t, t.to(x_t.device)))  # [n, c, h, w], [n]
         dtype = self.network.dtype
         cast = torch.is_autocast_enabled(x_t.device.type) and dtype.itemsize > 2
         with torch.autocast(x_t.device.type, enabled=cast):
-            out = self._run(x_t.to(dtype), t, self._tokens(context).to(dtype), n).float()  # [n, c, h, w]
+            read = {} if labels is None else {"labels": labels.to(dtype)}
+            out = self._run(x_t.to(dtype), t, self._tokens(context).to(dtype), n, **read).float()  # [n, c, h, w]
         if kind == "native" or self.native == "noise":
             return out
         signal, sigma = self._coefficients(t)  # solve the definitions of v and x_t for eps

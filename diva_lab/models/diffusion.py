@@ -60,10 +60,10 @@ class StableDiffusion(Denoiser):
     def _tokens(self, context: Tensor) -> Tensor:
         return context if "bias" in self.levers else super()._tokens(context)
 
-    def _run(self, x_t: Tensor, t: Tensor, context: Tensor, repeats: int) -> Tensor:
+    def _run(self, x_t: Tensor, t: Tensor, context: Tensor, repeats: int, labels: Tensor | None = None) -> Tensor:
         self.repeats = repeats
         try:
-            return self.network(x_t, t, context).sample
+            return self.network(x_t, t, context, class_labels=labels).sample
         finally:
             self.repeats = 1  # after an error too; in `sample` no rows share a latent
 

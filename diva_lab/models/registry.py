@@ -11,6 +11,7 @@ from diva_lab.models.denoiser import Denoiser, check_widths
 from diva_lab.models.diffusion import StableDiffusion
 from diva_lab.models.flow import Light, LightSizes, StableDiffusion3
 from diva_lab.models.frozen import LEVERS
+from diva_lab.models.unclip import StableUnCLIP
 from diva_lab.models.weights import load_diffusers, read_json, reading, weight_files
 from diva_lab.paths import DATA
 
@@ -22,6 +23,9 @@ DENOISERS = {  # name -> folder or hub id
     "sd14": "CompVis/stable-diffusion-v1-4",
     "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
     "sd35-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "unclip-tiny": str(DATA / "tiny" / "unclip"),  # these three draw from an embedding: of the tiny CLIP,
+    "unclip-l14": "stabilityai/stable-diffusion-2-1-unclip-small",  # of OpenAI's ViT-L/14,
+    "unclip-h14": "stabilityai/stable-diffusion-2-1-unclip",  # and of OpenCLIP's ViT-H/14
 }
 LIGHT = {  # name -> (denoiser or hub id whose VAE it uses, sizes); `light-flux` is GenHancer's own, 1310 M parameters
     "light": ("sd21-base", LightSizes(heads=16)),
@@ -36,7 +40,11 @@ HUB_FILES = [  # to download: no half precision, no other formats, and not Stabl
     "*.json", "*/*.txt", "*/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
     "text_encoder_2/model.safetensors",
 ]  # fmt: skip
-FAMILIES = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline": StableDiffusion3}
+FAMILIES = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "StableUnCLIPImg2ImgPipeline": StableUnCLIP,
+}
 
 
 def _is_hub_id(source: str) -> bool:
@@ -127,6 +135,16 @@ def load_denoiser(
     return denoiser.to(device)
 
 
+def reads_embeddings(name: str) -> bool:
+    """Whether a denoiser is an unCLIP decoder.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_denoiser`, where there is no such folder.
+    """
+    folder, sizes = _fetch_source(name)
+    return not sizes and FAMILIES[_pipeline_class(folder)].labelled
+
+
 def denoiser_files(name: str) -> dict[str, Path]:
     """The files of weights that `load_denoiser` reads, by their names in the folder.
 
@@ -134,5 +152,5 @@ def denoiser_files(name: str) -> dict[str, Path]:
         FileNotFoundError: where they are not on this machine and cannot be downloaded.
     """
     folder, sizes = _fetch_source(name)
-    parts = ("vae",) if sizes else ("vae", "unet", "transformer", "text_encoder", "text_encoder_2")
+    parts = ("vae",) if sizes else ("vae", "unet", "transformer", "text_encoder", "text_encoder_2", "image_normalizer")
     return {f"{part}/{n}": file for part in parts for n, file in weight_files(Path(folder, part)).items()}

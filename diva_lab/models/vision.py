@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoImageProcessor
 
 from diva_lab.models.encoders import Encoder, Features, fetch_folder, load_encoder
-from diva_lab.models.weights import check_finite, load_transformers, read_json, reading
+from diva_lab.models.weights import check_finite, load_transformers, read_json, reading, weight_files
+from diva_lab.paths import DATA
 
+VISION = {  # name -> folder or hub id
+    "tiny-vision": str(DATA / "tiny" / "vision"),
+    "dinov2-l14": "facebook/dinov2-with-registers-large",  # KUEA's
+}
 TIMM = "timm:"
 WITH_TEXT = ("clip", "siglip", "siglip2")  # model types that `load_encoder` reads
 RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
@@ -69,13 +74,14 @@ def load_vision(name: str | Path, device: str | torch.device = "cpu") -> VisionE
     """A frozen image encoder: one without text, or one of `load_encoder`.
 
     Args:
-        name: `timm:NAME`, a folder or a hub id of timm or of a transformers vision model; else as `load_encoder`.
+        name: a key of `VISION`, `timm:NAME`, a folder or a hub id of timm or of a transformers vision model; else as
+            `load_encoder`.
 
     Raises:
         ValueError: for weights or settings that do not fit; as `load_encoder`.
         FileNotFoundError: as `load_encoder`.
     """
-    name = str(name)
+    name = VISION.get(str(name), str(name))
     if name.startswith(TIMM):
         return _from_timm(name.removeprefix(TIMM), f"encoder {name!r}").to(device)
     folder, _ = fetch_folder(name)
@@ -86,6 +92,16 @@ def load_vision(name: str | Path, device: str | torch.device = "cpu") -> VisionE
     if settings and settings.get("model_type") not in WITH_TEXT:
         return _from_transformers(folder, str(settings.get("model_type"))).to(device)
     return load_encoder(name, device)
+
+
+def vision_files(name: str) -> dict[str, Path]:
+    """The files of weights in a vision model's folder, by name; of timm's own names none.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_vision`.
+    """
+    name = VISION.get(name, name)
+    return {} if name.startswith(TIMM) else weight_files(Path(fetch_folder(name)[0]))
 
 
 def _from_timm(name: str, label: str) -> VisionEncoder:

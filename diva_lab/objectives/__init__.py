@@ -12,7 +12,9 @@ from diva_lab.objectives.contrastive import caption_contrast, contrastive, naive
 from diva_lab.objectives.dcr import dcr
 from diva_lab.objectives.diva import diva, genhancer
 from diva_lab.objectives.guidance import dcr_guidance
+from diva_lab.objectives.kuea import kuea
 from diva_lab.objectives.step import Step
+from diva_lab.objectives.un2clip import un2clip
 
 OBJECTIVES: dict[str, Callable[[Step], dict[str, Tensor]]] = {
     "diva": diva,
@@ -22,5 +24,7 @@ OBJECTIVES: dict[str, Callable[[Step], dict[str, Tensor]]] = {
     "dcr-guidance": dcr_guidance,
     "genhancer": genhancer,
     "caption-contrast": caption_contrast,
+    "un2clip": un2clip,
+    "kuea": kuea,
 }
 COMPARED = ("diva", "contrastive", "naive", "dcr")  # those of the shipped results that use the same denoiser

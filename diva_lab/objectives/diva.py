@@ -1,9 +1,12 @@
 """DIVA (arXiv 2407.20171): reconstruct each image from its own condition. GenHancer: the same by a flow's own loss."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diva_lab.models.encoders import Features
 from diva_lab.objectives.step import Step
 
 
@@ -35,25 +38,35 @@ def sum_draws(step: Step, loss: Float[Tensor, " nb"]) -> Float[Tensor, " b"]:
     return (loss.new_tensor(weights)[:, None] * loss.view(len(weights), -1)).sum(0)  # no matrix product: bf16
 
 
-def diva(step: Step, kind: str = "noise") -> dict[str, Tensor]:
-    """lambda_rec L_rec under each image's own condition, averaged over `settings.draws` draws of (t, eps).
-
-    In the released code the first draw's backward pass is not divided by the 5 accumulation steps: `draw_weights` =
-    `5,1`. With `token_draws` = `each` every draw has a condition of tokens of its own.
+def reconstruct(step: Step, kind: str, condition: Callable[[Features], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """lambda_rec L_rec of each image, the losses of its `settings.draws` draws of (t, eps) added with their weights.
 
     Args:
         kind: what is predicted and compared: `noise`, or `native` for what the network itself predicts.
+        condition: the features [b, ...] -> `context` [n b, l, w] and whatever else `Denoiser.predict` reads.
     """
-    x0, n = step.latents().repeat(step.settings.draws, 1, 1, 1), step.settings.draws  # [n b, c, h, w]
+    x0 = step.latents().repeat(step.settings.draws, 1, 1, 1)  # [n b, c, h, w]
     x_t, t, noise = step.draw_noisy(x0)  # [n b, c, h, w], [n b], [n b, c, h, w]
-    features = step.encode(step.images)
-    if step.settings.token_draws == "each":
-        context = torch.cat([step.condition(features) for _ in range(n)])  # [n b, l, w]
-    else:
-        context = step.condition(features).repeat(n, 1, 1)  # [n b, l, w]
+    read = condition(step.encode(step.images))
     target = step.denoiser.target(step.denoiser.native if kind == "native" else kind, x0, noise, t)  # [n b, c, h, w]
-    loss = reconstruction(step.denoiser.predict(x_t, t, context, kind), target)  # [n b]
+    loss = reconstruction(step.denoiser.predict(x_t, t, kind=kind, **read), target)  # [n b]
     return {"rec": step.settings.lambda_rec * sum_draws(step, loss)}  # [b]
+
+
+def diva(step: Step, kind: str = "noise") -> dict[str, Tensor]:
+    """`reconstruct` under each image's own condition.
+
+    In the released code the first draw's backward pass is not divided by the 5 accumulation steps: `draw_weights` =
+    `5,1`. With `token_draws` = `each` every draw has a condition of tokens of its own.
+    """
+    n = step.settings.draws
+
+    def condition(features: Features) -> dict[str, Tensor]:
+        if step.settings.token_draws == "each":
+            return {"context": torch.cat([step.condition(features) for _ in range(n)])}  # [n b, l, w]
+        return {"context": step.condition(features).repeat(n, 1, 1)}  # [n b, l, w]
+
+    return reconstruct(step, kind, condition)
 
 
 def genhancer(step: Step) -> dict[str, Tensor]:

@@ -16,8 +16,11 @@ from diva_lab.models.diffusion import StableDiffusion
 from diva_lab.models.encoders import Encoder, Features, encoder_files, load_encoder
 from diva_lab.models.lora import make_trainable, merge_lora, mix_weights, visual_weights
 from diva_lab.models.registry import denoiser_files, load_denoiser
+from diva_lab.models.teacher import Teacher
+from diva_lab.models.vision import load_vision, vision_files
 from diva_lab.models.weights import load_weights, read_weights
-from diva_lab.objectives.step import Step
+from diva_lab.objectives import OBJECTIVES
+from diva_lab.objectives.step import Step, models_of
 from diva_lab.provenance import sha256
 from diva_lab.training.batches import Pixels
 from diva_lab.training.runs import Run
@@ -42,9 +45,17 @@ def build_denoiser(settings: Settings, device: torch.device | str = "cpu") -> De
 
     Raises:
         FileNotFoundError, ValueError: as `build_conditioner`, where a light denoiser's weights are asked for.
-        ValueError: for a `prompt_mask` that the denoiser does not take.
+        ValueError: for a `prompt_mask` that the denoiser does not take; for an unCLIP decoder under an objective that
+            reads none, and the other way around.
     """
     denoiser = load_denoiser(settings.denoiser, device, settings.vae_px or None)
+    if denoiser.labelled != ("decoder" in settings.models):
+        wrong = "reads CLIP's embedding by no projector" if denoiser.labelled else "is no unCLIP decoder"
+        takers = ", ".join(name for name, f in OBJECTIVES.items() if ("decoder" in models_of(f)) == denoiser.labelled)
+        raise ValueError(
+            f"objective {settings.objective!r}: denoiser {settings.denoiser!r} {wrong}; it is for {takers}, and unCLIP "
+            "decoders are unclip-tiny, unclip-l14, unclip-h14 and folders in their layout"
+        )
     if settings.prompt_mask and not isinstance(denoiser, StableDiffusion):
         raise ValueError(
             f"setting prompt_mask=True: denoiser {settings.denoiser!r} takes no attention mask of a prompt; expected "
@@ -95,15 +106,29 @@ def build_conditioner(settings: Settings, encoder: Encoder, denoiser: Denoiser) 
 
     Raises:
         FileNotFoundError: where there is no such projector; says how to make one.
-        ValueError: where it does not fit the encoder and the denoiser.
+        ValueError: where it does not fit the encoder and the denoiser, or an unCLIP decoder does not fit the encoder.
     """
+    if denoiser.labelled and denoiser.embedding_width != encoder.dim:
+        raise ValueError(
+            f"denoiser {settings.denoiser!r} draws from embeddings {denoiser.embedding_width} wide; those of encoder "
+            f"{settings.encoder!r} are {encoder.dim}"
+        )
     conditioner = Conditioner(
         settings.condition, encoder.dim, denoiser.widths or denoiser.width, settings.seed, settings.projection,
         settings.token_draws == "each",
     )  # fmt: skip
-    if settings.projector != "new":
+    if settings.projector != "new" and "projector" in settings.models:
         _load_stage_one(settings, conditioner, "conditioner.")
     return conditioner.to(denoiser.device)
+
+
+def build_teacher(settings: Settings, device: torch.device | str = "cpu") -> Teacher:
+    """The vision model that the settings name, and the encoder before it is tuned.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_vision`.
+    """
+    return Teacher(load_vision(settings.teacher, device), load_encoder(settings.encoder, device)).to(device)
 
 
 def weight_hashes(settings: Settings) -> dict[str, dict[str, str]]:
@@ -111,11 +136,16 @@ def weight_hashes(settings: Settings) -> dict[str, dict[str, str]]:
 
     A model that is not there has none: loading it says what is missing. A file is read once, until it changes.
     """
-    files = {"encoder": lambda: encoder_files(settings.encoder)}
-    if settings.objective not in CONTROLS:
+    files, read = {"encoder": lambda: encoder_files(settings.encoder)}, settings.models
+    if settings.objective in CONTROLS:
+        read = ()
+    if "denoiser" in read or "decoder" in read:
         files["denoiser"] = lambda: denoiser_files(settings.denoiser)
+    if "projector" in read:
         projector = _projector_file(settings)
         files["projector"] = lambda: {projector.name: projector} if projector.is_file() else {}
+    if "teacher" in read:
+        files["teacher"] = lambda: vision_files(settings.teacher)
     hashes = {}
     for model, find in files.items():
         with suppress(OSError, ValueError):
@@ -132,14 +162,15 @@ def _hash_once(file: Path, size: int, modified: int) -> str:
 def make_step(
     images: Tensor,
     encoder: Encoder,
-    conditioner: Conditioner,
-    denoiser: Denoiser,
+    conditioner: Conditioner | None,
+    denoiser: Denoiser | None,
     random: torch.Generator,
     settings: Settings,
     shift: Tensor | None = None,
     captions: Sequence[str] = (),
+    teacher: Teacher | None = None,
 ) -> Step:
-    """What an objective is given: images [b, 3, h, w] in [0, 1] and the models, all draws from `random`.
+    """What an objective is given: images [b, 3, h, w] in [0, 1] and the models it reads, all draws from `random`.
 
     `shift` [b, d], zeros, is added to the global embedding of every view of an image: the gradient with respect to it
     is that with respect to the embeddings, without a backward pass through the encoder. With `settings.centre` the mean
@@ -166,7 +197,9 @@ def make_step(
         settings=settings,
         captions=captions,
         embed_text=lambda texts: encoder.encode_text(list(texts)),
-        gap=conditioner.gap,
+        gap=conditioner and conditioner.gap,
+        teacher=teacher,
+        encode_before=teacher and (lambda views: teacher.original.read_pixels(pixels(views))),
     )
 
 

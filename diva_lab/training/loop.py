@@ -25,6 +25,7 @@ from diva_lab.machine import default_device, fast_bf16, generator
 from diva_lab.models.conditions import Conditioner
 from diva_lab.models.denoiser import Denoiser
 from diva_lab.models.encoders import Encoder
+from diva_lab.models.teacher import Teacher
 from diva_lab.objectives.step import Step
 from diva_lab.training.batches import Batches
 from diva_lab.training.build import make_step
@@ -82,28 +83,38 @@ class Work(Protocol):
 
 
 class Feedback:
-    """The work of both stages: an objective of images, an encoder and a denoiser that reads it; see `Work`.
+    """The work of both stages: an objective of images, an encoder and what gives it feedback; see `Work`.
 
     Args:
         settings: of the stage.
-        encoder, conditioner, denoiser: all their parameters that ask for a gradient are trained.
+        encoder, conditioner, denoiser, teacher: all their parameters that ask for a gradient are trained; None for one
+            that the objective does not read.
         objective: a function of a `Step`, as in `OBJECTIVES`.
     """
 
     def __init__(
-        self, settings: Settings, encoder: Encoder, conditioner: Conditioner, denoiser: Denoiser, objective: Objective
+        self,
+        settings: Settings,
+        encoder: Encoder,
+        conditioner: Conditioner | None,
+        denoiser: Denoiser | None,
+        objective: Objective,
+        teacher: Teacher | None = None,
     ):
         self.settings, self.objective = settings, objective
-        self.encoder, self.conditioner, self.denoiser = encoder, conditioner, denoiser
-        self.new_step = partial(make_step, encoder=encoder, conditioner=conditioner, denoiser=denoiser)
-        self.px = max(encoder.px, denoiser.px)
+        self.encoder, self.conditioner, self.denoiser, self.teacher = encoder, conditioner, denoiser, teacher
+        self.new_step = partial(make_step, encoder=encoder, conditioner=conditioner, denoiser=denoiser, teacher=teacher)
+        self.px = max(model.px for model in (encoder, denoiser, teacher) if model is not None)
         self.less_memory = (
             f"batch={settings.batch}, rows={settings.rows}; rows=1 gives DCR's gradients in the least memory"
         )
 
     def modules(self, precision: str) -> nn.ModuleDict:
         """The denoiser's network only where it is trained."""
-        modules = {"encoder": self.encoder, "conditioner": self.conditioner}
+        parts = {"encoder": self.encoder, "conditioner": self.conditioner, "teacher": self.teacher}
+        modules = {name: part for name, part in parts.items() if part is not None}
+        if self.denoiser is None:
+            return nn.ModuleDict(modules)
         if any(p.requires_grad for p in self.denoiser.network.parameters()):
             modules["network"] = self.denoiser.network
         elif precision == "bf16":
@@ -113,8 +124,10 @@ class Feedback:
         return nn.ModuleDict(modules)
 
     def kept(self) -> dict[str, Tensor]:
-        aligns = any(p.requires_grad for p in self.conditioner.parameters())
-        return {f"conditioner.{n}": b for n, b in self.conditioner.named_buffers() if aligns}
+        conditioner = self.conditioner
+        if conditioner is None or not any(p.requires_grad for p in conditioner.parameters()):
+            return {}
+        return {f"conditioner.{n}": b for n, b in conditioner.named_buffers()}
 
     def groups(self, parameters: dict[str, Tensor]) -> list:
         return list(parameters.values())

@@ -13,6 +13,7 @@ from diva_lab.models.conditions import CONDITIONS, PROJECTIONS
 from diva_lab.models.denoiser import TARGETS
 from diva_lab.objectives import OBJECTIVES
 from diva_lab.objectives.diva import read_draw_weights
+from diva_lab.objectives.step import models_of
 from diva_lab.objectives.timesteps import timestep_weights
 from diva_lab.paths import DATA
 from diva_lab.training.runs import Run
@@ -41,6 +42,8 @@ class Settings:
     vae_input: str = "image"  # what the VAE encodes: the `image`, or `imagenet`, of less contrast (DIVA's code)
     noise_precision: str = "float32"  # in which noise is added: `float32`, or `bf16` (DCR's code)
     encoder_resize: str = "own"  # to the encoder's size: its `own` way, or `bilinear`, not antialiased (DIVA's code)
+    embedding_noise: int = 0  # noise on the embedding that an unCLIP decoder reads: a timestep of its scheduler
+    teacher: str = "tiny-vision"  # of kuea: a key of VISION, `timm:NAME`, a folder, or a hub id
     normalise: str = "own"  # the encoder's input in training: its `own` mean and deviation, or `openai` (released)
 
     # images
@@ -150,6 +153,11 @@ class Settings:
             raise ValueError(f"setting anchor={self.anchor!r}: genhancer's denoiser reads no captions; expected none")
 
     @property
+    def models(self) -> tuple[str, ...]:
+        """The models beside the encoder that the objective reads: see `objectives.step.reads`."""
+        return models_of(OBJECTIVES.get(self.objective))
+
+    @property
     def anchored(self) -> bool:
         """Whether stage 1 reads captions."""
         return self.anchor != "none" and self.anchor_share > 0
@@ -205,13 +213,22 @@ CHOICES: dict[str, Callable[[], Iterable[str]]] = {  # setting -> its values; re
     "trained": lambda: ("projector", "all", "lora"),  # of `llava.tuning`, as the next
     "dialogue": lambda: ("chat", "plain"),
 }
-NAMES = ("encoder", "denoiser", "images", "projector", "llava", "data")  # settings that name something, so "" is none
+NAMES = (
+    "encoder",
+    "denoiser",
+    "teacher",
+    "images",
+    "projector",
+    "llava",
+    "data",
+)  # settings that name something, so "" is none
 LONGEST = 4096  # characters of a text
 IMAGES_A_STEP = 1_000_000  # in each process
 RANGES: dict[str, tuple[float, float]] = {  # setting -> its least and its largest value; every number has a range
     "vae_px": (0, 4096),
     "batch": (1, 65_536),
     "accumulate": (1, 65_536),
+    "embedding_noise": (0, 999),
     "draws": (1, 1024),
     "lambda_con": (0, 1e6),  # a negative weight would train away from what its term asks for
     "lambda_rec": (0, 1e6),

@@ -25,7 +25,7 @@ from diva_lab.objectives.anchored import anchored
 from diva_lab.paths import ROOT, RUNS
 from diva_lab.provenance import source_hash
 from diva_lab.training.batches import estimate_gap
-from diva_lab.training.build import build_conditioner, build_denoiser, build_encoder, weight_hashes
+from diva_lab.training.build import build_conditioner, build_denoiser, build_encoder, build_teacher, weight_hashes
 from diva_lab.training.loop import Feedback, Probe, Trainer, train
 from diva_lab.training.presets import preset, replace_settings, stages
 from diva_lab.training.runs import ADDED, Run
@@ -101,13 +101,19 @@ def tune(
 
 def _tune(run: Run, settings: Settings, evaluate: Evaluate | None, probe: Probe | None) -> Run:
     device = default_device()
-    encoder, denoiser = build_encoder(settings, device), build_denoiser(settings, device)
+    encoder = build_encoder(settings, device)
+    watch = evaluate and (lambda: evaluate(encoder))
+    if "teacher" in settings.models:
+        if probe is not None:
+            raise ValueError(f"objective {settings.objective!r} reads no denoiser, whose gradients a probe compares")
+        feedback = Feedback(settings, encoder, None, None, objective_of(settings), build_teacher(settings, device))
+        return train(Trainer(run, settings, feedback), watch)
+    denoiser = build_denoiser(settings, device)
     if denoiser.scratch and settings.projector == "new":
         raise ValueError(
             f"denoiser {settings.denoiser!r} has no weights yet: align() it, and name that run as projector"
         )
     conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(settings.train_projector)
-    watch = evaluate and (lambda: evaluate(encoder))
     trainer = Trainer(run, settings, Feedback(settings, encoder, conditioner, denoiser, objective_of(settings)))
     return train(trainer, watch, probe)
 
@@ -231,7 +237,7 @@ def _begin(run: Run, settings: Settings, kept: dict) -> None:
 def portable(settings: Settings) -> dict:
     """Settings as a run keeps them: folders inside the repository relative to it."""
     values = asdict(settings)
-    for name in ("encoder", "denoiser", "projector", "images"):
+    for name in ("encoder", "denoiser", "projector", "teacher", "images"):
         values[name] = values[name].removeprefix(f"{ROOT}/") or "."  # the repository itself
     return values
 

@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 
 from tools import feedback
-from tools.feedback import ALIGNMENTS, OBJECTIVES, RATE_SEED, Plan, Row, all_rows, choose_trial, read_rows
+from tools.feedback import ALIGNMENTS, OBJECTIVES, RATE_SEED, RIVALS, Plan, Row, all_rows, choose_trial, read_rows
 
 
 @pytest.fixture
-def plan(small_settings, tmp_path, monkeypatch):
+def plan(small_settings, settings_of, tmp_path, monkeypatch):
     """Two steps of small models, and a report that counts its calls."""
     calls = []
 
@@ -20,7 +20,10 @@ def plan(small_settings, tmp_path, monkeypatch):
 
     models = {"encoder": small_settings.encoder, "denoiser": small_settings.denoiser, "precision": "no", "batch": 2}
     monkeypatch.setattr(feedback, "STAGE_1", feedback.STAGE_1 | models)
-    monkeypatch.setattr(feedback, "OBJECTIVES", {name: OBJECTIVES[name] | models | SMALL for name in OBJECTIVES})
+    small = {name: OBJECTIVES[name] | models | SMALL for name in OBJECTIVES}
+    small["un2clip"]["denoiser"] = settings_of("un2clip").denoiser
+    small["kuea"]["teacher"] = settings_of("kuea").teacher
+    monkeypatch.setattr(feedback, "OBJECTIVES", small)
     monkeypatch.setattr("diva_lab.training.batches.GAP_IMAGES", 64)
     made = Plan(
         tmp_path / "runs", tmp_path / "results", align_steps=2, evaluations=2, seeds=(0, 1), align_seeds=(10_000,),
@@ -89,12 +92,14 @@ def test_tables_hold_every_evaluation_and_name_what_is_missing(plan):
     assert pushes["match"].tolist() == ["norm"]
 
 
-def test_a_rival_without_projector_is_run_once_without_alignment(plan):
-    row = Row("caption-contrast", "none")
+@pytest.mark.parametrize("objective", ["caption-contrast", *RIVALS])
+def test_a_rival_without_projector_is_run_once_without_alignment(plan, objective):
+    row = Row(objective, "none")
     feedback.run_rows(replace(plan, seeds=(0,)), [row])
     feedback.write_tables(plan)
     assert pd.read_csv(plan.results / "feedback.csv")["align_seed"].isna().all()
-    assert [r for r in all_rows() if r.objective == "caption-contrast"] == [row]
+    assert [r for r in all_rows() if r.objective == objective] == [row]
+    assert (row in replace(plan, models=plan.runs).rows(all_rows())) == (objective not in RIVALS)
 
 
 def test_a_row_of_the_released_code_takes_its_base_rows_rate_and_has_a_table_of_its_own(plan):
@@ -194,7 +199,7 @@ def test_a_run_that_diverges_is_recorded_as_far_as_it_came(plan):
 def test_rows_are_named_by_objective_alignment_or_both():
     assert list(read_rows(["diva/anchored"])) == [ROW]
     assert {row.alignment for row in read_rows(["diva"])} == set(ALIGNMENTS)
-    assert {row.objective for row in read_rows(["/anchored"])} == set(OBJECTIVES) - {"caption-contrast"}
+    assert {row.objective for row in read_rows(["/anchored"])} == set(OBJECTIVES) - {"caption-contrast", *RIVALS}
     assert list(read_rows([])) == all_rows()
     with pytest.raises(ValueError, match="unknown row 'dvia/anchored'; expected one of diva/anchored"):
         list(read_rows(["dvia/anchored"]))

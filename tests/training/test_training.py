@@ -77,7 +77,15 @@ def test_an_unknown_choice_is_refused_and_every_choice_that_the_error_lists_is_t
         for choice in listed if name != "timesteps" else TIMESTEPS:
             assert getattr(Settings(**{name: choice}), name) == choice
     else:
-        assert name in ("encoder", "denoiser", "images", "projector", "prompt", "captions")  # open: a folder, a text
+        assert name in (
+            "encoder",
+            "denoiser",
+            "teacher",
+            "images",
+            "projector",
+            "prompt",
+            "captions",
+        )  # open: a folder, a text
 
 
 def test_every_setting_has_its_line_of_help():
@@ -294,17 +302,18 @@ def test_a_finished_run_is_returned_without_training(small_settings, tmp_path, m
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_tuning_moves_the_visual_tower_and_nothing_else(small_settings, tmp_path, objective):
-    settings = replace(small_settings, objective=objective, steps=2, lr=1e-2)
+def test_tuning_moves_the_visual_tower_and_nothing_else(settings_of, tmp_path, objective):
+    settings = replace(settings_of(objective), steps=2, lr=1e-2)
     run, original = tune(settings, tmp_path), load_encoder(settings.encoder)
     tuned = [name for name in run.weights() if "lora_" in name or name.endswith("base_layer.bias")]
-    assert all(name.startswith("encoder.") for name in tuned) and tuned == list(run.weights())
+    kernel = {"teacher.gamma", "teacher.coef0"} if objective == "kuea" else set()
+    assert all(name.startswith("encoder.") for name in tuned) and set(tuned) == set(run.weights()) - kernel
     tuned = tuned_encoder(run)
     visual = visual_weights(tuned)
     for name, weight in original.state_dict().items():
         assert torch.equal(tuned.state_dict()[name], weight) or name in visual, name
     assert (embed(tuned, pictures(3)) - embed(original, pictures(3))).abs().max() > 1e-4
-    terms = set(run.metrics().columns) & {"rec", "con", "dcr", "cap"}
+    terms = set(run.metrics().columns) & {"rec", "con", "dcr", "cap", "kernel", "keep"}
     assert {"loss", "seconds", "grad_norm", *(f"norm_{term}" for term in terms)} <= set(run.metrics().columns)
     assert run.metrics()[list(terms)].sum(axis=1).tolist() == pytest.approx(run.metrics()["loss"].tolist())
 
@@ -632,7 +641,7 @@ def test_an_unknown_match_is_refused_with_the_known_ones(like, tmp_path):
 
 
 @pytest.mark.cuda
-def test_every_objective_takes_a_step_on_cuda_in_bfloat16(small_settings, tmp_path):
+def test_every_objective_takes_a_step_on_cuda_in_bfloat16(settings_of, tmp_path):
     devices = []
 
     def watch(encoder) -> dict[str, float]:
@@ -640,7 +649,7 @@ def test_every_objective_takes_a_step_on_cuda_in_bfloat16(small_settings, tmp_pa
         return {"x": embed(encoder, pictures(2)).sum().item()}
 
     for objective in OBJECTIVES:
-        run = tune(replace(small_settings, objective=objective, steps=1, precision="bf16"), tmp_path, watch)
+        run = tune(replace(settings_of(objective), steps=1, precision="bf16"), tmp_path, watch)
         assert run.metrics()["loss"].notna().all() and run.evaluations().notna().all(axis=None)
         assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in run.weights().values())
     assert set(devices) == {"cuda"}
