@@ -24,6 +24,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from diva_lab import messages
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # of several images of one name in a tar the first of these wins
 OTHER_SUFFIXES = (".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jfif", ".svg")  # never handed out
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000")  # by content; Pillow starts no program for them
@@ -264,7 +266,9 @@ def find_tars(source: str) -> list[str]:
         whole, fetch = Path(source), ""
         if whole.name.startswith("cc3m-"):
             fetch = f"; fetch with network: hf download --repo-type dataset {CC3M} --local-dir {whole.parent}"
-        raise FileNotFoundError(f"images={source!r}: no such tar; expected webdataset shards{fetch}")
+        raise FileNotFoundError(
+            f"images={source!r}: no such tar{messages.read_from(source)}; expected webdataset shards{fetch}"
+        )
     return found
 
 

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from diva_lab import messages
 from diva_lab.captions import folder_captions, mention_details, refuse_column
 from diva_lab.image_files import (
     SUFFIXES,
@@ -214,7 +215,9 @@ def open_images(
 def _folder_images(source: str) -> tuple[list[Path], list[LeftOut]]:
     """The images in a folder and what was left out; refused where there is none, saying what there is instead."""
     if not source.strip() or not os.path.isdir(source):
-        found = "a file, not a folder" if os.path.exists(source) else "no such folder" if source.strip() else "empty"
+        found = "a file, not a folder" if os.path.exists(source) else "empty"
+        if source.strip() and not os.path.exists(source):
+            found = f"no such folder{messages.read_from(source)}"
         raise FileNotFoundError(
             f"images={source!r}: {found}; expected 'world', a folder of images, tars (.tar), or 'hf:DATASET'"
         )

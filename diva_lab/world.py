@@ -16,6 +16,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from diva_lab import messages
+
 FAMILIES = {
     "round": ("disc", "oval", "drop"),
     "angular": ("square", "triangle", "diamond"),
@@ -77,7 +79,7 @@ def draw_scenes(n: int, seed: int | tuple[int, ...]) -> np.ndarray:
 def draw_pairs(detail: str, n: int, seed: int | tuple[int, ...]) -> np.ndarray:
     """`n` minimal pairs [n, 2]: twice the same scene, nuisance included, but for the one named detail."""
     if detail not in DETAILS:
-        raise ValueError(f"unknown detail {detail!r}; expected one of {', '.join(DETAILS)}")
+        raise ValueError(f"unknown detail {detail!r}; {messages.expected(detail, DETAILS)}")
     first = draw_scenes(n, seed)
     second = first.copy()
     count = len(DETAILS[detail])

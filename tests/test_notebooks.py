@@ -124,7 +124,7 @@ def test_parameters_are_literals_and_the_folded_cells_after_them_import_and_chec
     assert call.func.id == "check_parameters"
     defaults = assigned_names(parameters.source)
     assert {word.arg for word in call.keywords} == set(defaults)
-    assert defaults["save_figures"] == "False" and defaults.get("interactive", "False") == "False"
+    assert defaults["save_figures"] == "False" and defaults.get("interactive", "None") == "None"
     assert [is_hidden(cell) for cell in code(notebook)] == [cell in (imports, check) for cell in code(notebook)]
 
 

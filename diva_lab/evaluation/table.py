@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from diva_lab import messages
 from diva_lab.evaluation.aro import aro
 from diva_lab.evaluation.clustering import cluster_benchmark
 from diva_lab.evaluation.colorswap import colorswap
@@ -147,7 +148,7 @@ def evaluate(
     """
     for name, value, known in (("features", features, FEATURES), ("precision", precision, PRECISIONS)):
         if value not in known:
-            raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
+            raise ValueError(f"unknown {name} {value!r}; {messages.expected(value, known)}")
     options = {"kind": features, "seed": seed, "strict": strict, "max_images": max_images, "layer": layer}
     work = _work(Path(root), benchmarks)
     labels = {} if corrections is None else _corrections(Path(corrections), work)
@@ -328,7 +329,7 @@ def benchmark_folders(root: Path, benchmark: str) -> list[Path]:
     """
     name, _, only = benchmark.partition(":")
     if name not in BENCHMARKS:
-        raise ValueError(f"unknown benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}")
+        raise ValueError(f"unknown benchmark {name!r}; {messages.expected(name, BENCHMARKS)}")
     reads = reads_of(BENCHMARKS[name])
     if reads.data == "nothing":
         return [root]

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from diva_lab import messages
 from diva_lab.evaluation.image_sets import canonical_name
 from diva_lab.evaluation.pairs import read_corrections
 from diva_lab.evaluation.results import COLUMNS, FACTS, ResultFiles, versions_and_git
@@ -96,7 +97,7 @@ def _answers(llava: Llava, questions: list[Question], kept: Path | None, weights
 def _find(name: str, root: Path) -> list[tuple[str, str, list[Question]]]:
     """(benchmark, label of the set, questions) for each folder of a benchmark, all images of which can be read."""
     if name not in BENCHMARKS:
-        raise ValueError(f"unknown benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}")
+        raise ValueError(f"unknown benchmark {name!r}; {messages.expected(name, BENCHMARKS)}")
     module = BENCHMARKS[name]
     folders = [folder for folder in candidates(root) if module.is_here(folder)]
     if not folders:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diva_lab import messages
 from diva_lab.models.encoders import Features
 
 
@@ -170,7 +171,7 @@ class Conditioner(nn.Module):
     ):
         super().__init__()
         if name not in CONDITIONS:
-            raise ValueError(f"unknown condition {name!r}; expected one of {', '.join(CONDITIONS)}")
+            raise ValueError(f"unknown condition {name!r}; {messages.expected(name, CONDITIONS)}")
         self.name, self._function = name, CONDITIONS[name]
         if each and name in DRAWN:
             self._function = partial(self._function, each=True)

@@ -22,6 +22,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
+from diva_lab import messages
 from diva_lab.machine import fetch_hint, fetch_repository
 from diva_lab.models.formats import check_square, load_released, read_open_clip, read_transformers
 from diva_lab.models.layers import fuse_attention, split_attention
@@ -240,7 +241,7 @@ def _open_clip_name(name: str) -> tuple[str, str | None]:
         model, _, tag = name.partition(":")
         return model, tag
     raise ValueError(
-        f"unknown encoder {name!r}; expected one of {', '.join(ENCODERS)}, an open_clip name as 'ViT-B-32:openai', "
+        f"unknown encoder {name!r}; {messages.expected(name, ENCODERS)}, an open_clip name as 'ViT-B-32:openai', "
         "a folder that holds open_clip_config.json or config.json and its weights, or a hub id as 'owner/name'"
     )
 

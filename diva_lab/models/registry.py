@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from diva_lab import messages
 from diva_lab.machine import fetch_command, fetch_repository
 from diva_lab.models.denoiser import Denoiser, check_widths
 from diva_lab.models.diffusion import StableDiffusion
@@ -113,7 +114,7 @@ def load_denoiser(
     known = source in DENOISERS.values() or Path(source).exists() or _is_hub_id(source) or sizes
     if not source or not known:
         raise ValueError(
-            f"unknown denoiser {name!r}; expected one of {', '.join((*DENOISERS, *LIGHT))}, a folder in Stable "
+            f"unknown denoiser {name!r}; {messages.expected(name, (*DENOISERS, *LIGHT))}, a folder in Stable "
             "Diffusion's layout (vae, unet, text_encoder, tokenizer, scheduler), a hub id as 'owner/name', or "
             "light-flux@FOLDER with a folder that holds vae"
         )

@@ -51,7 +51,8 @@ def build_denoiser(settings: Settings, device: torch.device | str = "cpu") -> De
     denoiser = load_denoiser(settings.denoiser, device, settings.vae_px or None)
     if denoiser.labelled != ("decoder" in settings.models):
         wrong = "reads CLIP's embedding by no projector" if denoiser.labelled else "is no unCLIP decoder"
-        takers = ", ".join(name for name, f in OBJECTIVES.items() if ("decoder" in models_of(f)) == denoiser.labelled)
+        read = "decoder" if denoiser.labelled else "denoiser"
+        takers = ", ".join(name for name, function in OBJECTIVES.items() if read in models_of(function))
         raise ValueError(
             f"objective {settings.objective!r}: denoiser {settings.denoiser!r} {wrong}; it is for {takers}, and unCLIP "
             "decoders are unclip-tiny, unclip-l14, unclip-h14 and folders in their layout"

@@ -181,8 +181,8 @@ class Trainer:
 
     # --- one step -----------------------------------------------------------------------------------------------
 
-    def take_step(self, step: int) -> float:
-        """Train step number `step`, record it, and return its loss.
+    def take_step(self, step: int) -> dict[str, float]:
+        """Train step number `step`, and return what is recorded of it.
 
         Raises:
             FloatingPointError: where the loss or a gradient is not finite, before the optimizer's step; or a weight
@@ -208,9 +208,10 @@ class Trainer:
         self.optimizer.step()
         self._require_finite_weights(step)
         self.seconds += time.perf_counter() - start
-        self._record(step, {"loss": loss, **losses, "grad_norm": norm, **measures, "seconds": self.seconds})
+        line = {"loss": loss, **losses, "grad_norm": norm, **measures, "seconds": self.seconds}
+        self._record(step, line)
         self.agree()
-        return loss
+        return line
 
     def agree(self) -> None:
         """Stop after this step if any process was asked to: all of them together."""
@@ -335,12 +336,19 @@ class Watcher:
 
     Args:
         trainer: the run in training.
+        progress: is told of the evaluations.
         evaluate: () -> what is to be recorded, or None.
         probe: see `tune`, or None.
     """
 
-    def __init__(self, trainer: Trainer, evaluate: Callable[[], dict[str, float | str]] | None, probe: Probe | None):
-        self.trainer, self.evaluate, self.probe = trainer, evaluate, probe
+    def __init__(
+        self,
+        trainer: Trainer,
+        progress: Progress,
+        evaluate: Callable[[], dict[str, float | str]] | None,
+        probe: Probe | None,
+    ):
+        self.trainer, self.progress, self.evaluate, self.probe = trainer, progress, evaluate, probe
         settings = trainer.settings
         self.batches: list[Tensor] = []  # of images to probe with
         if probe is not None:  # else they are not opened
@@ -375,8 +383,9 @@ class Watcher:
     def _evaluate(self, steps: int) -> list[dict[str, float | str]]:
         if self.evaluate is None:
             return []
-        print(f"{self.trainer.run.id}: evaluating after {steps} steps ...", flush=True)
-        return [self.evaluate()]
+        with self.progress.evaluate(steps) as rows:
+            rows.append(self.evaluate())
+        return rows
 
     def _probe(self) -> list[dict]:
         if self.probe is None:
@@ -410,15 +419,16 @@ def train(
         KeyboardInterrupt: where it was asked to stop; it is saved, and goes on from there when it is trained again.
     """
     run, settings, done = trainer.run, trainer.settings, trainer.first
-    watcher = Watcher(trainer, evaluate, probe)
-    with trainer.stop, Progress(settings.steps, done, run.id) as progress:
+    images = settings.batch * settings.accumulate * trainer.accelerator.num_processes
+    with trainer.stop, Progress(settings.steps, done, images, run.id, run.folder, trainer.rank) as progress:
+        watcher = Watcher(trainer, progress, evaluate, probe)
         if done == 0 or is_due(done, settings.evaluate_every, settings.steps):
             watcher.watch(done)
         while done < settings.steps and not trainer.stopping:
-            loss = trainer.take_step(done)
+            line = trainer.take_step(done)
             done += 1
             if trainer.rank == 0:
-                progress.advance(done - 1, loss)
+                progress.advance(done - 1, line)
             if is_due(done, settings.evaluate_every, settings.steps) and not trainer.stopping:
                 watcher.watch(done)
             if is_due(done, settings.save_every, settings.steps) or trainer.stopping:

@@ -11,6 +11,7 @@ from dataclasses import asdict, fields, replace
 
 import yaml
 
+from diva_lab import messages
 from diva_lab.image_files import CC3M
 from diva_lab.training.settings import Settings
 
@@ -99,7 +100,7 @@ def _parts(name: str) -> tuple[str, str]:
         method = name.rsplit("-", 2)[1]
         known = ", ".join(RELEASES.get(method, ())) or "none"
         raise ValueError(f"no preset {name!r}: {method} has released code for {known}")
-    raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
+    raise ValueError(f"unknown preset {name!r}; {messages.expected(name, PRESETS)}; `diva-lab presets` lists them")
 
 
 def origin(name: str) -> str:
@@ -172,7 +173,7 @@ def parse_changes(changes: list[str], kinds: dict[str, type] | None = None) -> d
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals or name not in kinds:
-            raise ValueError(f"--set {change}: expected NAME=VALUE with a name of {', '.join(kinds)}")
+            raise ValueError(f"--set {change}: a change is NAME=VALUE, for the name {messages.expected(name, kinds)}")
         if name in values:
             raise ValueError(f"--set {change}: {name} is given twice, {values[name]!r} before; expected it once")
         try:
@@ -189,7 +190,7 @@ def replace_settings(settings: Settings, changes: dict[str, object]) -> Settings
         ValueError: for an unknown name, or a value that the setting does not take.
     """
     if unknown := changes.keys() - FIELD_TYPES.keys():
-        raise ValueError(f"unknown setting {min(unknown)!r}; expected some of {', '.join(FIELD_TYPES)}")
+        raise ValueError(f"unknown setting {min(unknown)!r}; {messages.expected(min(unknown), FIELD_TYPES)}")
     return replace(settings, **changes)
 
 

@@ -176,6 +176,12 @@ class Run:
             raise self._damage(path, f"expected a JSON object with {', '.join(keys)}")
         return facts
 
+    def remove_empty(self) -> None:
+        """Take the folder away where nothing was trained, evaluated or saved in it."""
+        kept = ("done", "checkpoint", *(f"{kind}.jsonl" for kind in RECORDS))
+        if not any((self.folder / name).exists() for name in kept):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     @property
     def id(self) -> str:
         return self.folder.name

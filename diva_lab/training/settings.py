@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from diva_lab import messages
 from diva_lab.gradients import COMBINE
 from diva_lab.models.conditions import CONDITIONS, PROJECTIONS
 from diva_lab.models.denoiser import TARGETS
@@ -272,7 +273,7 @@ def read_setting(name: str, kind: type, value: object) -> object:
         with suppress(ValueError):  # refused below
             value = float(value)
     if name in CHOICES and (not isinstance(value, str) or value not in CHOICES[name]()):
-        raise ValueError(f"unknown {name} {_shown(value)}; expected one of {', '.join(CHOICES[name]())}")
+        raise ValueError(f"unknown {name} {_shown(value)}; {messages.expected(value, CHOICES[name]())}")
     least, most = RANGES.get(name, (None, None))
     expected = kind.__name__ if least is None else f"{kind.__name__} from {least:g} to {most:.10g}"
     if type(value) is not kind and not (kind is float and type(value) is int):

@@ -190,7 +190,8 @@ def open_run(settings: Settings, root: str | Path, stage: str, **more: str) -> I
     """A context with the run of these settings, its folder made if there is none; see `find_run`.
 
     Of several processes the first one makes it, and holds its lock until the context ends. Says so where the run is
-    finished, or was made by another version of its objective's code; it is returned all the same.
+    finished, or was made by another version of its objective's code; it is returned all the same. Where an error leaves
+    a run without a step and without an evaluation, its folder is taken away.
 
     Args:
         settings: of the stage, as the run keeps them.
@@ -219,7 +220,12 @@ def open_run(settings: Settings, root: str | Path, stage: str, **more: str) -> I
                     flush=True,
                 )
         (run,) = broadcast_object_list(runs)
-        yield run
+        try:
+            yield run
+        except BaseException:
+            if state.is_main_process:
+                run.remove_empty()
+            raise
 
 
 def _begin(run: Run, settings: Settings, kept: dict) -> None:

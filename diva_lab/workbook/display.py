@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import matplotlib.pyplot as plt
+from IPython import get_ipython
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
@@ -13,8 +14,11 @@ GALLERY = ROOT / "figures"
 
 
 def say(text: str) -> None:
-    """Show `text`, Markdown, as the output of a notebook's cell."""
-    display(Markdown(text))
+    """Show `text`, Markdown, as the output of a notebook's cell; in a script it is printed."""
+    if get_ipython() is None:
+        print(text)
+    else:
+        display(Markdown(text))
 
 
 def make_show(save_figures: bool) -> Callable[[Figure, str], None]:

@@ -21,6 +21,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 
+from diva_lab import messages
 from diva_lab.evaluation.results import COLUMNS, FACTS, write_csv
 from diva_lab.evaluation.world import WORLD_MEASURES, report_rows
 from diva_lab.models.conditions import CONDITIONS
@@ -206,7 +207,7 @@ def select_notebooks(notebooks: Path, only: str | None) -> list[Path]:
     selected = numbers if only is None else only.split(",")
     for number in selected:
         if number not in numbers:
-            raise ValueError(f"no notebook {number!r}; expected one of {', '.join(numbers)}")
+            raise ValueError(f"no notebook {number!r}; {messages.expected(number, numbers)}")
     return [path for path in paths if path.name[:2] in selected]
 
 

@@ -8,16 +8,21 @@ history `In` with the first line `# Parameters`. So the notebook itself can chec
 import ast
 import math
 import os
+import sys
 from contextlib import suppress
+from pathlib import Path
 from types import FunctionType, GenericAlias, ModuleType, UnionType
 from typing import Union, get_args, get_origin
 
+from diva_lab import messages
+from diva_lab.images import open_images
 from diva_lab.training.presets import TINY_DIVA
 from diva_lab.training.settings import Settings
 
 INJECTED = "# Parameters"  # the first line of papermill's cell
 MOST = 2**32 - 1  # of a whole number: no seed is larger
 KINDS = (range, type, GenericAlias)  # in a tuple of choices these are not values
+CHECK = "check_parameters"  # the call before which a script assigns its parameters
 
 
 def check_parameters(scope: dict, **expected: object) -> None:
@@ -32,11 +37,14 @@ def check_parameters(scope: dict, **expected: object) -> None:
             reverse. An int lies in 0..`MOST`, a float is finite. A number in a text becomes a float: YAML reads `2e-5`
             as a text.
 
+    A parameter `images` that is not empty has to name images that can be read: the first one is.
+
     Raises:
         ValueError: one error with everything that is wrong, and the right names, types and defaults.
+        FileNotFoundError: where there are no such images; says where a relative path was read from.
     """
     defaults, assigned = _assignments(scope, expected)
-    wrong = [f"unknown parameter {name!r}" for name in assigned if name not in expected]
+    wrong = [f"unknown parameter {n!r}; {messages.expected(n, expected)}" for n in assigned if n not in expected]
     for name, kind in expected.items():
         if kind is float and isinstance(scope.get(name), str):
             with suppress(ValueError):  # told below
@@ -53,6 +61,8 @@ def check_parameters(scope: dict, **expected: object) -> None:
             for name, kind in expected.items()
         ]
         raise ValueError("\n".join(["; ".join(wrong), "the parameters of this notebook:", *allowed]))
+    if "images" in expected and scope["images"]:
+        next(open_images(scope["images"], px=32, n=1, seed=0))
 
 
 def live_settings(steps: int = 0, **changes: object) -> Settings:
@@ -100,7 +110,9 @@ def _name(kind: object) -> str:
     if isinstance(kind, range):
         return f"int from {kind[0]} to {kind[-1]}"
     if isinstance(kind, tuple):
-        return "one of " + ", ".join(_name(choice) if isinstance(choice, KINDS) else repr(choice) for choice in kind)
+        names = [_name(choice) if isinstance(choice, KINDS) else repr(choice) for choice in kind]
+        rest = f" ... ({len(names)} in all)" if len(names) > messages.MOST else ""
+        return f"one of {', '.join(names[: messages.MOST])}{rest}"
     return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
@@ -114,7 +126,8 @@ def assigned_names(source: str) -> dict[str, str]:
     for line in body:
         if isinstance(line, ast.Assign | ast.AnnAssign) and line.value is not None:
             targets = line.targets if isinstance(line, ast.Assign) else [line.target]
-            names |= {target.id: ast.unparse(line.value) for target in targets if isinstance(target, ast.Name)}
+            value = ast.get_source_segment(source, line.value)
+            names |= {target.id: value for target in targets if isinstance(target, ast.Name)}
     return names
 
 
@@ -122,10 +135,15 @@ def _assignments(scope: dict, expected: dict) -> tuple[dict[str, str], list[str]
     """The defaults, and every name that is assigned where parameters are assigned.
 
     In a kernel that is the `parameters` cell (the last cell that assigns all the expected names) and papermill's. Other
-    cells do not count, so that the check can be repeated at the end of a session. In a plain dict it is every name but
-    modules, functions, classes and names with a leading underscore.
+    cells do not count, so that the check can be repeated at the end of a session. In a script, as nbconvert writes it,
+    it is every line before the check that assigns. In a plain dict it is every name but modules, functions, classes and
+    names with a leading underscore.
     """
     if "In" not in scope:
+        script = getattr(sys.modules.get(scope.get("__name__")), "__file__", None)
+        if script is not None:
+            declared = assigned_names(Path(script).read_text(encoding="utf-8").partition(f"\n{CHECK}(")[0])
+            return declared, list(declared)
         code = (ModuleType, FunctionType, type)
         return {}, [name for name, value in scope.items() if not (name.startswith("_") or isinstance(value, code))]
     declared, injected = {}, {}

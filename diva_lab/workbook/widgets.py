@@ -1,6 +1,6 @@
 """Controls in a live session: the pair explorer, which is a still figure elsewhere, and a writer of statements.
 
-A committed notebook has no widgets: with `interactive=False`, the notebooks' default, no widget is made.
+A committed notebook has no widgets: where no front end answers, as under nbval and papermill, none is made.
 """
 
 import csv
@@ -20,8 +20,10 @@ from diva_lab.evaluation.image_sets import IMAGE_FOLDERS
 from diva_lab.evaluation.pairs import PAIR_SUFFIXES
 from diva_lab.figures.samples import minimal_pairs
 from diva_lab.image_files import decode_square
+from diva_lab.training.progress import has_front_end
 from diva_lab.world import PATTERNS
 
+ALL = "all"  # patterns
 PairImages = Callable[[pd.DataFrame], UInt8[np.ndarray, "n 2 h w 3"]]
 
 
@@ -35,7 +37,7 @@ def pair_explorer(
     pairs: pd.DataFrame,
     scores: Mapping[str, pd.DataFrame],
     images: PairImages = open_pairs,
-    interactive: bool = False,
+    interactive: bool | None = False,
     still: int = 6,
     source: str = "",
 ) -> Figure | ipywidgets.VBox:
@@ -45,7 +47,7 @@ def pair_explorer(
         pairs: as `read_pairs` returns them.
         scores: encoder -> the scores of all `pairs`, in their order, as `score_pairs` returns them.
         images: rows of `pairs` -> their images.
-        interactive: controls if true; a still figure of `still` pairs if false.
+        interactive: controls if true; a still figure of `still` pairs if false; None where a front end answers.
         still: how many pairs the figure shows, spread evenly over `pairs`.
         source: printed under the figure.
 
@@ -62,34 +64,64 @@ def pair_explorer(
         chosen = pairs.iloc[rows]
         return minimal_pairs(chosen, images(chosen), {name: scores[name].iloc[rows] for name in encoders}, source)
 
-    if not interactive:
+    if not (has_front_end() if interactive is None else interactive):
         rows = np.linspace(0, len(pairs) - 1, min(still, len(pairs))).round().astype(int)
         return draw(rows.tolist(), tuple(scores))
-    return _controls(pairs, tuple(scores), draw)
+    return _controls(pairs, scores, draw)
+
+
+def best_encoder(scores: Mapping[str, pd.DataFrame]) -> str:
+    """The encoder after the first one that is right on the most pairs; the first where there is no other."""
+    first, *others = scores
+    return max(others, key=lambda name: scores[name]["correct"].mean(), default=first)
 
 
 def _controls(
-    pairs: pd.DataFrame, encoders: tuple[str, ...], draw: Callable[[list[int], tuple[str, ...]], Figure]
+    pairs: pd.DataFrame,
+    scores: Mapping[str, pd.DataFrame],
+    draw: Callable[[list[int], tuple[str, ...]], Figure],
 ) -> ipywidgets.VBox:
-    rows_of = {name: np.flatnonzero(pairs["pattern"] == name) for name in dict.fromkeys(pairs["pattern"])}
-    pattern = ipywidgets.Dropdown(options=list(rows_of), description="pattern")
-    number = ipywidgets.BoundedIntText(1, 1, len(rows_of[pattern.value]), description="pair")
-    selected = ipywidgets.SelectMultiple(options=encoders, value=encoders[-2:], description="encoders", rows=3)
-    screen = ipywidgets.Output()
+    """The pairs one by one: all or one pattern, all or those whose verdicts differ between the chosen encoders."""
+    first = next(iter(scores))
+    pattern = ipywidgets.Dropdown(options=[ALL, *dict.fromkeys(pairs["pattern"])], description="pattern")
+    selected = ipywidgets.SelectMultiple(
+        options=list(scores), value=tuple(dict.fromkeys((first, best_encoder(scores)))), description="encoders", rows=3
+    )
+    changed = ipywidgets.Checkbox(description="only changed pairs", indent=False)
+    number = ipywidgets.BoundedIntText(1, 1, len(pairs), description="pair")
+    back, on = (ipywidgets.Button(description=text, layout={"width": "auto"}) for text in ("previous", "next"))
+    told, screen = ipywidgets.Label(), ipywidgets.Output()
+
+    def choose() -> np.ndarray:
+        rows = pairs["pattern"].eq(pattern.value).to_numpy() | (pattern.value == ALL)
+        verdicts = np.array([scores[name]["correct"] for name in selected.value or (first,)])  # [encoders, n]
+        return np.flatnonzero(rows & (verdicts.min(0) != verdicts.max(0)) if changed.value else rows)
 
     def redraw(_: object = None) -> None:
-        rows = rows_of[pattern.value]
-        number.max = len(rows)
-        fig = draw([int(rows[number.value - 1])], selected.value or encoders[:1])
+        rows = choose()
+        number.max = max(1, len(rows))  # a larger value becomes this one, and draws
         screen.clear_output(wait=True)
+        if not len(rows):
+            told.value = "no pair: nothing changed between these encoders"
+            return
+        row = int(rows[number.value - 1])
+        told.value = f"{number.value} of {len(rows)}: pair {pairs['id_1'].iloc[row]}, {pairs['pattern'].iloc[row]}"
+        fig = draw([row], selected.value or (first,))
         with screen:
             display(fig)
         plt.close(fig)
 
-    for control in (pattern, number, selected):
+    def go(step: int) -> None:
+        number.value = (number.value - 1 + step) % number.max + 1
+
+    back.on_click(lambda _: go(-1))
+    on.on_click(lambda _: go(1))
+    for control in (pattern, changed, number, selected):
         control.observe(redraw, "value")
     redraw()
-    return ipywidgets.VBox([ipywidgets.HBox([pattern, number, selected]), screen])
+    return ipywidgets.VBox(
+        [ipywidgets.HBox([pattern, selected]), ipywidgets.HBox([back, on, number, changed, told]), screen]
+    )
 
 
 def statement_writer(folder: str | Path) -> ipywidgets.VBox:

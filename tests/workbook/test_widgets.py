@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import ipywidgets
 import matplotlib
 import matplotlib.pyplot as plt
@@ -15,9 +17,10 @@ from diva_lab.world import World, draw_pairs, write_pairs
 matplotlib.use("agg")
 PAIRS = pd.DataFrame(
     {"pattern": ["Color and Appearance"] * 5 + ["Texts"] * 3, "statement_1": list("abcdefgh"), "statement_2": "other"}
-)
+).assign(id_1=range(1, 16, 2), id_2=range(2, 17, 2))
 COSINES = pd.DataFrame({name: np.linspace(0.1, 0.4, 8) for name in ("t1i1", "t1i2", "t2i1", "t2i2")})
-SCORES = {"none": COSINES, "diva": COSINES, "dcr": COSINES}
+RIGHT = {"none": [0, 1, 1, 0, 0, 0, 0, 1], "diva": [1, 1, 1, 1, 0, 0, 0, 1], "dcr": [0, 1, 1, 0, 1, 0, 0, 1]}
+SCORES = {name: COSINES.assign(correct=np.array(right, bool)) for name, right in RIGHT.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -49,19 +52,57 @@ def test_the_explorer_without_controls_is_a_figure_and_makes_no_widget(monkeypat
     assert statements(fig) == ["a", "e", "h"]
 
 
-def test_the_explorer_shows_the_pair_that_is_chosen(monkeypatch):
+@pytest.fixture
+def explorer(monkeypatch) -> SimpleNamespace:
+    """The explorer's controls by name, and what it has drawn."""
     drawn = []
     monkeypatch.setattr(widgets, "display", drawn.append)
     box = pair_explorer(PAIRS, SCORES, images, interactive=True)
-    pattern, number, encoders = box.children[0].children
-    assert isinstance(box, ipywidgets.VBox)
-    assert (statements(drawn[-1]), encoders.value) == (["a"], ("diva", "dcr"))
-    number.value = 5
-    assert statements(drawn[-1]) == ["e"]
-    pattern.value = "Texts"  # has three pairs: the number is limited to the last
-    assert (number.value, statements(drawn[-1])) == (3, ["h"])
-    encoders.value = ("none",)
-    assert "none (original): 0 of 1" in [ax.get_title() for ax in drawn[-1].axes]
+    (pattern, encoders), (back, on, number, changed, told) = (row.children for row in box.children[:2])
+    controls = {"pattern": pattern, "encoders": encoders, "back": back, "on": on, "number": number}
+    return SimpleNamespace(**controls, changed=changed, told=told, drawn=drawn, box=box)
+
+
+def test_the_explorer_begins_with_the_original_beside_the_best_tuned_encoder(explorer):
+    assert isinstance(explorer.box, ipywidgets.VBox)
+    assert statements(explorer.drawn[-1]) == ["a"] and explorer.encoders.value == ("none", "diva")
+    assert explorer.told.value == "1 of 8: pair 1, Color and Appearance"
+
+
+def test_the_explorer_goes_on_and_back_and_around(explorer):
+    explorer.on.click()
+    assert statements(explorer.drawn[-1]) == ["b"] and explorer.told.value == "2 of 8: pair 3, Color and Appearance"
+    explorer.back.click(), explorer.back.click()
+    assert statements(explorer.drawn[-1]) == ["h"] and explorer.number.value == 8
+
+
+def test_the_explorer_shows_the_pair_that_is_chosen(explorer):
+    explorer.number.value = 5
+    assert statements(explorer.drawn[-1]) == ["e"]
+    explorer.pattern.value = "Texts"  # has three pairs: the number is limited to the last
+    assert (explorer.number.value, statements(explorer.drawn[-1])) == (3, ["h"])
+    assert explorer.told.value == "3 of 3: pair 15, Texts"
+    explorer.encoders.value = ("none",)
+    assert "none (original): 0 of 1" in [ax.get_title() for ax in explorer.drawn[-1].axes]
+
+
+def test_the_explorer_shows_only_pairs_that_changed_between_the_chosen_encoders(explorer):
+    explorer.changed.value = True
+    assert explorer.told.value == "1 of 2: pair 1, Color and Appearance"
+    explorer.on.click()
+    assert statements(explorer.drawn[-1]) == ["d"]
+    explorer.encoders.value = ("none", "dcr")
+    assert statements(explorer.drawn[-1]) == ["e"] and explorer.told.value.startswith("1 of 1")
+    count = len(explorer.drawn)
+    explorer.pattern.value = "Texts"
+    assert explorer.told.value == "no pair: nothing changed between these encoders" and len(explorer.drawn) == count
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_explorer_has_controls_where_a_front_end_answers(monkeypatch, answers):
+    monkeypatch.setattr(widgets, "has_front_end", lambda: answers)
+    monkeypatch.setattr(widgets, "display", lambda fig: None)
+    assert isinstance(pair_explorer(PAIRS, SCORES, images, interactive=None), ipywidgets.VBox if answers else Figure)
 
 
 def test_the_explorer_closes_what_it_draws(monkeypatch):
