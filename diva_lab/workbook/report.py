@@ -21,11 +21,9 @@ from diva_lab import figures
 from diva_lab.figures.style import label_of, minus_signs
 from diva_lab.statistics import compare_rows, independent_difference
 from diva_lab.workbook.findings import state_result, state_row
-from diva_lab.workbook.page import bold_html, clean_html, figure_html, image_html, table_html, write_page
+from diva_lab.workbook.outputs import prepare_outputs
+from diva_lab.workbook.page import bold_html, clean_html, figure_html, table_html, write_page
 
-WIDGET = "application/vnd.jupyter.widget-view+json"
-TRAINING = re.compile(r"\bstep \d+/\d+\b|\bevaluating\b|\b\d+ images, \d+ a second\b")  # lines that tell how far it is
-IMAGES = ("image/png", "image/jpeg")
 REPORT_COLUMNS = {
     "objective": "objective",
     "seed": "seed",
@@ -78,58 +76,6 @@ def title_of(notebook: NotebookNode, name: str) -> str:
     return heading[1].strip() if heading else name
 
 
-def _show(html: str) -> NotebookNode:
-    return nbformat.v4.new_output("display_data", {"text/html": html})
-
-
-def _fold_training(text: str) -> list[NotebookNode]:
-    """Printed text as outputs: lines that tell how far training is, one after the other, are folded."""
-    lines, outputs = text.splitlines(keepends=True), []
-    while lines:
-        folds = bool(TRAINING.search(lines[0]))
-        end = next((k for k, line in enumerate(lines) if bool(TRAINING.search(line)) != folds), len(lines))
-        chosen, lines = lines[:end], lines[end:]
-        if folds:
-            head = f"Training: {len(chosen)} line{'s' if len(chosen) > 1 else ''}"
-            outputs.append(_show(f"<details><summary>{head}</summary><pre>{escape(''.join(chosen))}</pre></details>"))
-        elif "".join(chosen).strip():
-            outputs.append(nbformat.v4.new_output("stream", text="".join(chosen)))
-    return outputs
-
-
-def _image(output: NotebookNode, heading: str, number: int) -> NotebookNode:
-    """An output with an image; its alternative text is its own, else the heading above it."""
-    kind = next(name for name in IMAGES if name in output.data)
-    facts = output.metadata.get(kind, {})
-    alt = facts.get("alt") or f"{heading}, figure {number}"
-    alt = alt.replace('"', "'")  # bleach would escape what stands between single quotes twice
-    return _show(image_html(output.data[kind].replace("\n", ""), alt, facts.get("width", 0)))
-
-
-def _prepare_outputs(cell: NotebookNode, heading: str, shown: int) -> int:
-    """Make a cell's outputs ready for the page; `shown` images lie between it and the `heading` above. Returns theirs.
-
-    Without widgets and warnings; neighbouring prints are one text; formulas are Markdown; images have a text.
-    """
-    outputs, printed = [], ""
-    for output in [*cell.outputs, None]:
-        if output is not None and output.output_type == "stream":
-            printed += output.text if output.name == "stdout" else ""
-            continue
-        outputs, printed = outputs + _fold_training(printed), ""
-        data = {} if output is None else output.get("data", {})
-        if output is None or WIDGET in data:
-            continue
-        if "text/html" not in data and any(name in data for name in IMAGES):
-            shown += 1
-            output = _image(output, heading, shown)
-        elif "text/latex" in data and "text/html" not in data:
-            output = nbformat.v4.new_output("display_data", {"text/markdown": data["text/latex"]})
-        outputs.append(output)
-    cell.outputs = outputs
-    return shown
-
-
 def _body(notebook: NotebookNode, prefix: str, sections: Mapping[str, str]) -> str:
     """A notebook's prose and outputs as HTML.
 
@@ -137,13 +83,7 @@ def _body(notebook: NotebookNode, prefix: str, sections: Mapping[str, str]) -> s
         prefix: of the names of its headings, which other notebooks may have too.
         sections: file name of each notebook on the page -> the name of its section, for links between them.
     """
-    heading, shown = "", 0
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            titles = re.findall(r"^#+\s+(.+)$", cell.source, re.MULTILINE)
-            heading, shown = (titles[-1].strip(), 0) if titles else (heading, shown)
-        elif cell.cell_type == "code":
-            shown = _prepare_outputs(cell, heading, shown)
+    prepare_outputs(notebook)
     exporter = _Exporter(
         template_name="basic",
         exclude_input=True,
