@@ -271,7 +271,8 @@ ACTIVE = [
     "<style>body{background:url(http://elsewhere.org)}</style>", '<p style="background:url(http://elsewhere.org)">x</p>',
     '<form action="http://elsewhere.org"><input autofocus onfocus=alert(1)></form>', "</section></body><script>alert(1)</script>",
     '<details open ontoggle="alert(1)">x</details>', "<!--<img src=x onerror=alert(1)>-->", '"><img src=x onerror=alert(1)>',
-    '<math><mtext><img src=x onerror=alert(1)></mtext></math>', "# [x](javascript:alert(1)) <img src=x onerror=alert(1)>",
+    '<math><mtext><img src=x onerror=alert(1)></mtext></math>', r"$\href{javascript:alert(1)}{x}$",
+    r"$$\text{<img src=x onerror=alert(1)>}$$", r"$\text{&lt;img src=x onerror=alert(1)&gt;}$", "# [x](javascript:alert(1)) <img src=x onerror=alert(1)>",
 ]  # fmt: skip
 ALLOWED = {"href": r"(https?://|#)", "src": r"data:image/(png|jpeg|gif|webp);base64,"}
 

@@ -9,7 +9,7 @@ from nbformat import NotebookNode
 from diva_lab.workbook.page import image_html
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
-TRAINING = re.compile(r"\bstep \d+/\d+\b|\bevaluating\b|\b\d+ images, \d+ a second\b")  # lines that tell how far it is
+PROGRESS = re.compile(r"\bstep \d+/\d+\b|\bevaluating\b|\b\d+ images, \d+ a second\b")  # lines that tell how far it is
 IMAGES = ("image/png", "image/jpeg")
 
 
@@ -17,15 +17,15 @@ def _show(html: str) -> NotebookNode:
     return nbformat.v4.new_output("display_data", {"text/html": html})
 
 
-def _fold_training(text: str) -> list[NotebookNode]:
-    """Printed text as outputs: lines that tell how far training is, one after the other, are folded."""
+def _fold_progress(text: str) -> list[NotebookNode]:
+    """Printed text as outputs: lines that tell how far a run is, one after the other, are folded."""
     lines, outputs = text.splitlines(keepends=True), []
     while lines:
-        folds = bool(TRAINING.search(lines[0]))
-        end = next((k for k, line in enumerate(lines) if bool(TRAINING.search(line)) != folds), len(lines))
+        folds = bool(PROGRESS.search(lines[0]))
+        end = next((k for k, line in enumerate(lines) if bool(PROGRESS.search(line)) != folds), len(lines))
         chosen, lines = lines[:end], lines[end:]
         if folds:
-            head = f"Training: {len(chosen)} line{'s' if len(chosen) > 1 else ''}"
+            head = f"Progress: {len(chosen)} line{'s' if len(chosen) > 1 else ''}"
             outputs.append(_show(f"<details><summary>{head}</summary><pre>{escape(''.join(chosen))}</pre></details>"))
         elif "".join(chosen).strip():
             outputs.append(nbformat.v4.new_output("stream", text="".join(chosen)))
@@ -38,13 +38,16 @@ def _image(output: NotebookNode, heading: str, number: int) -> NotebookNode:
     facts = output.metadata.get(kind, {})
     alt = facts.get("alt") or f"{heading}, figure {number}"
     alt = alt.replace('"', "'")  # bleach would escape what stands between single quotes twice
-    return _show(image_html(output.data[kind].replace("\n", ""), alt, facts.get("width", 0)))
+    try:
+        return _show(image_html(output.data[kind].replace("\n", ""), alt, facts.get("width", 0)))
+    except (OSError, ValueError) as error:  # a damaged notebook: the rest of it stays on the page
+        return _show(f"<p>{escape(alt)}: the image cannot be read ({escape(type(error).__name__)}).</p>")
 
 
 def prepare_outputs(notebook: NotebookNode) -> NotebookNode:
     """A notebook, changed in place, whose outputs are ready for a page.
 
-    Without widgets and warnings; neighbouring prints are one text, lines of training folded; formulas are Markdown;
+    Without widgets and warnings; neighbouring prints are one text, lines of progress folded; formulas are Markdown;
     images are HTML, with an alternative text.
     """
     heading, shown = "", 0
@@ -64,7 +67,7 @@ def _prepare_cell(cell: NotebookNode, heading: str, shown: int) -> int:
         if output is not None and output.output_type == "stream":
             printed += output.text if output.name == "stdout" else ""
             continue
-        outputs, printed = outputs + _fold_training(printed), ""
+        outputs, printed = outputs + _fold_progress(printed), ""
         data = {} if output is None else output.get("data", {})
         if output is None or WIDGET in data:
             continue

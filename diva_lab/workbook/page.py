@@ -45,13 +45,14 @@ a[href]:hover { text-decoration: underline; } .faint { color: var(--faint); font
 .wide { --box: var(--back); display: block; max-width: 100%; overflow-x: auto; margin: 1rem 0; background:
     linear-gradient(to left, var(--box) 40%, transparent) right / 2.5rem 100% no-repeat local,
     linear-gradient(to left, var(--shade), transparent) right / 1rem 100% no-repeat scroll, var(--box); }
-.figure { --box: #fff; --shade: #0003; border-radius: 6px; padding: .5rem; width: fit-content; margin: 1rem auto; }
+.figure { background: #fff; border-radius: 6px; padding: .5rem; width: fit-content; margin: 1rem auto; }
 .figure img { display: block; height: auto; max-width: 100%; }
 @media (max-width: 48rem) { .figure img { max-width: max(100%, min(40rem, 180vw)); } }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .65rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
 thead th { border-bottom: 2px solid var(--faint); font-weight: 600; }
+@media (max-width: 48rem) { th:first-child, td:first-child { white-space: normal; max-width: 9rem; } }
 summary { cursor: pointer; color: var(--link); }
 pre, code { font: .85rem/1.5 ui-monospace, Menlo, Consolas, monospace; } code { background: var(--soft); }
 pre { background: var(--soft); border-radius: 4px; padding: .6rem .9rem; overflow-x: auto; }

@@ -93,9 +93,9 @@ def _body(notebook: NotebookNode, prefix: str, sections: Mapping[str, str]) -> s
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an image without alternative text in a notebook's own HTML
         body = exporter.from_notebook_node(notebook)[0]
-    body = re.sub(r'(\s(?:id="|href="#))', rf"\1{prefix}-", body)
+    body = re.sub(r'(<[^<>]*?\s(?:id="|href="#))', rf"\1{prefix}-", body)
     for name, section in sections.items():
-        body = re.sub(rf'href="(?:\./)?{re.escape(name)}(?:#[^"]*)?"', f'href="#{section}"', body)
+        body = re.sub(rf'<a href="(?:\./)?{re.escape(name)}(?:#[^"]*)?"', f'<a href="#{section}"', body)
     return clean_html(body)
 
 

@@ -111,7 +111,7 @@ def test_lines_of_training_are_folded(page):
 
 
 def test_links_between_notebooks_stay_on_the_page_and_no_link_leads_nowhere(tmp_path):
-    for k, link in enumerate(("[b](01_b.ipynb) [c](01_b.ipynb#Part)", "# B\n[a](./00_a.ipynb) [doc](../docs/x.md)")):
+    for k, link in enumerate(("[b](01_b.ipynb) [c](01_b.ipynb#Part)", "# B\n[a](./00_a.ipynb) [doc](../x.md)")):
         cells = [nbformat.v4.new_markdown_cell(f"{link}\n## Part\n[here](#Part)")]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"0{k}_{'ab'[k]}.ipynb")
     write_report(tmp_path / "r.html", sorted(tmp_path.glob("*.ipynb")), summary_of(), {})
@@ -127,7 +127,10 @@ def test_links_between_notebooks_stay_on_the_page_and_no_link_leads_nowhere(tmp_
 
 
 def report_on(folder: Path, *outputs: nbformat.NotebookNode) -> str:
-    cells = [nbformat.v4.new_markdown_cell("# T\n## How far?"), nbformat.v4.new_code_cell("0", outputs=list(outputs))]
+    cells = [
+        nbformat.v4.new_markdown_cell('# T\n## How far?\n`<a id="x">`'),
+        nbformat.v4.new_code_cell("0", outputs=list(outputs)),
+    ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "00_t.ipynb")
     write_report(folder / "report.html", [folder / "00_t.ipynb"], pd.DataFrame(), {})
     return (folder / "report.html").read_text().partition('<section id="notebook-0">')[2].partition("</section>")[0]
@@ -146,10 +149,17 @@ def test_an_images_own_text_comes_before_the_heading_above_it(tmp_path):
     assert images == [("P & 'D'", "40", "20"), ("How far?, figure 2", "40", "20"), ("How far?, figure 3", "20", "10")]
 
 
+def test_an_image_that_cannot_be_read_is_named_and_the_rest_stands(tmp_path):
+    for damaged in ("AAAA", "not base64!", ""):
+        output = nbformat.v4.new_output("display_data", {"image/png": damaged})
+        page = report_on(tmp_path, output, image_output())
+        assert "How far?, figure 1: the image cannot be read" in page and page.count("<img") == 1
+
+
 def test_prints_beside_lines_of_training_stay_in_sight_and_in_order(tmp_path):
     texts = ["before\n", "a: evaluating after 0 steps ...\na: step 1/2, loss 1\n", "a: step 2/2, loss 1\nafter\n"]
     page = report_on(tmp_path, *(nbformat.v4.new_output("stream", text=text) for text in texts))
-    assert "<summary>Training: 3 lines</summary>" in page
+    assert "<summary>Progress: 3 lines</summary>" in page
     places = [page.index(word) for word in ("before", "<details>", "evaluating", "2/2", "</details>", "after\n</pre>")]
     assert places == sorted(places)
 
@@ -163,7 +173,7 @@ def test_formulas_of_outputs_are_mathml_and_widgets_and_warnings_are_left_out(tm
     ]
     page = report_on(tmp_path, *outputs)
     assert page.count("<math") == 2 and "<mfrac>" in page and "<code>$y</code>" in page
-    assert "Box()" not in page and "a warning" not in page
+    assert "Box()" not in page and '&lt;a id="x"&gt;' in page and "a warning" not in page
 
 
 def test_without_a_run_the_page_says_so(tmp_path):
