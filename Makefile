@@ -12,9 +12,10 @@ NBVAL := -p no:python -p tests.own_runs --nbval-lax --nbval-current-env --nbval-
 FRESH = export DIVA_LAB_RUNS=$$(mktemp -d) && trap 'rm -rf "$$DIVA_LAB_RUNS" notebooks/live.ipynb' EXIT
 NBSTRIPOUT := --keep-output --keep-count --keep-id --extra-keys \
     "metadata.papermill cell.metadata.papermill metadata.widgets metadata.language_info.version"
+SITE := python -m sphinx -q -W --keep-going -c docs -d build/doctrees .
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab figures pretrain study clean
+.PHONY: help run test lab site figures pretrain study clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +36,9 @@ test: $(INSTALLED) ## lint, run all tests, then all notebooks; lists skipped tes
 lab: $(INSTALLED) ## open the notebooks in JupyterLab [ARGS=...]
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks \
 	    --ContentsManager.pre_save_hook=diva_lab.workbook.display.drop_python_version $(ARGS)
+
+site: $(INSTALLED) ## build the notebooks and docs/ as a static site, build/site
+	$(BIN)/$(SITE) build/site
 
 figures: $(INSTALLED) ## run the notebooks in place; rewrites their outputs and figures/
 	@$(FRESH); set -e; for notebook in notebooks/[0-9][0-9]_*.ipynb; do \
@@ -68,5 +72,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version) is too" \
 	    "old; Python 3.11 or newer is needed, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@{ test -f $@ && $(BIN)/python -m pip --version >/dev/null 2>&1; } || $(PYTHON) -m venv --clear $(VENV)  # a stopped install starts again
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,site]"
 	@touch $@

@@ -63,6 +63,30 @@ def state_row(differences: pd.DataFrame, objective: str, expected: Mapping[str, 
     return f"{label_of(objective)}: {'; '.join(f'{label_of(name)} **{text}**' for name, text in changes.items())}."
 
 
+def state_result(differences: pd.DataFrame) -> str:
+    """What tuning did, in two sentences: P and D of the objective with the highest pair score against the original.
+
+    `differences`: as `statistics.paired_differences` returns them, with the columns `before` and `after`. Random pushes
+    of the weights are no objectives.
+    """
+    tuned = differences[~differences["objective"].str.startswith("perturb")].dropna(subset="difference")
+    pairs, classes = (tuned[tuned["measure"] == name].set_index("objective") for name in ("pairs/mean", "zeroshot"))
+    if pairs.empty:
+        return "No tuned encoder can be compared with the original."
+    best = pairs["after"].idxmax()
+    of = f", the best of {len(pairs)} objectives," if len(pairs) > 1 else ""
+    text = f"By {label_of(best)}{of} the {label_of('pairs/mean')} is {_state_change(pairs.loc[best])}, "
+    text += f"{verdict(*pairs.loc[best, ['low', 'high']])}."
+    if best in classes.index:
+        text += f" The zero-shot accuracy (D) is {_state_change(classes.loc[best])}."
+    return text
+
+
+def _state_change(row: pd.Series) -> str:
+    change = points(*row[["difference", "low", "high"]])
+    return f"**{100 * row['after']:.1f} %** against {100 * row['before']:.1f} % of the original: **{change}**"
+
+
 def count_signs(differences: pd.DataFrame, name: str = "objective") -> str:
     """How many intervals lie above zero, below zero, and contain it; the column `name` names them."""
     parts, undecided = [], len(differences)

@@ -35,7 +35,7 @@ from diva_lab.workbook.report import write_report
 
 NOTEBOOKS = ROOT / "notebooks"
 SUMMARY_COLUMNS = ["objective", "seed", *WORLD_MEASURES, "conflict_rate", "seconds_per_step", "steps", "run"]
-EVALUATED_COLUMNS = ["pairs/mean/low", "pairs/mean/high"]
+EVALUATED_COLUMNS = ["pairs/mean/low", "pairs/mean/high", "zeroshot/low", "zeroshot/high"]
 EVALUATED_COLUMNS += [f"{name}/mean{end}" for name in ("emoji", "emoji-match") for end in ("", "/low", "/high")]
 EVALUATED_COLUMNS += ["note"]
 SUMMARY_ORDER = ("none", "diva", "contrastive", "naive", "dcr", "genhancer", "perturb-norm", "perturb-drift")

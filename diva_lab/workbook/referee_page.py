@@ -3,13 +3,9 @@
 `referee_figures` and `state_rulings` are what a notebook shows of the same table.
 """
 
-import base64
-import io
-import re
 from html import escape
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -26,13 +22,19 @@ from diva_lab.evaluation.verdicts import (
 from diva_lab.models.released import RELEASED
 from diva_lab.provenance import environment
 from diva_lab.workbook.findings import state_claim
-from diva_lab.workbook.report import table_html, write_page
+from diva_lab.workbook.page import bold_html, figure_html, table_html, write_page
 
 SHOWN = {  # columns of `differences` on the page
     "method": "method", "benchmark": "benchmark", "set": "set", "metric": "metric", "ability": "P or D",
     "before": "original, %", "after": "improved, %", "difference": "points", "low": "low", "high": "high", "p": "p",
     "holm": "p, Holm", "n": "items", "gained": "gained", "lost": "lost", "how": "samples",
 }  # fmt: skip
+
+ALT = {  # alternative texts of `referee_figures`
+    "scores": "Scores of each encoder by benchmark",
+    "differences": "Differences to the original, with the numbers of the table above",
+    "balance": "Discrimination against perception, from the original to each encoder",
+}
 
 
 def state_rulings(results: pd.DataFrame, original: str) -> list[str]:
@@ -75,10 +77,13 @@ def write_referee_page(path: Path, referee: Referee) -> None:
     """Write the page of one call of `run_referee`."""
     changes = differences(referee.results, referee.original)
     tests = int(changes["holm"].notna().sum())
-    rulings = [_bold(sentence) for sentence in state_rulings(referee.results, referee.original)]
+    rulings = [bold_html(sentence) for sentence in state_rulings(referee.results, referee.original)]
     rulings = rulings or [f"No claim on {escape(referee.original)} is published that we know of."]
     elsewhere = referee.results[referee.results["source"] != OWN].dropna(axis=1, how="all")
-    drawn = [_image(name, fig) for name, fig in referee_figures(referee.results, referee.original).items()]
+    drawn = [
+        figure_html(fig, f"{ALT[name]}: {', '.join(referee.encoders)}")
+        for name, fig in referee_figures(referee.results, referee.original).items()
+    ]
     first = "; ".join(f"{name}: {' and '.join(metrics)}" for name, metrics in HEADLINES.items())
     body = f"""<h1>The referee: {escape(referee.original)}</h1>
 <h2>Published claims</h2>{_list(rulings)}
@@ -98,10 +103,6 @@ from the intervals of both scores, which is wider than a paired comparison.</p>
     write_page(path, f"diva-lab · referee of {referee.original}", body)
 
 
-def _bold(sentence: str) -> str:
-    return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", escape(sentence))
-
-
 def _list(items: list[str]) -> str:
     return f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
 
@@ -109,10 +110,3 @@ def _list(items: list[str]) -> str:
 def _section(title: str, lines: list[str]) -> str:
     """A heading and a list of texts; "" where there are none."""
     return f"<h2>{title}</h2>{_list(list(map(escape, lines)))}" if lines else ""
-
-
-def _image(name: str, fig: Figure) -> str:
-    data = io.BytesIO()
-    fig.savefig(data, format="png", bbox_inches="tight")
-    plt.close(fig)
-    return f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'

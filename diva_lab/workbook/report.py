@@ -1,6 +1,6 @@
-"""Executed notebooks -> one page of HTML without scripts, external fonts or network.
+"""Executed notebooks -> one page: the result and a figure first, then differences to the original, then the notebooks.
 
-It shows the prose and figures of the notebooks without their code; a table of contents and the summary come first.
+The page can be sent: it shows prose and figures without code, and needs neither a script nor the network.
 """
 
 import re
@@ -9,34 +9,21 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-import bleach
 import nbformat
+import numpy as np
 import pandas as pd
+from jinja2 import pass_context
+from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbformat import NotebookNode
 
-WIDGET = "application/vnd.jupyter.widget-view+json"
-CSS = """
-body { margin: 0 auto; max-width: 58rem; padding: 2.5rem 1.25rem 5rem; color: #1d2430; background: #fff;
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
-h1, h2, h3 { line-height: 1.25; font-weight: 650; } h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; }
-h3 { font-size: 1.05rem; }
-section { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid #d8dde6; }
-a { color: #1f5fa8; text-decoration: none; } a:hover { text-decoration: underline; }
-nav ol { list-style: none; padding: 0; } nav li { padding: .15rem 0; } .faint { color: #6b7485; font-size: .85rem; }
-img, svg { max-width: 100%; height: auto; display: block; margin: 1rem auto; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .65rem; text-align: right; border-bottom: 1px solid #e6e9ef; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #aab2c0; font-weight: 600; }
-.wide { overflow-x: auto; margin: 1rem 0; } summary { cursor: pointer; color: #1f5fa8; }
-pre, code { font: .85rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
-pre { background: #f5f7fa; border-radius: 4px; padding: .6rem .9rem; overflow-x: auto; white-space: pre-wrap; }
-blockquote { margin: 1rem 0; padding-left: 1rem; border-left: 3px solid #d8dde6; color: #4a5262; }
-.failed { color: #a3261b; font-weight: 600; } .output_error pre { background: #fdf1ef; }
-"""
-TAGS = bleach.ALLOWED_TAGS | {  # of a notebook's page; none that styles, runs, loads, asks or moves the base of links
-    "br", "caption", "dd", "del", "details", "div", "dl", "dt", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "hr",
-    "img", "main", "p", "pre", "q", "s", "section", "small", "span", "sub", "summary", "sup", "table", "tbody", "td",
-    "tfoot", "th", "thead", "tr", "u",
-}  # fmt: skip
+from diva_lab import figures
+from diva_lab.figures.style import label_of, minus_signs
+from diva_lab.statistics import compare_rows, independent_difference
+from diva_lab.workbook.findings import state_result, state_row
+from diva_lab.workbook.outputs import prepare_outputs
+from diva_lab.workbook.page import bold_html, clean_html, figure_html, table_html, write_page
+
 REPORT_COLUMNS = {
     "objective": "objective",
     "seed": "seed",
@@ -55,56 +42,148 @@ REPORT_COLUMNS = {
 }
 
 
-def title_of(notebook: nbformat.NotebookNode, name: str) -> str:
+# --- notebooks --------------------------------------------------------------------------------------------------
+
+
+class _Renderer(IPythonRenderer):
+    """Markdown with formulas marked for `clean_html`."""
+
+    def block_math(self, body: str) -> str:
+        return f'<span class="formula block">{escape(body)}</span>'
+
+    def inline_math(self, body: str) -> str:
+        return f'<span class="formula">{escape(body)}</span>'
+
+    def latex_environment(self, name: str, body: str) -> str:
+        return self.block_math(rf"\begin{{{name}}}{body}\end{{{name}}}")
+
+
+class _Exporter(HTMLExporter):
+    """Prose and outputs of a notebook, without code and prompts."""
+
+    @pass_context
+    def markdown2html(self, context: Mapping, source: str) -> str:
+        attachments = context.get("cell", {}).get("attachments", {})
+        renderer = _Renderer(escape=False, attachments=attachments, anchor_link_text="")
+        html = MarkdownWithMath(renderer=renderer).render(source)
+        return re.sub(r'<a class="anchor-link".*?(/>|</a>)', "", html)
+
+
+def title_of(notebook: NotebookNode, name: str) -> str:
     """The first heading of a notebook, else `name`."""
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     heading = re.search(r"^#+\s+(.+)$", prose, re.MULTILINE)
     return heading[1].strip() if heading else name
 
 
-def _body(notebook: nbformat.NotebookNode) -> str:
-    """A notebook's prose and outputs as HTML, without widgets, warnings and prompts."""
-    from nbconvert import HTMLExporter
+def _body(notebook: NotebookNode, prefix: str, sections: Mapping[str, str]) -> str:
+    """A notebook's prose and outputs as HTML.
 
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [
-                output
-                for output in cell.outputs
-                if output.get("name") != "stderr" and WIDGET not in output.get("data", {})
-            ]
-    exporter = HTMLExporter(
+    Args:
+        prefix: of the names of its headings, which other notebooks may have too.
+        sections: file name of each notebook on the page -> the name of its section, for links between them.
+    """
+    prepare_outputs(notebook)
+    exporter = _Exporter(
         template_name="basic",
         exclude_input=True,
         exclude_input_prompt=True,
         exclude_output_prompt=True,
-        exclude_anchor_links=True,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a figure without alternative text
+        warnings.simplefilter("ignore")  # an image without alternative text in a notebook's own HTML
         body = exporter.from_notebook_node(notebook)[0]
+    body = re.sub(r'(<[^<>]*?\s(?:id="|href="#))', rf"\1{prefix}-", body)
+    for name, section in sections.items():
+        body = re.sub(rf'<a href="(?:\./)?{re.escape(name)}(?:#[^"]*)?"', f'<a href="#{section}"', body)
     return clean_html(body)
 
 
-def clean_html(html: str) -> str:
-    """HTML with known tags and attributes alone: nothing that runs, loads or moves; links to http(s) and fragments."""
-    html = re.sub(r"<(script|style|svg)\b.*?</\1\s*>", "", html, flags=re.DOTALL | re.IGNORECASE)
-    return bleach.clean(html, TAGS, _is_harmless, protocols=("http", "https", "data"), strip=True)
+# --- the result -------------------------------------------------------------------------------------------------
 
 
-def _is_harmless(tag: str, name: str, value: str) -> bool:
-    """Whether an attribute of a tag may stay."""
-    if name == "href":
-        return tag == "a" and bool(re.match(r"(https?://|#)", value, re.IGNORECASE))
-    if name == "src":
-        return tag == "img" and bool(re.match(r"data:image/(png|jpeg|gif|webp);base64,", value))
-    return name in ("class", "id", "alt", "title", "width", "height", "colspan", "rowspan", "open")
+def original_differences(summary: pd.DataFrame) -> pd.DataFrame:
+    """What each objective of a summary changed against the original encoder (objective `none`).
+
+    Returns:
+        Columns objective, measure, before, after, difference, low, high, seeds; fractions. With several seeds the
+        interval is Student's t over the seeds. With one it is that of two independent samples of test images, from the
+        intervals of both scores, which is wider than a paired one; NaN where the scores have none.
+    """
+    measures = [name for name in (*figures.MEASURES, "emoji/mean", "emoji-match/mean") if name in summary]
+    measures = [name for name in measures if summary[name].notna().any()]
+    table = compare_rows(summary, list(dict.fromkeys(summary["objective"])), measures)
+    rows = summary.set_index(["objective", "seed"])
+    before, after = [], []
+    for k, row in table.iterrows():
+        name, seeds = row["measure"], rows.loc[row["objective"]].index.intersection(rows.loc["none"].index)
+        pair = [rows.loc[objective].loc[seeds] for objective in ("none", row["objective"])]
+        before.append(pair[0][name].mean())
+        after.append(pair[1][name].mean())
+        columns = [name, f"{name}/low", f"{name}/high"]
+        if len(seeds) == 1 and set(columns) <= set(summary):
+            values = [tuple(one.iloc[0][columns].astype(float)) for one in pair]
+            table.loc[k, ["low", "high"]] = independent_difference(*values)[1:3]
+    return table.assign(before=before, after=after)
 
 
-def table_html(frame: pd.DataFrame) -> str:
-    """A table of numbers and texts, which are escaped."""
-    text = frame.to_html(index=False, border=0, na_rep="–", float_format=lambda x: f"{x:.3f}", justify="unset")
-    return f'<div class="wide">{text}</div>'
+def _difference_table(changes: pd.DataFrame) -> str:
+    """A row for the original's scores and one for each objective: differences in points, bold where beyond zero."""
+    measures = list(dict.fromkeys(changes["measure"]))
+    first = changes.drop_duplicates("measure").set_index("measure")["before"]
+    cells = {label_of("none") + ", %": [f"{100 * first[name]:.1f}" for name in measures]}
+    for objective, rows in changes.groupby("objective", sort=False):
+        rows = rows.set_index("measure")
+        cells[label_of(objective)] = [_difference_cell(rows.loc[name]) for name in measures]
+    head = "".join(f'<th scope="col">{escape(label_of(name))}</th>' for name in ("encoder", *measures))
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in row)}</tr>'
+        for name, row in cells.items()
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide" tabindex="0">{table}</div>'
+
+
+def _difference_cell(row: pd.Series) -> str:
+    value, low, high = (100 * float(row[name]) for name in ("difference", "low", "high"))
+    if not np.isfinite(value):
+        return "–"
+    if not np.isfinite([low, high]).all():
+        return minus_signs(f"{value:+.1f}")
+    text = minus_signs(f"{value:+.1f} [{low:+.1f}, {high:+.1f}]")
+    return text if low <= 0 <= high else f"<b>{text}</b>"
+
+
+def _result(summary: pd.DataFrame, source: str) -> str:
+    """The first part of the page: the result, its figure, the differences, and all scores."""
+    if summary.empty:
+        return '<h2>Result</h2><p class="result">No run of stage 2 has finished, so nothing can be compared.</p>'
+    changes = original_differences(summary)
+    drawn, table = "", '<p class="faint">There is no run of the original encoder (objective none).</p>'
+    if len(changes):
+        chosen = changes[changes["measure"].isin(("pairs/mean", "zeroshot"))]
+        chosen = chosen if chosen["seeds"].max() > 1 else chosen.drop(columns="seeds")  # intervals over test images
+        expected = dict.fromkeys(chosen["measure"], 0)
+        texts = [state_row(changes, name, expected).replace("*", "") for name in dict.fromkeys(chosen["objective"])]
+        drawn = figure_html(figures.objective_differences(chosen, source), f"Against the original. {' '.join(texts)}")
+        table = _difference_table(changes)
+    columns = [name for name in REPORT_COLUMNS if name in summary]
+    rest = summary.drop(columns=[name for name in columns if name not in ("objective", "seed")])
+    scores = summary[columns].rename(columns=REPORT_COLUMNS)
+    return f"""<h2>Result</h2>
+<p class="result">{bold_html(state_result(changes))}</p>
+{drawn}
+<p class="faint">P, perception: details that the embedding keeps, by pairs of images that differ in one. D,
+discrimination: how well it separates classes. A gain that a random push of the weights has too is no result.</p>
+<h2>Differences to the original</h2>
+<p>In points, with 95 % intervals. Over the seeds of training where there are several; with one seed over the test
+images, both scores taken as independent. Bold: the interval excludes zero.</p>
+{table}
+<details><summary>Scores of each objective and seed</summary>{table_html(scores)}</details>
+<details><summary>Every pattern, probe and run</summary>{table_html(rest)}</details>"""
+
+
+# --- the page ---------------------------------------------------------------------------------------------------
 
 
 def write_report(
@@ -116,38 +195,23 @@ def write_report(
         path: the file to write.
         notebooks: executed notebooks, in order.
         summary: as `notebooks.summarise_runs` returns it.
-        facts: names and values that are printed under the summary.
+        facts: names and values that are printed under the scores.
         failed: file name of the notebook that failed, or "".
     """
-    contents, sections = [], []
-    for i, file in enumerate(notebooks):
+    sections, names = [], {file.name: f"notebook-{i}" for i, file in enumerate(notebooks)}
+    for file in notebooks:
         notebook = nbformat.read(file, as_version=4)
-        mark = ' <span class="failed">failed</span>' if file.name == failed else ""
-        contents.append(f'<li><a href="#notebook-{i}">{escape(title_of(notebook, file.stem))}</a>{mark}</li>')
-        sections.append(f'<section id="notebook-{i}">{_body(notebook)}</section>')
-    if len(summary):
-        columns = [name for name in REPORT_COLUMNS if name in summary]
-        details = summary.drop(columns=[name for name in columns if name not in ("objective", "seed")])
-        tables = table_html(summary[columns].rename(columns=REPORT_COLUMNS))
-        tables += f"<details><summary>every pattern, probe and run</summary>{table_html(details)}</details>"
-    else:
-        tables = '<p class="faint">No run of stage 2 has finished.</p>'
+        title = title_of(notebook, file.stem)
+        body = _body(notebook, names[file.name], names)
+        if "<h2" not in body:
+            body = f"<h2>{escape(title)}</h2>{body}"
+        if file.name == failed:
+            body = body.replace("</h2>", ' <span class="failed">failed</span></h2>', 1)
+        sections.append(f'<section id="{names[file.name]}">{body}</section>')
     notes = " · ".join(f"{escape(str(name))} {escape(str(value))}" for name, value in facts.items())
-    body = f"""<h1>diva-lab</h1>
-<nav><ol>{"".join(contents)}</ol></nav>
-<h2>Objectives and seeds</h2>
-{tables}
+    title = f"diva-lab · {path.parent.name}"
+    body = f"""<h1>{escape(title)}</h1>
+{_result(summary, figures.trace(facts, f"run {path.parent.name}"))}
 <p class="faint">{notes}</p>
 {"".join(sections)}"""
-    write_page(path, f"diva-lab · {path.parent.name}", body)
-
-
-def write_page(path: Path, title: str, body: str) -> None:
-    """Write a page of HTML in this project's style; `body` is HTML, `title` a text."""
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title><style>{CSS}</style></head>
-<body>{body}
-</body></html>
-"""
-    path.write_text(page, encoding="utf-8")
+    write_page(path, title, body)

@@ -239,3 +239,31 @@ def test_theorem_2_is_against_expectation_where_only_near_negatives_give_a_line(
     text = findings.state_theorem_2(affine_rows(0.8, 0.25))
     assert "from 0.8 to 1" in text and "at most 10 % of the slope" in text and "**against expectation**" in text
     assert "**as expected**" in findings.state_theorem_2(affine_rows(0, 2.5))
+
+
+# --- the result of a run ----------------------------------------------------------------------------------------
+
+
+def changes_of(objective: str, after: float, low: float, high: float) -> pd.DataFrame:
+    """Differences of P, from 20 %, and of D, which does not change."""
+    rows = [("pairs/mean", 0.2, after, low, high), ("zeroshot", 0.9, 0.9, -0.01, 0.01)]
+    table = pd.DataFrame(rows, columns=["measure", "before", "after", "low", "high"])
+    return table.assign(objective=objective, difference=table["after"] - table["before"])
+
+
+def test_the_result_is_two_sentences_on_p_and_d_of_the_objective_with_the_highest_pair_score():
+    table = [changes_of("dcr", 0.21, -0.01, 0.03), changes_of("diva", 0.3, 0.08, 0.12)]
+    text = findings.state_result(pd.concat([*table, changes_of("perturb-norm", 0.9, 0.6, 0.8)]))
+    assert text == (
+        "By DIVA, the best of 2 objectives, the pair score (P) is **30.0 %** against 20.0 % of the original: "
+        "**+10.0 points (95 % interval +8.0 to +12.0)**, as expected. The zero-shot accuracy (D) is **90.0 %** against "
+        "90.0 % of the original: **+0.0 points (95 % interval -1.0 to +1.0)**."
+    )
+    assert "By DCR the pair score" in findings.state_result(table[0])
+    assert "undecided: the interval contains zero." in findings.state_result(table[0])
+
+
+def test_without_a_tuned_encoder_the_result_says_so():
+    for table in (changes_of("perturb-norm", 0.9, 0.6, 0.8), changes_of("dcr", np.nan, np.nan, np.nan)):
+        expected = "No tuned encoder can be compared with the original."
+        assert findings.state_result(table[table["measure"] == "pairs/mean"]) == expected

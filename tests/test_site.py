@@ -1,0 +1,169 @@
+"""The site is built as `make site` builds it, without a warning; its links hold and it loads nothing from elsewhere."""
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import unquote
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}  # tag -> attribute
+
+
+class Page(HTMLParser):
+    """A page's names, links, what it loads, its images, and its text without code."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.names, self.links, self.loads, self.images, self.text = set(), [], [], [], ""
+        self.open: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        self.names |= {values.get("id"), values.get("name")} - {None}
+        self.links += [values["href"]] if tag == "a" and values.get("href") else []
+        self.loads += [values[LOADS[tag]]] if values.get(LOADS.get(tag, "")) else []
+        self.images += [values] if tag == "img" else []
+        self.open += [tag] if tag in ("pre", "code", "script", "style") else []
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self.open else data
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The folder of the site, built by the Makefile's own command."""
+    out, trees = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("trees")
+    command = re.search(r"^SITE := python (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    words = [sys.executable, *shlex.split(command.replace("build/doctrees", str(trees))), str(out)]
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    env = os.environ | nowhere | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return out
+
+
+@pytest.fixture(scope="module")
+def pages(site) -> dict[Path, Page]:
+    return {path: Page(path) for path in sorted(site.rglob("*.html"))}
+
+
+@pytest.fixture(scope="module")
+def conf() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("conf", ROOT / "docs" / "conf.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def dead_links(pages: dict[Path, Page]) -> Iterator[str]:
+    """Links within the site to a file or a name that is not there."""
+    for path, page in pages.items():
+        for link in page.links:
+            place, _, name = unquote(link).partition("#")
+            target = (path.parent / place).resolve() if place else path
+            if re.match(r"[a-z]+:", link) or (target.is_file() and not name):
+                continue
+            if target not in pages or name not in pages[target].names:
+                yield f"{path.name}: {link}"
+
+
+def test_every_internal_link_leads_to_a_page_and_to_a_name_on_it(pages):
+    assert sum(len(page.links) for page in pages.values()) > 500
+    assert list(dead_links(pages)) == []
+
+
+def test_a_dead_link_is_told(tmp_path):
+    (tmp_path / "a.html").write_text('<a href="b.html">b</a><a href="#c">c</a><a href="a.html#d">d</a><p id="d">')
+    pages = {tmp_path / "a.html": Page(tmp_path / "a.html")}
+    assert list(dead_links(pages)) == ["a.html: b.html", "a.html: #c"]
+
+
+def test_nothing_is_loaded_from_elsewhere(site, pages):
+    loads = {load for page in pages.values() for load in page.loads}
+    assert [load for load in loads if re.match(r"(\w+:)?//", load)] == []
+    for style in site.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", style.read_text(errors="ignore")), style.name
+
+
+def test_every_notebook_and_page_is_there_and_listed_on_the_front_page(site, pages):
+    front = site / "docs" / "index.html"
+    listed = {(front.parent / link.partition("#")[0]).resolve() for link in pages[front].links}
+    sources = [*NOTEBOOKS, *(ROOT / "docs").glob("*.md"), *(ROOT / f"{n}.md" for n in ("README", "CHANGELOG", "LOG"))]
+    assert {(site / path.relative_to(ROOT)).with_suffix(".html") for path in sources} <= listed | {front}
+    assert 'url=docs/index.html"' in (site / "index.html").read_text()
+
+
+def test_a_use_case_has_one_line_one_image_and_one_link_and_each_notebook_has_a_use_case():
+    text = (ROOT / "docs" / "index.md").read_text().partition("## Use cases\n")[2]
+    cases = re.split(r"^- ", text, flags=re.MULTILINE)[1:]
+    for case in cases:
+        line, image = case.strip().split("\n\n")
+        assert len(re.findall(r"\]\(", line)) == 1 and len(line) < 180
+        assert re.fullmatch(r"\s*!\[[^\]]{20,}\]\(\.\./figures/\w+\.png\)", image)
+    for path in NOTEBOOKS:
+        assert path.name in text or path.name == "10_referee.ipynb"  # whose use case is the page on the referee
+
+
+def test_formulas_are_mathml_and_no_dollar_is_left(site, pages):
+    assert [path.name for path, page in pages.items() if "$" in page.text] == []
+    for name in ("docs/method", "notebooks/05_theory"):
+        assert (site / f"{name}.html").read_text().count("<math") > 10
+
+
+def test_every_image_of_a_notebook_is_shown_with_an_alternative_text(site, pages):
+    for path in NOTEBOOKS:
+        outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
+        images = pages[site / "notebooks" / f"{path.stem}.html"].images
+        assert len(images) == sum("image/png" in output.get("data", {}) for output in outputs)
+        assert all(len(image["alt"]) > 5 for image in images)
+
+
+def test_lines_of_training_and_hidden_code_are_folded(site):
+    page = (site / "notebooks" / "02_encoder_tuning.html").read_text()
+    shown = re.sub(r"<details.*?</details>", "", page, flags=re.DOTALL)
+    for text in ("step 500/500, loss", "check_parameters"):
+        assert text in page and text not in shown
+
+
+# --- Binder and Colab -------------------------------------------------------------------------------------------
+
+
+def test_without_the_repositorys_address_nothing_opens_a_notebook_elsewhere(conf, pages):
+    assert conf.launch_links("", "notebooks/a.ipynb") == ""
+    if not conf.ADDRESS:
+        assert not any("mybinder" in link or "colab" in link for page in pages.values() for link in page.links)
+
+
+def test_binder_and_colab_clone_the_repository_and_install_it(conf):
+    links = conf.launch_links("https://github.com/owner/diva-lab", "notebooks/a.ipynb")
+    assert "(https://mybinder.org/v2/gh/owner/diva-lab/HEAD?labpath=notebooks/a.ipynb)" in links
+    assert "(https://colab.research.google.com/github/owner/diva-lab/blob/HEAD/notebooks/a.ipynb)" in links
+    assert "`!git clone https://github.com/owner/diva-lab && pip install -e diva-lab`" in links
+    assert "- -e ." in (ROOT / "environment.yml").read_text()  # what Binder installs
+    other = conf.launch_links("https://forge.example/owner/lab", "notebooks/a.ipynb")
+    assert "mybinder.org/v2/git/https%3A%2F%2Fforge.example%2Fowner%2Flab/HEAD" in other and "Colab" not in other
+
+
+def test_the_links_stand_under_a_notebooks_title(conf, monkeypatch):
+    monkeypatch.setattr(conf, "ADDRESS", "https://github.com/owner/diva-lab")
+    source = [NOTEBOOKS[0].read_text()]
+    conf.add_parts(None, f"notebooks/{NOTEBOOKS[0].stem}", source)
+    cells = nbformat.reads(source[0], 4).cells
+    assert cells[0].source.startswith("# ") and "mybinder" in cells[1].source
+    assert len(cells) == len(nbformat.read(NOTEBOOKS[0], 4).cells) + 1
