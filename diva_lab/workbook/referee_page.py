@@ -4,7 +4,6 @@
 """
 
 import base64
-import io
 import re
 from html import escape
 from pathlib import Path
@@ -78,7 +77,7 @@ def write_referee_page(path: Path, referee: Referee) -> None:
     rulings = [_bold(sentence) for sentence in state_rulings(referee.results, referee.original)]
     rulings = rulings or [f"No claim on {escape(referee.original)} is published that we know of."]
     elsewhere = referee.results[referee.results["source"] != OWN].dropna(axis=1, how="all")
-    drawn = [_image(name, fig) for name, fig in referee_figures(referee.results, referee.original).items()]
+    drawn = list(map(_image, referee_figures(referee.results, referee.original).values()))
     first = "; ".join(f"{name}: {' and '.join(metrics)}" for name, metrics in HEADLINES.items())
     body = f"""<h1>The referee: {escape(referee.original)}</h1>
 <h2>Published claims</h2>{_list(rulings)}
@@ -111,8 +110,7 @@ def _section(title: str, lines: list[str]) -> str:
     return f"<h2>{title}</h2>{_list(list(map(escape, lines)))}" if lines else ""
 
 
-def _image(name: str, fig: Figure) -> str:
-    data = io.BytesIO()
-    fig.savefig(data, format="png", bbox_inches="tight")
+def _image(fig: Figure) -> str:
+    data, alt = base64.b64encode(figures.to_png(fig)).decode(), escape(figures.describe(fig))
     plt.close(fig)
-    return f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
