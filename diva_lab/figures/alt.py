@@ -1,5 +1,7 @@
 """Alternative text for a figure, made from what it draws, for those who do not see it."""
 
+from numbers import Real
+
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -11,8 +13,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 
 from diva_lab.figures import style
+from diva_lab.statistics import percent
 
 MOST = 500  # characters of values
+Entry = tuple[str, str, str, str]  # of a legend: colour, dashes, marker and name
 
 
 def describe(fig: Figure) -> str:
@@ -36,7 +40,7 @@ def describe(fig: Figure) -> str:
     return " ".join(f"{part.rstrip('.')}." for part in text if part)
 
 
-def _legend(fig: Figure) -> list[tuple[str, str, str, str]]:
+def _legend(fig: Figure) -> list[Entry]:
     """Colour, dashes, marker and name of all entries of all legends."""
     legends = [*fig.legends, *(ax.get_legend() for ax in fig.axes if ax.get_legend())]
     entries = [pair for one in legends for pair in zip(one.legend_handles, one.get_texts(), strict=True)]
@@ -50,13 +54,13 @@ def _look(artist: Artist) -> tuple[str, str, str]:
     return to_hex(np.atleast_2d(artist.get_facecolor())[0]), "", ""
 
 
-def _name(look: tuple[str, str, str], names: list[tuple[str, str, str, str]]) -> str:
+def _name(look: tuple[str, str, str], names: list[Entry]) -> str:
     """The name of the legend's entry of this colour, and where several have it, of the same dashes and marker."""
     alike = [entry for entry in names if entry[0] == look[0]]
     return max(alike, key=lambda entry: (entry[1] == look[1]) + (entry[2] == look[2]))[3] if alike else ""
 
 
-def _panel(ax: Axes, names: list[tuple[str, str, str, str]]) -> tuple[str, str]:
+def _panel(ax: Axes, names: list[Entry]) -> tuple[str, str]:
     """The titles and axes of a panel, and its values in words."""
     title = [ax.get_title(loc=place) for place in ("left", "center", "right")]
     labels = " by ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
@@ -70,41 +74,41 @@ def _panel(ax: Axes, names: list[tuple[str, str, str, str]]) -> tuple[str, str]:
     elif rows and ax.name != "polar":
         parts = _row_values(ax, rows, names)
     elif ax.axison:
-        parts = _line_values(ax, names) + _mark_values(ax, names)
+        parts = _line_values(ax, names) | _mark_values(ax, names)
+        parts = [f"{name} {values}".strip() for name, values in parts.items() if name or len(parts) == 1]
     else:  # a table or statements beside pictures
         parts = [words for text in ax.texts if len(words := " ".join(text.get_text().split())) > 3]
     return head, "; ".join(dict.fromkeys(parts))
 
 
-def _rows(axis: Axis) -> dict[float, str]:
+def _rows(axis: Axis) -> dict[Real, str]:
     """Place -> name, where an axis has names for its ticks."""
     places = axis.get_major_locator()
     if not isinstance(places, FixedLocator):
         return {}
     texts = axis.get_major_formatter().format_ticks(places.locs)
     texts = {place: " ".join(text.split()) for place, text in zip(places.locs, texts, strict=True)}
-    return {} if all(text[:1].isdigit() for text in texts.values()) else texts
+    return {} if all(text.rstrip(" %").replace(".", "").isdigit() for text in texts.values()) else texts
 
 
-def _row_values(ax: Axes, rows: dict[float, str], names: list[tuple[str, str, str, str]]) -> list[str]:
+def _row_values(ax: Axes, rows: dict[Real, str], names: list[Entry]) -> list[str]:
     """Of each series that the legend names the range over the rows; of a row without such a series its values."""
     series, single = {}, {row: [] for row in rows.values()}
     for line in ax.lines:
         if line.get_marker() in ("", "None", None):
             continue  # an interval
-        for x, y in np.asarray(line.get_xydata(), float):
+        for x, y in (point for point in np.asarray(line.get_xydata(), float) if np.isfinite(point).all()):
             row = rows[min(rows, key=lambda place, y=y: abs(place - y))]
             name = _name(_look(line), names)
             (series.setdefault(name, []) if name else single[row]).append((x, row) if name else _number(x, ax.xaxis))
     for text in ax.texts:
         row, words = rows[min(rows, key=lambda place: abs(place - text.get_position()[1]))], text.get_text().strip()
-        single[row] = [words] if words[:1] in "+−0123456789" and words else [*single[row], words]
-    parts = [f"{name} {_ends(min(at), max(at), ax.xaxis)}" for name, values in series.items()
-             if (at := [value for value in values if np.isfinite(value[0])])]  # fmt: skip
+        single[row] = [words] if words[:1] in "+−0123456789" and words else [*single[row], *filter(None, [words])]
+    parts = [f"{name} {_ends(min(values), max(values), ax.xaxis)}" for name, values in series.items()]
     return parts + [f"{row} {' '.join(values)}" for row, values in single.items() if any(values) and not series]
 
 
-def _line_values(ax: Axes, names: list[tuple[str, str, str, str]]) -> list[str]:
+def _line_values(ax: Axes, names: list[Entry]) -> dict[str, str]:
     """First and last value of each series: of its strongest line, where the seeds of a mean are thin ones."""
     strongest = {}
     for line in ax.lines:
@@ -116,37 +120,40 @@ def _line_values(ax: Axes, names: list[tuple[str, str, str, str]]) -> list[str]:
         if weight > strongest.get(name, ((0, 0), None))[0]:
             strongest[name] = weight, values[np.isfinite(values)]
     around = _rows(ax.xaxis) if ax.name == "polar" else {}
-    parts = []
+    parts = {}
     for name, (_, values) in strongest.items():
-        ends = [(value, place) for value, place in zip(values, around.values(), strict=False)]
+        ends = list(zip(values, around.values(), strict=False))
         ends = (min(ends), max(ends)) if ends else ((values[0], ""), (values[-1], ""))
-        parts.append(f"{name} {_ends(*ends, ax.yaxis)}".strip())
+        parts[name] = _ends(*ends, ax.yaxis)
     return parts
 
 
-def _mark_values(ax: Axes, names: list[tuple[str, str, str, str]]) -> list[str]:
-    """The range of each series of marks."""
+def _mark_values(ax: Axes, names: list[Entry]) -> dict[str, str]:
+    """The range of each series of marks that has no line."""
     series = {}
     for marks in (each for each in ax.collections if isinstance(each, PathCollection)):
         places, colours = np.asarray(marks.get_offsets(), float), marks.get_facecolor()
         for (_, y), colour in zip(places, np.resize(colours, (len(places), 4)), strict=True):
-            series.setdefault(_name((to_hex(colour), "", ""), names) or "marks", []).append((y, ""))
-    return [f"{name} {_ends(min(values), max(values), ax.yaxis)}" for name, values in series.items()]
+            alike = [name for look, *_, name in names if look == to_hex(colour)]  # variants of one objective
+            series.setdefault(" and ".join(alike) or "marks", []).append((y, ""))
+    with_line = {_name(_look(line), names) for line in ax.lines if len(line.get_xdata())}
+    return {name: _ends(min(values), max(values), ax.yaxis) for name, values in series.items() if name not in with_line}
 
 
 def _range(values: np.ndarray) -> str:
     return f"from {_number(np.nanmin(values))} to {_number(np.nanmax(values))}"
 
 
-def _ends(first: tuple[float, str], last: tuple[float, str], axis: Axis) -> str:
+def _ends(first: tuple[Real, str], last: tuple[Real, str], axis: Axis) -> str:
     """Two values with their places: "from 12 % (Texts) to 80 % (State and Condition)"; one where they are the same."""
-    one, other = (_number(value, axis) + (f" ({place})" if place else "") for value, place in (first, last))
-    return f"from {one} to {other}" if one != other else one
+    one, other = (_number(value, axis) for value, _ in (first, last))
+    places = [f" ({place})" if place else "" for _, place in (first, last)]
+    return f"from {one}{places[0]} to {other}{places[1]}" if one != other else one
 
 
-def _number(value: float, axis: Axis | None = None) -> str:
+def _number(value: Real, axis: Axis | None = None) -> str:
     """A value as its axis shows it."""
-    if axis is not None and axis.get_major_formatter() is style.PERCENT:
-        return style.minus_signs(f"{100 * value:.3g} %")
-    unit = " %" if axis is not None and axis.get_label_text().endswith("%") else ""
-    return style.minus_signs(f"{value:.3g}{unit}")
+    if axis is not None and (axis.axes.name == "polar" or axis.get_major_formatter() is style.PERCENT):
+        return percent(value)
+    in_percent = axis is not None and axis.get_label_text().endswith("%")
+    return style.minus_signs(percent(value / 100) if in_percent else f"{value:.3g}")

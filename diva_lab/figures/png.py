@@ -56,9 +56,9 @@ def _series_colours(fig: Figure) -> np.ndarray:
 
 
 def _in_palette(pixels: np.ndarray, series: np.ndarray) -> Image.Image:
-    """A palette image of `pixels` [h, w, 3]: the colours of `series` that they hold, unchanged, and k-means of the rest.
+    """A palette image of `pixels` [h, w, 3]: the colours of `series` in them stay, the others are merged by k-means.
 
-    Without the first, k-means merges thin lines of two series into one colour.
+    K-means of all would merge thin lines of two series into one colour.
     """
     codes, place, counts = np.unique(pixels.reshape(-1, 3) @ [65536, 256, 1], return_inverse=True, return_counts=True)
     present = codes[:, None] // [65536, 256, 1] % 256  # [colours, 3]

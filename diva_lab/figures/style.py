@@ -68,8 +68,9 @@ LABELS = {
     "nmi": "clustering NMI (D)",
     "acc": "clustering ACC (D)",
     "ari": "clustering ARI (D)",
-    **{f"pairs/{detail}": pattern for detail, pattern in PATTERNS.items()},
+    **{f"{start}{detail}": pattern for start in ("", "pairs/") for detail, pattern in PATTERNS.items()},
 }
+ORIGINAL = {"markersize": 8, "markeredgecolor": "white", "markeredgewidth": 0.6}  # of where a path of training starts
 MEASURES = ("pairs/mean", "probe/mean", "zeroshot", "nmi", "acc", "ari")
 DIVERGING = sns.blend_palette([WRONG, "#F3C5A5", "#FAFAF8", "#A9CDE6", RIGHT], as_cmap=True)
 CHANCE = 0.25  # share of pairs that guessing gets right by MMVP's rule: two texts, each right half of the time
@@ -108,11 +109,9 @@ STYLE = {
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
 }
-PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g}")
-# keywords by which seaborn draws the rows of `with_intervals`: lines with bands, and dots with bars
+PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g}")  # of an axis whose label ends in %
+# keywords by which seaborn draws the rows of `with_intervals`: lines with bands
 BANDS = {"estimator": "median", "errorbar": ("pi", 100), "err_kws": {"alpha": 0.15, "linewidth": 0}}
-DOTS = {"estimator": "median", "errorbar": ("pi", 100), "err_kws": {"linewidth": 1.3}, "linestyle": "none"}
-DOTS |= {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.6}
 
 
 def trace(environment: Mapping[str, object], *facts: str) -> str:
@@ -123,7 +122,7 @@ def trace(environment: Mapping[str, object], *facts: str) -> str:
 
 
 def apply(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """The decorator of every figure's function: this style, and the docstring's first sentence as the figure's label."""
+    """The decorator of every figure's function: this style, and the docstring's first lines as the figure's label."""
 
     @functools.wraps(draw)
     def styled(*args: object, **options: object) -> Figure:
@@ -242,12 +241,16 @@ def with_intervals(record: pd.DataFrame, value: str, ends: tuple[str, str] | Non
 
 
 def draw_interval(
-    ax: Axes, y: Real, value: Real, low: Real, high: Real, colour: str, marker: str = "o", hollow: bool = False
+    ax: Axes, y: Real, value: Real, low: Real, high: Real, colour: str, marker: str = "o", undecided: bool = False
 ) -> None:
-    """A dot at height `y` and its interval, where there is one."""
+    """A dot at height `y` and its interval, where there is one.
+
+    A hollow dot means one thing in every figure: `undecided`, no effect is shown. Its interval holds zero, or there is
+    none, or the score is not above chance. No other mark is hollow.
+    """
     if np.isfinite([low, high]).all():
         ax.plot([low, high], [y, y], color=colour)
-    ax.plot(value, y, marker, color=colour, markersize=5.5, markerfacecolor="white" if hollow else colour)
+    ax.plot(value, y, marker, color=colour, markersize=5.5, markerfacecolor="white" if undecided else colour)
 
 
 def draw_steps(

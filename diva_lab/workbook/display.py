@@ -27,7 +27,7 @@ def show_figure(fig: Figure, small: bool = False) -> None:
 def make_show(save_figures: bool) -> Callable[[Figure, str], None]:
     """A notebook's `show(fig, name)`: it displays the figure, in full colour and resolution.
 
-    If `save_figures` is true, as where notebooks are run to be committed, figure and figures/NAME.png are the small PNG.
+    If `save_figures` is true, as where notebooks are run to be committed, it is small, and also figures/NAME.png.
     """
 
     def show(fig: Figure, name: str) -> None:
