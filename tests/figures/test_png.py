@@ -20,7 +20,7 @@ def pixels_of(png: bytes) -> np.ndarray:
 
 
 def series_colours(fig) -> dict[str, float]:
-    """Label of a legend -> how far the nearest pixel of its entry in the small PNG is from its colour; no thin lines."""
+    """Label -> how far the nearest pixel of a legend's entry in the small PNG is from its colour; not of thin lines."""
     pixels, far = pixels_of(figures.to_png(fig, small=True)), {}
     for legend in fig.findobj(Legend):
         for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True):
