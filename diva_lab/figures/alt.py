@@ -78,7 +78,7 @@ def _panel(ax: Axes, names: list[Entry]) -> tuple[str, str]:
         parts = [f"{name} {values}".strip() for name, values in parts.items() if name or len(parts) == 1]
     else:  # a table or statements beside pictures
         parts = [words for text in ax.texts if len(words := " ".join(text.get_text().split())) > 3]
-    return head, "; ".join(dict.fromkeys(parts))
+    return head, style.shorten("; ".join(dict.fromkeys(parts)), MOST)
 
 
 def _rows(axis: Axis) -> dict[Real, str]:

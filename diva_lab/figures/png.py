@@ -35,7 +35,7 @@ def to_png(fig: Figure, small: bool = False) -> bytes:
     dpi = style.STYLE["savefig.dpi"] * (1 if small else SHARPER)
     fig.savefig(full := io.BytesIO(), format="png", dpi=dpi, bbox_inches="tight")
     image, info = Image.open(full).convert("RGB"), PngInfo()
-    info.add_itxt("Description", describe(fig))
+    info.add_itxt("Description", describe(fig), zip=True)
     if small:
         image = _in_palette(np.asarray(image), _series_colours(fig))
     image.save(file := io.BytesIO(), format="png", optimize=small, dpi=(dpi, dpi), pnginfo=info)
