@@ -27,7 +27,9 @@ def describe(fig: Figure) -> str:
     """
     names = _legend(fig)
     pictures = sum(image.get_array().ndim == 3 for ax in fig.axes for image in ax.images)
-    panels = [(f"{pictures} pictures", "")] * bool(pictures) + [_panel(ax, names) for ax in fig.axes]
+    panels = [(f"{pictures} picture{'s' * (pictures > 1)}", "")] * bool(pictures) + [
+        _panel(ax, names) for ax in fig.axes
+    ]
     text, left = [style.shorten(fig.get_label(), 200)], []
     for head, values in panels:
         if len(" ".join(text)) + len(values) > MOST and len(text) > 1:
@@ -51,7 +53,8 @@ def _look(artist: Artist) -> tuple[str, str, str]:
     """Colour, dashes and marker; of a patch its colour."""
     if isinstance(artist, Line2D):
         return to_hex(artist.get_color()), artist.get_linestyle(), str(artist.get_marker())
-    return to_hex(np.atleast_2d(artist.get_facecolor())[0]), "", ""
+    colours = np.atleast_2d(artist.get_facecolor()) if hasattr(artist, "get_facecolor") else np.empty(0)
+    return (to_hex(colours[0]) if colours.size else ""), "", ""
 
 
 def _name(look: tuple[str, str, str], names: list[Entry]) -> str:
@@ -67,7 +70,9 @@ def _panel(ax: Axes, names: list[Entry]) -> tuple[str, str]:
     head = style.shorten(", ".join(filter(None, (*title, labels))), 160)
     rows = _rows(ax.yaxis)
     maps = [each.get_array() for each in (*ax.images, *ax.collections) if isinstance(each, QuadMesh) or ax.images]
-    maps = [each for each in maps if each is not None and each.ndim == 2]
+    maps = [
+        each for each in maps if each is not None and each.ndim == 2 and np.ma.filled(np.isfinite(each), False).any()
+    ]
     if maps:
         parts = [f"{_range(maps[0])}"] + [f"{row} {_number(np.nanmean(values))} in the mean"
                                           for row, values in zip(rows.values(), maps[0], strict=False)]  # fmt: skip
@@ -87,32 +92,38 @@ def _rows(axis: Axis) -> dict[Real, str]:
     if not isinstance(places, FixedLocator):
         return {}
     texts = axis.get_major_formatter().format_ticks(places.locs)
-    texts = {place: " ".join(text.split()) for place, text in zip(places.locs, texts, strict=True)}
+    texts = {place: " ".join(str(text).split()) for place, text in zip(places.locs, texts, strict=True)}
     return {} if all(text.rstrip(" %").replace(".", "").isdigit() for text in texts.values()) else texts
 
 
 def _row_values(ax: Axes, rows: dict[Real, str], names: list[Entry]) -> list[str]:
     """Of each series that the legend names the range over the rows; of a row without such a series its values."""
-    series, single = {}, {row: [] for row in rows.values()}
+    series, single = {}, {place: [] for place in rows}
     for line in ax.lines:
         if line.get_marker() in ("", "None", None):
             continue  # an interval
         for x, y in (point for point in np.asarray(line.get_xydata(), float) if np.isfinite(point).all()):
-            row = rows[min(rows, key=lambda place, y=y: abs(place - y))]
-            name = _name(_look(line), names)
-            (series.setdefault(name, []) if name else single[row]).append((x, row) if name else _number(x, ax.xaxis))
+            place, name = _nearest(rows, y), _name(_look(line), names)
+            if name:
+                series.setdefault(name, []).append((x, rows[place]))
+            else:
+                single[place].append(_number(x, ax.xaxis))
     for text in ax.texts:
-        row, words = rows[min(rows, key=lambda place: abs(place - text.get_position()[1]))], text.get_text().strip()
-        single[row] = [words] if words[:1] in "+−0123456789" and words else [*single[row], *filter(None, [words])]
+        place, words = _nearest(rows, text.get_position()[1]), text.get_text().strip()
+        single[place] = [words] if words[:1] in tuple("+−0123456789") else [*single[place], *filter(None, [words])]
     parts = [f"{name} {_ends(min(values), max(values), ax.xaxis)}" for name, values in series.items()]
-    return parts + [f"{row} {' '.join(values)}" for row, values in single.items() if any(values) and not series]
+    return parts + [f"{rows[place]} {' '.join(values)}" for place, values in single.items() if values and not series]
+
+
+def _nearest(rows: dict[Real, str], y: Real) -> Real:
+    return min(rows, key=lambda place: abs(place - y))
 
 
 def _line_values(ax: Axes, names: list[Entry]) -> dict[str, str]:
     """First and last value of each series: of its strongest line, where the seeds of a mean are thin ones."""
     strongest = {}
     for line in ax.lines:
-        values = np.asarray(line.get_ydata(), float)
+        values = np.asarray(line.get_ydata(orig=False), float)  # of names and dates too
         if not np.isfinite(values).any() or line.get_transform() != ax.transData:
             continue  # an entry of the legend, or a line across the panel
         weight = (line.get_linewidth() * (line.get_alpha() or 1), len(values))

@@ -64,6 +64,7 @@ def _in_palette(pixels: np.ndarray, series: np.ndarray) -> Image.Image:
     present = codes[:, None] // [65536, 256, 1] % 256  # [colours, 3]
     near = KDTree(present).query_ball_point(series, 2, p=np.inf)  # opacity rounds
     pinned = np.unique([of[np.argmax(counts[of])] for of in near if of]).astype(int)
+    pinned = pinned[np.argsort(-counts[pinned], kind="stable")][: 256 - PALETTE]
     rest = np.isin(place, pinned, invert=True)
     palette = present[pinned]
     if rest.any():

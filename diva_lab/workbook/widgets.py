@@ -9,10 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ipywidgets
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from IPython.display import display
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
@@ -20,6 +18,7 @@ from diva_lab.evaluation.image_sets import IMAGE_FOLDERS
 from diva_lab.evaluation.pairs import PAIR_SUFFIXES
 from diva_lab.figures.samples import minimal_pairs
 from diva_lab.image_files import decode_square
+from diva_lab.workbook.display import show_figure
 from diva_lab.world import PATTERNS
 
 PairImages = Callable[[pd.DataFrame], UInt8[np.ndarray, "n 2 h w 3"]]
@@ -83,8 +82,7 @@ def _controls(
         fig = draw([int(rows[number.value - 1])], selected.value or encoders[:1])
         screen.clear_output(wait=True)
         with screen:
-            display(fig)
-        plt.close(fig)
+            show_figure(fig)
 
     for control in (pattern, number, selected):
         control.observe(redraw, "value")

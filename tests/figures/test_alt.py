@@ -1,11 +1,14 @@
+import io
 import re
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import seaborn as sns
 from figure_records import DRAWN, MIXES, REPORTS, RUNS, figure
 from matplotlib.legend import Legend
+from PIL import Image
 
 from diva_lab import figures
 from diva_lab.figures import style
@@ -63,6 +66,22 @@ def test_a_figure_drawn_by_hand_is_described_too():
     ax.legend()
     assert figures.describe(fig) == "A title, loss by step: mine from 5 to 7."
     assert figures.describe(plt.figure()) == ""
+
+
+def test_what_matplotlib_draws_otherwise_is_described_and_saved_too():
+    fig, axes = plt.subplots(2, 3)
+    axes[0, 0].plot(["a", "b", "a"], label="names")
+    axes[0, 1].scatter([0, 1], [2, 3], facecolors="none", edgecolors="k", label="rings")
+    sns.heatmap(pd.DataFrame([[1.0, 2.0], [np.nan, 4.0]]), ax=axes[0, 2])
+    axes[1, 0].bar(["u", "v"], [1, 2], label="bars")
+    axes[1, 1].pcolormesh(np.full((2, 2), np.nan))
+    for k, colour in enumerate(plt.cm.viridis(np.linspace(0, 1, 400))):  # more than a palette holds
+        axes[1, 2].plot([0, 1], [k, k], color=colour)
+    for ax in (axes[0, 0], axes[0, 1], axes[1, 0]):
+        ax.legend()
+    text = figures.describe(fig)
+    assert "marks from 2 to 3" in text and "from 1 to 4." in text and "Also rings; bars" in text
+    assert Image.open(io.BytesIO(figures.to_png(fig, small=True))).convert("RGB").getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_patterns_have_their_display_names():

@@ -8,7 +8,7 @@ from ipywidgets import Widget
 from matplotlib.figure import Figure
 
 from diva_lab.evaluation.pairs import read_pairs
-from diva_lab.workbook import widgets
+from diva_lab.workbook import display, widgets
 from diva_lab.workbook.widgets import open_pairs, pair_explorer, statement_writer
 from diva_lab.world import World, draw_pairs, write_pairs
 
@@ -51,7 +51,7 @@ def test_the_explorer_without_controls_is_a_figure_and_makes_no_widget(monkeypat
 
 def test_the_explorer_shows_the_pair_that_is_chosen(monkeypatch):
     drawn = []
-    monkeypatch.setattr(widgets, "display", drawn.append)
+    monkeypatch.setattr(widgets, "show_figure", drawn.append)
     box = pair_explorer(PAIRS, SCORES, images, interactive=True)
     pattern, number, encoders = box.children[0].children
     assert isinstance(box, ipywidgets.VBox)
@@ -65,7 +65,7 @@ def test_the_explorer_shows_the_pair_that_is_chosen(monkeypatch):
 
 
 def test_the_explorer_closes_what_it_draws(monkeypatch):
-    monkeypatch.setattr(widgets, "display", lambda fig: None)
+    monkeypatch.setattr(display, "display", lambda image: None)
     pair_explorer(PAIRS, SCORES, images, interactive=True)
     assert not plt.get_fignums()
 
