@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import matplotlib.pyplot as plt
+from IPython import get_ipython
 from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
@@ -19,8 +20,14 @@ def say(text: str) -> None:
 
 
 def show_figure(fig: Figure, small: bool = False) -> None:
-    """Show `fig` as an output, with its alternative text in the output's metadata, and close it; `small`: `to_png`."""
-    display(Image(to_png(fig, small), alt=describe(fig), retina=not small))
+    """Show `fig` as an output, its alternative text in the output's metadata, and close it; `small` as in `to_png`.
+
+    In a script the text is printed.
+    """
+    if get_ipython() is None:
+        print(describe(fig))
+    else:
+        display(Image(to_png(fig, small), alt=describe(fig), retina=not small))
     plt.close(fig)
 
 

@@ -21,6 +21,7 @@ matplotlib.use("agg")
 def test_show_displays_the_figure_and_writes_it_only_if_asked(save_figures, tmp_path, monkeypatch):
     displayed = []
     monkeypatch.setattr(display, "GALLERY", tmp_path / "figures")
+    monkeypatch.setattr(display, "get_ipython", lambda: "a kernel")
     monkeypatch.setattr(display, "display", lambda image: displayed.append(image._repr_mimebundle_()))
     fig = DRAWN["trade_off"]()
     make_show(save_figures)(fig, "02_loss")
@@ -34,6 +35,11 @@ def test_show_displays_the_figure_and_writes_it_only_if_asked(save_figures, tmp_
     else:
         assert metadata["image/png"]["width"] == Image.open(BytesIO(png)).width // 2
     assert not plt.get_fignums()  # else the kernel would show it again
+
+
+def test_a_script_prints_what_a_figure_shows(capsys):
+    make_show(False)(DRAWN["trade_off"](), "02_loss")
+    assert "DCR from 30.0 % to 34.0 %" in capsys.readouterr().out and not plt.get_fignums()
 
 
 def test_jupyterlab_saves_a_notebook_without_the_kernels_python_version():

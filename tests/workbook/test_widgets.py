@@ -8,7 +8,7 @@ from ipywidgets import Widget
 from matplotlib.figure import Figure
 
 from diva_lab.evaluation.pairs import read_pairs
-from diva_lab.workbook import display, widgets
+from diva_lab.workbook import widgets
 from diva_lab.workbook.widgets import open_pairs, pair_explorer, statement_writer
 from diva_lab.world import World, draw_pairs, write_pairs
 
@@ -64,8 +64,7 @@ def test_the_explorer_shows_the_pair_that_is_chosen(monkeypatch):
     assert "none (original): 0 of 1" in [ax.get_title() for ax in drawn[-1].axes]
 
 
-def test_the_explorer_closes_what_it_draws(monkeypatch):
-    monkeypatch.setattr(display, "display", lambda image: None)
+def test_the_explorer_closes_what_it_draws():
     pair_explorer(PAIRS, SCORES, images, interactive=True)
     assert not plt.get_fignums()
 
