@@ -53,6 +53,7 @@ from diva_lab.objectives.diva import reconstruction
 from diva_lab.objectives.negatives import draw_others
 from diva_lab.objectives.step import Step
 from diva_lab.provenance import environment
+from diva_lab.statistics import percent
 from diva_lab.training.build import build_conditioner, make_step
 from diva_lab.training.settings import Settings
 
@@ -502,7 +503,7 @@ def markdown_table(record: dict) -> str:
     for name, row in record["variants"].items():
         cells = [name, f"{row['median']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"]
         if record["what"] == "evaluate":
-            cells += [f"{row['images_per_second']:.1f}", f"{100 * row['waited']:.1f} %" if "waited" in row else ""]
+            cells += [f"{row['images_per_second']:.1f}", percent(row["waited"]) if "waited" in row else ""]
         else:
             apart = record.get("apart_float32", {}).get(name, {})
             memory = [f"{row['memory']:.2f} ×", f"{row['peak_bytes'] / 1e6:.0f}"] if "memory" in row else ["", ""]
@@ -510,7 +511,7 @@ def markdown_table(record: dict) -> str:
                 f"{row['faster']:.2f} ×",
                 *memory,
                 f"{row['flop'] / 1e12:.3f}",
-                f"{100 * row['of_ceiling']:.0f} %",
+                percent(row["of_ceiling"], digits=0),
             ]
             cells += [f"{apart[key]:.0e}" if apart else "" for key in ("loss", "gradient")]
         lines.append("| " + " | ".join(cells) + " |")

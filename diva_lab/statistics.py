@@ -2,10 +2,21 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import numpy as np
 import pandas as pd
 from scipy import stats
+
+
+def percent(value: Real, low: Real = np.nan, high: Real = np.nan, digits: int | None = 1) -> str:
+    """The one form of a fraction: "17.8 %"; with an interval "54.2 % (95 % interval 45.1 to 63.0)".
+
+    `digits` after the point; None: as many as the value has.
+    """
+    value, low, high = (f"{100 * each:g}" if digits is None else f"{100 * each:.{digits}f}"
+                        for each in (value, low, high))  # fmt: skip
+    return f"{value} %" + (f" (95 % interval {low} to {high})" if "nan" not in (low, high) else "")
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:

@@ -1,5 +1,7 @@
 """Small records of every kind, a call of every figure with them, and ways to read what it drew."""
 
+from functools import cache
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -197,6 +199,12 @@ DRAWN = {
     "cosine_by_timestep": lambda source="": figures.cosine_by_timestep(PROBES, source=source),
     "signal_by_timestep": lambda source="": figures.signal_by_timestep(PROBES, source),
 }
+
+
+@cache
+def figure(name: str) -> Figure:
+    """A figure to read from; one that is changed or saved is drawn anew."""
+    return DRAWN[name]()
 
 
 def texts(fig: Figure) -> list[str]:

@@ -1,3 +1,8 @@
+import ast
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,6 +23,7 @@ from diva_lab.statistics import (
     paired_differences,
     paired_shares,
     paired_t,
+    percent,
     percentiles,
     regression,
     wilson,
@@ -330,3 +336,37 @@ def test_with_so_many_pairs_the_test_finds_the_difference_in_four_of_five_sample
     gained, lost, _ = rng.multinomial(n, [0.17, 0.07, 0.76], size=4000).T
     found = (gained - lost) ** 2 / (gained + lost) > stats.chi2.ppf(0.95, 1)
     assert found.mean() == pytest.approx(0.8, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("values", "digits", "text"),
+    [
+        ((0.178,), 1, "17.8 %"),
+        ((0.4,), 0, "40 %"),
+        ((0.4146,), None, "41.46 %"),
+        ((np.float32(0.5), 0.4, 0.6), 1, "50.0 % (95 % interval 40.0 to 60.0)"),
+        ((0.5, np.nan, np.nan), 0, "50 %"),
+    ],
+)
+def test_a_percentage_has_one_form(values, digits, text):
+    assert percent(*values, digits=digits) == text
+
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [*(ROOT / "diva_lab").rglob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
+
+
+def written_by_hand(source: str) -> list[str]:
+    """The f-strings in which a number that is formatted stands before a percent sign, or whose format is one."""
+    strings = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.JoinedStr)]
+    return [text for node in strings if re.search(r":[^{}]*[fgd%]\} ?%|:[^{}]*%\}", text := ast.unparse(node))]
+
+
+def test_percentages_are_written_by_one_function():
+    assert written_by_hand('print(f"{x:.1f} %")') and written_by_hand('f"{x:.0%}"') and written_by_hand('f"{x:d}%"')
+    assert not written_by_hand('f"{percent(x)} of {n:.1f} points, 95 % interval"')
+    for path in SOURCES:
+        cells = [path.read_text()]
+        if path.suffix == ".ipynb":
+            cells = ["".join(cell["source"]) for cell in json.loads(cells[0])["cells"] if cell["cell_type"] == "code"]
+        assert not [text for cell in cells for text in written_by_hand(cell)], path.name

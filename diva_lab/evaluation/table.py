@@ -57,6 +57,7 @@ from diva_lab.image_files import visible
 from diva_lab.machine import default_device
 from diva_lab.models.encoders import Encoder, load_encoder
 from diva_lab.paths import CACHE
+from diva_lab.statistics import percent
 from diva_lab.training.build import split_mix, tuned_encoder
 from diva_lab.training.runs import Run
 
@@ -260,7 +261,8 @@ class _Session:
         if not store.images:
             return
         speed, waiting = store.images / store.seconds, store.waited / store.seconds
-        print(f"{Path(name).name}: {store.images} images, {speed:.0f} a second, {waiting:.0%} of the time without data")
+        idle = f"{percent(waiting, digits=0)} of the time without data"
+        print(f"{Path(name).name}: {store.images} images, {speed:.0f} a second, {idle}")
         row = {"encoder": name, "embedded": store.images, "seconds": store.seconds, "images_per_second": speed}
         row |= {"waiting": waiting, "batch": store.batch, "workers": store.workers, "device": store.device.type}
         self.files.add_speed(self._facts(store, kind) | row)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from diva_lab.evaluation.referee import OWN, PUBLISHED
 from diva_lab.evaluation.table import BENCHMARKS, PERCEPTION
-from diva_lab.statistics import holm, independent_difference, mcnemar_pairs, paired_shares
+from diva_lab.statistics import holm, independent_difference, mcnemar_pairs, paired_shares, percent
 
 LEVEL, POWER = 0.05, 0.8
 HEADLINES = {"zero-shot": ("score",), "world": ("pairs", "probe", "zeroshot", "nmi")}  # others: the first metric
@@ -155,7 +155,10 @@ def _elsewhere(results: pd.DataFrame, row: dict) -> str:
     """What rows from other sources say of a published score: percent or finding, and the source."""
     others = results[(results["source"] != OWN) & (results["backbone"] == row["backbone"])]
     others = others[_same_cell(others, row) & (others["category"] == "all")]
-    said = [f"{one.percent:g} %" if np.isfinite(one.percent) else one.finding for one in others.itertuples()]
+    said = [
+        percent(one.percent / 100, digits=None) if np.isfinite(one.percent) else one.finding
+        for one in others.itertuples()
+    ]
     return "; ".join(f"{text} ({source})" for text, source in zip(said, others["source"], strict=True))
 
 

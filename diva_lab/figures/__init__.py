@@ -7,6 +7,7 @@ A record without the columns that a figure needs raises a KeyError that names th
 """
 # ruff: noqa: F401  (these are the public names)
 
+from diva_lab.figures.alt import describe
 from diva_lab.figures.feedback import dose_curves, front, gain_by_readability, readability
 from diva_lab.figures.gradients import (
     conflict_by_block,
@@ -17,6 +18,7 @@ from diva_lab.figures.gradients import (
     signal_by_timestep,
     term_norms,
 )
+from diva_lab.figures.png import save, to_png
 from diva_lab.figures.samples import answers, drawn_attributes, image_grid, minimal_pairs, patch_maps
 from diva_lab.figures.scores import (
     benchmark_scores,
@@ -27,6 +29,6 @@ from diva_lab.figures.scores import (
     runs_scatter,
     selection,
 )
-from diva_lab.figures.style import COLOURS, LABELS, MARKERS, MEASURES, STYLE, running_mean, save, trace
+from diva_lab.figures.style import COLOURS, LABELS, MARKERS, MEASURES, STYLE, running_mean, trace
 from diva_lab.figures.theory import affine_range, message_maps, theorem_bounds
 from diva_lab.figures.training import learning_rates, loss_curves, recovered_fraction, trade_off

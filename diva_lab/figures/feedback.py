@@ -40,7 +40,7 @@ def readability(tables: Mapping[str, pd.DataFrame], source: str = "") -> Figure:
 
     Args:
         tables: projector -> rows of `analysis.readability`; columns `measure`, `bin`, `pattern`, `value`, `low`,
-            `high`. Those of the bin `all` are drawn.
+            `high`. Those of the bin `all` are drawn, hollow where not above chance.
     """
     fig, axes = style.make_panels(len(tables), len(tables), 3.7, sharey=True)
     for ax, (name, table) in zip(axes, tables.items(), strict=True):
@@ -52,7 +52,7 @@ def readability(tables: Mapping[str, pd.DataFrame], source: str = "") -> Figure:
             rows = table[table["measure"] == measure].set_index("pattern")
             for y, pattern in enumerate(patterns):
                 value, low, high = rows.loc[pattern, ["value", "low", "high"]]
-                style.draw_interval(ax, y + 0.18 * (k - 1.5), value, low, high, colour)
+                style.draw_interval(ax, y + 0.18 * (k - 1.5), value, low, high, colour, undecided=low <= 0.5)
             ax.plot([], [], "o-", color=colour, markersize=5.5, label=label)
         ax.set_yticks(range(len(patterns)), [style.shorten(name, 40) for name in patterns])
         ax.set(title=style.shorten(name, 60), xlabel="right decisions, %", xlim=(0, 1.03))
@@ -122,8 +122,8 @@ def front(
 ) -> Figure:
     """Perception against discrimination between the original encoder and each tuned one; the means over seeds.
 
-    A line a row from the original (mix 0, the large ring) to the tuned weights (mix 1, the large mark); a ring around
-    the mix that was chosen beforehand. Chance of the pair score is dotted.
+    A line a row from the original (mix 0, the dark dot) to the tuned weights (mix 1); the large mark is the mix that
+    was chosen beforehand. Chance of the pair score is dotted.
 
     Args:
         mixes: columns `objective`, `alignment` (keys of `ROWS`), `seed`, `mix`, `chosen`, `pairs/mean` and `measures`.
@@ -143,11 +143,10 @@ def front(
             line = "--" if row[0].endswith("mixed") else "-"
             path = {"color": colour, "marker": marker, "markersize": 3.5, "label": name}
             ax.plot(means[measure], means["pairs/mean"], line, **path, **look)
-            ax.plot(*means.iloc[-1], marker, color=colour, markersize=8, **look)
-            chosen = means.loc[[mine.loc[mine["chosen"], "mix"].iloc[0]]]
-            ax.plot(chosen[measure], chosen["pairs/mean"], "o", mfc="none", mec=colour, markersize=13, mew=1.2)
+            chosen = means.loc[mine.loc[mine["chosen"], "mix"].iloc[0]]
+            ax.plot(*chosen, marker, color=colour, markersize=9, zorder=3, **look)
         start = mixes.loc[mixes["mix"] == 0, [measure, "pairs/mean"]].mean()
-        ax.plot(*start, "o", mfc="none", mec=style.INK, markersize=10, mew=1.5, label="original")
+        ax.plot(*start, "o", color=style.INK, label="original", **style.ORIGINAL)
         if pushes is not None and len(pushes):
             ax.plot(pushes[measure], pushes["pairs/mean"], "x", color=style.GREY, markersize=6, label="random push")
         ax.set(xlabel=f"{style.label_of(measure)}, %", ylabel=f"{style.label_of('pairs/mean')}, %")

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from scipy.stats import norm
 
 from diva_lab.figures import style
+from diva_lab.statistics import percent
 
 
 @style.apply
@@ -47,8 +48,8 @@ def conflict_histogram(
     ax.axvline(0, color=style.INK, linewidth=0.9)
     ax.axvline(mean, color=style.INK, linewidth=1.3, linestyle=(0, (1, 1.5)))
     ax.set(xlabel="cos(g_con, g_rec)", ylabel="steps", xlim=(-reach, reach))
-    value, low, high = (100 * number for number in rate)
-    facts = f"negative in {value:.0f} % of {len(cosines)} steps\n95 % interval {low:.0f} to {high:.0f} %"
+    share, high = (percent(number, digits=0) for number in (rate[0], rate[2]))
+    facts = f"negative in {share} of {len(cosines)} steps\n95 % interval {100 * rate[1]:.0f} to {high}"
     effect = f"mean cosine {mean:+.4f}\neffect size, mean / sd: {mean / spread if spread else np.nan:+.2f}"
     ax.set_title(facts, fontsize=8.5, color=style.WRONG)
     ax.set_title(style.minus_signs(effect), fontsize=8.5, loc="right", fontweight="normal")
@@ -103,7 +104,7 @@ def conflict_by_block(metrics: pd.DataFrame, bins: int = 40, source: str = "", o
     mean, half = cosines.mean(), 1.96 * cosines.sem()
     for y, (value, low, high) in enumerate(zip(mean, mean - half, mean + half, strict=True)):
         colour = style.WRONG if high < 0 else style.RIGHT if low > 0 else style.GREY
-        style.draw_interval(axes[1], y + 0.5, value, low, high, colour)
+        style.draw_interval(axes[1], y + 0.5, value, low, high, colour, undecided=colour == style.GREY)
     axes[1].axvline(0, color=style.INK, linewidth=0.9)
     axes[0].set(xlabel="step", ylabel="")
     axes[1].set(xlabel="mean over the steps")
@@ -174,7 +175,7 @@ def cosine_by_timestep(probes: pd.DataFrame, pairs: Sequence[str] = (), source: 
 
     A ridge is the null, a normal curve with the mean and spread of gradients of *different* batches. On its line the
     dot is the mean over batches of the cosine of a batch's *own* two gradients with its 95 % interval, at the last
-    probed step (hollow where the interval holds zero); the ring is that mean at the first. The thick bar at zero holds
+    probed step (hollow where the interval holds zero); the tick is that mean at the first. The thick bar at zero holds
     95 % of random directions.
 
     Args:
@@ -196,13 +197,11 @@ def cosine_by_timestep(probes: pd.DataFrame, pairs: Sequence[str] = (), source: 
             ax.fill_between(x, y, y + 0.75 * null / null.max(), color=style.FAINT, linewidth=0, zorder=1)
             random = 1.96 * row["random/sd"]
             ax.plot([-random, random], [y, y], color=style.INK, linewidth=4, solid_capstyle="butt", zorder=2)
-            hollow = bool(row["cos/low"] <= 0 <= row["cos/high"])
-            style.draw_interval(ax, y, row["cos"], row["cos/low"], row["cos/high"], colour, hollow=hollow)
+            interval = row["cos/low"], row["cos/high"]
+            style.draw_interval(ax, y, row["cos"], *interval, colour, undecided=bool(interval[0] <= 0 <= interval[1]))
         if first != last:
             before = _by_bin(probes, pair, first)["cos"]
-            ax.plot(
-                before, before.index, "o", color=style.INK, markersize=9, markerfacecolor="none", markeredgewidth=0.7
-            )
+            ax.plot(before, before.index, "|", color=style.INK, markersize=11, markeredgewidth=1.2)
         ax.axvline(0, color=style.INK, linewidth=0.8)
         ax.set_title(f"{style.label_of(one)} ~ {style.label_of(other)}", fontsize=8.5)
         ax.set(xlabel="cosine")

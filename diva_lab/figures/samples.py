@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from jaxtyping import Shaped, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from diva_lab.figures import style
-from diva_lab.world import PATTERNS
+from diva_lab.statistics import percent
 
 CIRCLED = {1: "①", 2: "②"}
 
@@ -21,7 +20,11 @@ CIRCLED = {1: "①", 2: "②"}
 def image_grid(
     images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], columns: int = 6, title: str = "", source: str = ""
 ) -> Figure:
-    """Images in rows of `columns`, each over its caption. ValueError if the counts differ."""
+    """Images in rows, each over its caption.
+
+    Raises:
+        ValueError: if the counts differ.
+    """
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images, but {len(captions)} captions")
     texts = ["\n".join(textwrap.wrap(style.shorten(text), int(110 / columns))) for text in captions]
@@ -180,17 +183,17 @@ def drawn_attributes(quality: pd.DataFrame, wanted: Mapping[str, float] | None =
     """
     style.require_columns(quality, ("attribute", "share", "low", "high", "n"))
     fig, ax = plt.subplots(figsize=(style.WIDTH, 0.75 + 0.24 * len(quality)))
-    rows = style.with_intervals(quality, "share", ("low", "high"))
-    sns.pointplot(rows, x="share", y="attribute", color=style.RIGHT, ax=ax, **style.DOTS)
-    for y, share in enumerate(quality["share"]):
-        ax.text(1, y, f"  {100 * share:.0f}", transform=ax.get_yaxis_transform(), fontsize=8, va="center")
+    for y, row in enumerate(quality.itertuples()):
+        style.draw_interval(ax, y, row.share, row.low, row.high, style.RIGHT)
+        ax.text(1, y, f"  {percent(row.share, digits=0)}", transform=ax.get_yaxis_transform(), fontsize=8, va="center")
     if wanted is not None:
         y = np.arange(len(quality))
         least = quality["attribute"].map(wanted).to_numpy(float)
         ax.vlines(least, y - 0.34, y + 0.34, color=style.INK, linewidth=2.4, label="least share required")
         style.move_legend(fig)
     ax.set(xlim=(-0.01, 1.01), xlabel="samples with the value that the prompt names, %", ylabel="")
-    ax.set_yticks(range(len(quality)), [PATTERNS.get(name, style.shorten(name, 40)) for name in quality["attribute"]])
+    ax.set_yticks(range(len(quality)), list(map(style.label_of, quality["attribute"])))
     ax.xaxis.set_major_formatter(style.PERCENT)
     ax.grid(False, axis="y")
+    ax.invert_yaxis()
     return style.finish(fig, source)

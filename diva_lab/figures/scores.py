@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diva_lab.figures import style
+from diva_lab.statistics import percent
 from diva_lab.world import DETAILS, PATTERNS
 
 
@@ -24,20 +25,24 @@ def _ceiling_scores(ceiling: pd.DataFrame) -> np.ndarray:
 def pair_scores(reports: pd.DataFrame, ceiling: pd.DataFrame | None = None, source: str = "") -> Figure:
     """Pair score per pattern with its 95 % interval, for each encoder of a report table; the mean at the bottom.
 
-    `ceiling` (columns `detail`, `after`) is what supervised tuning of the same image tower reaches, drawn as a bar.
+    A dot is hollow where it is not above chance. `ceiling` (columns `detail`, `after`) is what supervised tuning of the
+    same image tower reaches, drawn as a bar.
     """
     rows = [f"pairs/{name}" for name in (*DETAILS, "mean")]
     style.require_columns(reports, [f"{row}{end}" for row in rows for end in ("", "/low", "/high")])
-    scores = {row: style.with_intervals(reports, row)[row] for row in rows}
-    scores = pd.concat(scores, names=["row", "encoder"]).rename("score").reset_index()
     fig, ax = plt.subplots(figsize=(style.WIDTH, 3.1 + 0.22 * len(reports)))
     ax.axvline(style.CHANCE, color=style.GREY, linewidth=0.9, linestyle=(0, (1, 2)), label="chance")
-    sns.pointplot(scores, x="score", y="row", hue="encoder", palette=style.colours_of(reports.index),
-                  markers=[style.marker_of(name) for name in reports.index],
-                  dodge=0.5 * (len(reports) - 1) / max(len(reports), 3), ax=ax, **style.DOTS)  # fmt: skip
+    for k, (name, colour) in enumerate(style.colours_of(reports.index).items()):
+        look = colour, style.marker_of(name)
+        for y, row in enumerate(rows):
+            value, low, high = reports.loc[name, [row, f"{row}/low", f"{row}/high"]]
+            beside = y + (k - (len(reports) - 1) / 2) * 0.5 / max(len(reports), 3)
+            style.draw_interval(ax, beside, value, low, high, *look, undecided=low <= style.CHANCE)
+        ax.plot([], [], look[1], color=colour, label=name)
     if ceiling is not None:
         top, y = _ceiling_scores(ceiling), np.arange(len(rows))
         ax.vlines([*top, top.mean()], y - 0.34, y + 0.34, color=style.INK, linewidth=2.4, label="supervised ceiling")
+    ax.invert_yaxis()
     ax.axhline(len(DETAILS) - 0.5, color=style.FAINT, linewidth=0.8)
     ax.set(xlim=(-0.01, 1.01), xlabel="pairs with both texts right, %", ylabel="")
     ax.set_yticks(range(len(rows)), [*PATTERNS.values(), "mean of nine"])
@@ -85,7 +90,8 @@ def radar(reports: pd.DataFrame, ceiling: pd.DataFrame | None = None, source: st
                 markeredgecolor="white", markeredgewidth=0.5)  # fmt: skip
         ax.fill(angles, values, color=colour, alpha=0.07)
     ax.set_ylim(0, 1)
-    ax.set_rgrids((0.25, 0.5, 0.75, 1), ("25", "50", "75", "100 %"), angle=20, fontsize=7, color=style.GREY)
+    rings = {share: percent(share, digits=0) for share in (0.25, 0.5, 0.75, 1)}
+    ax.set_rgrids(list(rings), list(rings.values()), angle=20, fontsize=7, color=style.GREY)
     ax.set_thetagrids(
         np.degrees(angles[:-1]), [textwrap.fill(style.shorten(name, 48), 16) for name in scores], fontsize=8
     )
@@ -98,7 +104,7 @@ def radar(reports: pd.DataFrame, ceiling: pd.DataFrame | None = None, source: st
 
 @style.apply
 def objective_differences(differences: pd.DataFrame, source: str = "", baseline: str = "none") -> Figure:
-    """`claims` for all objectives of a table, without questions: what each changed against the `baseline`."""
+    """What each objective of a table changed against the `baseline`: `claims` without questions."""
     style.require_columns(differences, ("objective",))
     return claims(differences, {"": list(dict.fromkeys(differences["objective"]))}, source, baseline)
 
@@ -152,7 +158,7 @@ def claims(
 
 
 def _draw_difference(ax: Axes, y: int, row: pd.Series, colour: str) -> None:
-    """A dot with its interval at height `y` and both in numbers at the right edge; hollow where undecided."""
+    """A dot with its interval at height `y` and both in numbers at the right edge; hollow where `undecided`."""
     value, low, high = (100 * float(row[column]) for column in ("difference", "low", "high"))
     has_interval = bool(np.isfinite([low, high]).all())
     undecided = not has_interval or low <= 0 <= high
@@ -206,9 +212,9 @@ def benchmark_scores(
     """A panel for each benchmark, set and metric: each encoder's value with its interval, chance as a line.
 
     Args:
-        table: rows of `evaluate`; an encoder that is not above chance is drawn hollow.
+        table: rows of `evaluate`; a dot is hollow where the encoder is not above chance.
         published: rows of data/published/results.csv. They have panels of their own beneath, one for each backbone,
-            in grey: their sets, backbones and seeds are not ours. A number read second hand is drawn hollow.
+            in grey: their sets, backbones and seeds are not ours. A number read second hand is a thin diamond.
         replications: rows of data/published/replications.csv; those of a published panel stand in it, a cross each, or
             what was found in words where no number is known.
     """
@@ -234,8 +240,8 @@ def benchmark_scores(
         _label_panel(ax, rows["encoder"], f"{benchmark}: {metric}\n{style.shorten(name, 40)}")
     for ax, ((_, name, metric, backbone), rows) in zip(axes[above:].flat, theirs, strict=False):
         for y, row in enumerate(rows.itertuples()):
-            hollow, marker = "second hand" in row.source, "X" if row.replication else "D"
-            style.draw_interval(ax, y, row.percent, np.nan, np.nan, style.GREY, marker, hollow)
+            marker = "X" if row.replication else "d" if "second hand" in row.source else "D"
+            style.draw_interval(ax, y, row.percent, np.nan, np.nan, style.GREY, marker)
             if np.isfinite(row.percent):
                 ax.text(row.percent, y, f"  {row.replication}", fontsize=6, va="center")
             else:

@@ -1,10 +1,10 @@
 """The look of all figures: colours, markers, names, and the helpers that several figures share."""
 
+import functools
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
 from numbers import Real
-from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -12,15 +12,13 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogFormatter
-from PIL import Image
 
 from diva_lab.world import PATTERNS
 
-INK, GREY, FAINT, RIGHT, WRONG = "#262B33", "#6B7280", "#D9DCE1", "#0072B2", "#D55E00"
+HOUSE = INK, GREY, FAINT, RIGHT, WRONG = "#262B33", "#6B7280", "#D9DCE1", "#0072B2", "#D55E00"
 # one colour and one marker for each objective, in every figure; Okabe and Ito's palette, safe for the colour-blind
 COLOURS = {
     "none": "#33383F",
@@ -70,8 +68,9 @@ LABELS = {
     "nmi": "clustering NMI (D)",
     "acc": "clustering ACC (D)",
     "ari": "clustering ARI (D)",
-    **{f"pairs/{detail}": pattern for detail, pattern in PATTERNS.items()},
+    **{f"{start}{detail}": pattern for start in ("", "pairs/") for detail, pattern in PATTERNS.items()},
 }
+ORIGINAL = {"markersize": 8, "markeredgecolor": "white", "markeredgewidth": 0.6}  # of where a path of training starts
 MEASURES = ("pairs/mean", "probe/mean", "zeroshot", "nmi", "acc", "ari")
 DIVERGING = sns.blend_palette([WRONG, "#F3C5A5", "#FAFAF8", "#A9CDE6", RIGHT], as_cmap=True)
 CHANCE = 0.25  # share of pairs that guessing gets right by MMVP's rule: two texts, each right half of the time
@@ -110,12 +109,9 @@ STYLE = {
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
 }
-apply = mpl.rc_context(STYLE)  # the decorator of every figure's function
-PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g}")
-# keywords by which seaborn draws the rows of `with_intervals`: lines with bands, and dots with bars
+PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g}")  # of an axis whose label ends in %
+# keywords by which seaborn draws the rows of `with_intervals`: lines with bands
 BANDS = {"estimator": "median", "errorbar": ("pi", 100), "err_kws": {"alpha": 0.15, "linewidth": 0}}
-DOTS = {"estimator": "median", "errorbar": ("pi", 100), "err_kws": {"linewidth": 1.3}, "linestyle": "none"}
-DOTS |= {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.6}
 
 
 def trace(environment: Mapping[str, object], *facts: str) -> str:
@@ -125,12 +121,17 @@ def trace(environment: Mapping[str, object], *facts: str) -> str:
     return " · ".join([*facts, f"git {environment.get('git', 'unknown')}", *short])
 
 
-def save(fig: Figure, path: str | Path) -> Path:
-    """Write `fig` as the PNG `path`, folders included, the same bytes each time. Returns the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, format="png", dpi=STYLE["savefig.dpi"], bbox_inches="tight")
-    return path
+def apply(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """The decorator of every figure's function: this style, and the docstring's first lines as the figure's label."""
+
+    @functools.wraps(draw)
+    def styled(*args: object, **options: object) -> Figure:
+        with mpl.rc_context(STYLE):
+            fig = draw(*args, **options)
+        fig.set_label(" ".join((draw.__doc__ or "").split("\n\n")[0].replace("`", "").split()))
+        return fig
+
+    return styled
 
 
 def running_mean(values: Sequence[float] | np.ndarray | pd.Series, window: int) -> np.ndarray:
@@ -138,20 +139,8 @@ def running_mean(values: Sequence[float] | np.ndarray | pd.Series, window: int) 
     return pd.Series(np.asarray(values, float)).rolling(window, min_periods=(window + 1) // 2).mean().to_numpy()
 
 
-def _in_48_colours(canvas: FigureCanvasAgg):
-    """A `print_png` for `canvas` that writes a palette image: a quarter of the bytes, so that notebooks stay small."""
-
-    def print_png(file: object, **_: object) -> None:  # matplotlib's other keywords are for other formats
-        canvas.draw()
-        pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-        small = pixels.quantize(48, kmeans=1, dither=Image.Dither.NONE)  # without k-means cyan would turn teal
-        small.save(file, format="png", optimize=True, dpi=(canvas.figure.dpi,) * 2)
-
-    return print_png
-
-
 def finish(fig: Figure, source: str) -> Figure:
-    """Write `source` small under the figure, and let it be saved as a small PNG. Returns the figure.
+    """Write `source` small under the figure. Returns the figure.
 
     Texts that matplotlib makes later, when it draws, are literal too; powers of ten on a logarithmic axis are formulas.
     """
@@ -160,8 +149,6 @@ def finish(fig: Figure, source: str) -> Figure:
     powers = {label for axis in powers for label in axis.get_ticklabels(which="both")}
     for text in fig.findobj(Text):
         text.set_parse_math(text in powers)
-    if isinstance(fig.canvas, FigureCanvasAgg):
-        fig.canvas.print_png = _in_48_colours(fig.canvas)
     if source:
         lines = "\n".join(textwrap.wrap(shorten(source, 2000), int(fig.get_figwidth() * 21)))
         fig.text(0.005, -0.09 / fig.get_figheight(), lines, fontsize=6, color=GREY, va="top", gid="source",
@@ -254,12 +241,16 @@ def with_intervals(record: pd.DataFrame, value: str, ends: tuple[str, str] | Non
 
 
 def draw_interval(
-    ax: Axes, y: Real, value: Real, low: Real, high: Real, colour: str, marker: str = "o", hollow: bool = False
+    ax: Axes, y: Real, value: Real, low: Real, high: Real, colour: str, marker: str = "o", undecided: bool = False
 ) -> None:
-    """A dot at height `y` and its interval, where there is one."""
+    """A dot at height `y` and its interval, where there is one.
+
+    A hollow dot means one thing in every figure: `undecided`, no effect is shown. Its interval holds zero, or there is
+    none, or the score is not above chance. No other mark is hollow.
+    """
     if np.isfinite([low, high]).all():
         ax.plot([low, high], [y, y], color=colour)
-    ax.plot(value, y, marker, color=colour, markersize=5.5, markerfacecolor="white" if hollow else colour)
+    ax.plot(value, y, marker, color=colour, markersize=5.5, markerfacecolor="white" if undecided else colour)
 
 
 def draw_steps(

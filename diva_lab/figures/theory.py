@@ -58,7 +58,7 @@ def affine_range(record: pd.DataFrame, limit: float | None = None, source: str =
 
     Args:
         record: columns `denominator`, `view`, `negatives`, `cosine`, `t`, and `r2` and `slope` with `/low` and
-            `/high`: of `analysis.theory.theorem_2`, one distance. Negatives that are not `turned` are a point each.
+            `/high`: of `analysis.theory.theorem_2`, one distance. Negatives that are not `turned` are a diamond each.
         limit: the slope in the limit where the negatives make up the whole denominator.
     """
     measures = {"r2": "1 − R² of the line", "slope": "slope"}
@@ -76,8 +76,7 @@ def affine_range(record: pd.DataFrame, limit: float | None = None, source: str =
         for ax, (measure, label) in zip(column, measures.items(), strict=True):
             sns.lineplot(style.with_intervals(turned, measure), x="cosine", y=measure, hue="t", palette=shades,
                          linewidth=1.3, ax=ax, **style.BANDS)  # fmt: skip
-            edges = others["t"].map(shades)
-            ax.scatter(others["cosine"], others[measure], s=20, c="white", edgecolors=edges, zorder=3)
+            ax.scatter(others["cosine"], others[measure], s=16, c=others["t"].map(shades), marker="D", zorder=3)
             ax.set(xlabel="negatives' cosine", ylabel=label)
         column[0].axhline(0.01, color=style.WRONG, linewidth=0.9, linestyle=(0, (3, 2)), label="R² = .99")
         column[0].set_title(f"{denominator} denominator\nview {view}", fontsize=8.5)

@@ -67,7 +67,7 @@ def trade_off(
     panels: Sequence[tuple[str, str]] = (("zeroshot", "pairs/mean"), ("zeroshot", "probe/mean")),
     source: str = "",
 ) -> Figure:
-    """P against D over the steps: a path for each objective from the original encoder (ring) to the last step (marker).
+    """P against D over the steps: a path for each objective from the original (dark dot) to the last step (marker).
 
     Args:
         evaluations: columns `objective`, `seed`, `step` and those named in `panels`. A thin path for each seed, a
@@ -88,8 +88,7 @@ def trade_off(
         sns.lineplot(means, x=x, y=y, marker=".", markersize=3, markeredgewidth=0, ax=ax, **path)
         sns.scatterplot(last, x=x, y=y, style="objective", markers={name: style.marker_of(name) for name in names},
                         s=50, zorder=4, ax=ax, **look)  # fmt: skip
-        ax.plot(first[x].mean(), first[y].mean(), "o", markersize=9, markerfacecolor="none", markeredgewidth=1.2,
-                color=style.INK, label="before", zorder=5)  # fmt: skip
+        ax.plot(first[x].mean(), first[y].mean(), "o", color=style.INK, label="before", zorder=3, **style.ORIGINAL)
         ax.set(xlabel=f"{style.label_of(x)}, %", ylabel=f"{style.label_of(y)}, %")
         for axis in (ax.xaxis, ax.yaxis):
             low, high = axis.get_view_interval()
@@ -102,7 +101,7 @@ def trade_off(
 
 @style.apply
 def learning_rates(rates: pd.DataFrame, source: str = "") -> Figure:
-    """Every learning rate tried for each row of the study: the mean of P and D, by which one was chosen (ring).
+    """Every learning rate tried for each row of the study: the mean of P and D, by which one was chosen (framed).
 
     `rates`: columns `objective`, `lr`, `chosen`, `pairs/mean`, `zeroshot`. In points below the row's best.
     """
@@ -115,8 +114,8 @@ def learning_rates(rates: pd.DataFrame, source: str = "") -> Figure:
     sns.heatmap(below, cmap=sns.blend_palette([style.WRONG, "#FAFAF8"], as_cmap=True), cbar=False, ax=ax, annot=numbers,
                 fmt="", annot_kws={"fontsize": 6.5}, vmin=min(below.min(axis=None), -1e-3), vmax=0)  # fmt: skip
     chosen = rates[rates["chosen"].astype(bool)]
-    ax.scatter(table.columns.get_indexer(chosen["lr"]) + 0.5, table.index.get_indexer(chosen["objective"]) + 0.5, s=225,
-               facecolors="none", edgecolors=style.INK, linewidths=0.9)  # fmt: skip
+    for cell in zip(table.columns.get_indexer(chosen["lr"]), table.index.get_indexer(chosen["objective"]), strict=True):
+        ax.add_patch(plt.Rectangle(cell, 1, 1, fill=False, edgecolor=style.INK, linewidth=1.2, clip_on=False))
     ax.set(xlabel="learning rate", ylabel="")
     ax.grid(False)
     return style.finish(fig, source)

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 from IPython import get_ipython
-from IPython.display import Markdown, display
+from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
-from diva_lab.figures.style import save
+from diva_lab.figures.alt import describe
+from diva_lab.figures.png import save, to_png
 from diva_lab.paths import ROOT
 
 GALLERY = ROOT / "figures"
@@ -21,13 +22,28 @@ def say(text: str) -> None:
         display(Markdown(text))
 
 
+def show_figure(fig: Figure, small: bool = False) -> None:
+    """Show `fig` as an output, its alternative text in the output's metadata, and close it; `small` as in `to_png`.
+
+    In a script the text is printed.
+    """
+    if get_ipython() is None:
+        print(describe(fig))
+    else:
+        display(Image(to_png(fig, small), alt=describe(fig), retina=not small))
+    plt.close(fig)
+
+
 def make_show(save_figures: bool) -> Callable[[Figure, str], None]:
-    """A notebook's `show(fig, name)`: it displays the figure, and writes figures/NAME.png if `save_figures` is true."""
+    """A notebook's `show(fig, name)`: it displays the figure, in full colour and resolution.
+
+    If `save_figures` is true, as where notebooks are run to be committed, it is small, and also figures/NAME.png.
+    """
 
     def show(fig: Figure, name: str) -> None:
         if save_figures:
             save(fig, GALLERY / f"{name}.png")
-        plt.show()
+        show_figure(fig, save_figures)
 
     return show
 

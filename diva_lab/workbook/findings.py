@@ -10,14 +10,9 @@ import pandas as pd
 
 from diva_lab.evaluation.pairs import compare_pairs
 from diva_lab.figures.style import CHANCE, label_of
-from diva_lab.statistics import conflict_rate, nested_t, paired_t
+from diva_lab.statistics import conflict_rate, nested_t, paired_t, percent
 
 # --- numbers with their interval --------------------------------------------------------------------------------
-
-
-def percent(value: float, low: float, high: float, digits: int = 1) -> str:
-    """A fraction with its interval: "54.2 % (95 % interval 45.1 to 63.0)"."""
-    return f"{100 * value:.{digits}f} % (95 % interval {100 * low:.{digits}f} to {100 * high:.{digits}f})"
 
 
 def points(value: float, low: float, high: float, digits: int = 1) -> str:
@@ -84,7 +79,7 @@ def state_result(differences: pd.DataFrame) -> str:
 
 def _state_change(row: pd.Series) -> str:
     change = points(*row[["difference", "low", "high"]])
-    return f"**{100 * row['after']:.1f} %** against {100 * row['before']:.1f} % of the original: **{change}**"
+    return f"**{percent(row['after'])}** against {percent(row['before'])} of the original: **{change}**"
 
 
 def count_signs(differences: pd.DataFrame, name: str = "objective") -> str:
@@ -121,12 +116,13 @@ def state_claim(claim: Mapping[str, object]) -> str:
     score = f"{claim['benchmark']}, {claim['set']} ({claim['metric']})"
     text = (
         f"**{claim['verdict']}**: {label_of(claim['method'])} on {score}. Published: {claim['published']:+.1f} points, "
-        f"from {claim['published_before']:g} to {claim['published_after']:g} %. "
+        f"from {claim['published_before']:g} to {percent(claim['published_after'] / 100, digits=None)}. "
     )
     if not np.isfinite(claim["difference"]):
         text += "Measured: not yet."
     else:
-        text += f"Measured: {claim['difference']:+.1f} points, from {claim['before']:.1f} to {claim['after']:.1f} %"
+        after = percent(claim["after"] / 100)
+        text += f"Measured: {claim['difference']:+.1f} points, from {claim['before']:.1f} to {after}"
         has_interval = np.isfinite([claim["low"], claim["high"]]).all()
         text += f", 95 % interval {claim['low']:+.1f} to {claim['high']:+.1f}" if has_interval else ", no interval"
         if claim["how"] == "paired":
@@ -195,7 +191,7 @@ def state_against_chance(name: str, report: Mapping[str, float]) -> str:
     score, low, high = (report[f"pairs/mean{end}"] for end in ("", "/low", "/high"))
     place = "below" if high < CHANCE else "above" if low > CHANCE else "not different from"
     text = f"{label_of(name)} gets **{percent(score, low, high)}** of the pairs right"
-    return f"{text}, {place} chance ({100 * CHANCE:.0f} %)."
+    return f"{text}, {place} chance ({percent(CHANCE, digits=0)})."
 
 
 # --- the tiny world, its denoiser and its pairs -----------------------------------------------------------------
@@ -204,9 +200,9 @@ def state_against_chance(name: str, report: Mapping[str, float]) -> str:
 def state_pair_scores(report: Mapping[str, float], ceiling: pd.DataFrame) -> str:
     """An encoder's `world_report` against chance and the supervised ceiling (data/results/ceiling.csv)."""
     return (
-        f"The encoder names the class of **{100 * report['zeroshot']:.1f} %** of the images. "
-        f"{state_against_chance('It', report)} The supervised ceiling is {100 * ceiling['after'].mean():.1f} %. A "
-        f"linear probe reads {100 * report['probe/mean']:.1f} % of the details from the same embedding."
+        f"The encoder names the class of **{percent(report['zeroshot'])}** of the images. "
+        f"{state_against_chance('It', report)} The supervised ceiling is {percent(ceiling['after'].mean())}. A "
+        f"linear probe reads {percent(report['probe/mean'])} of the details from the same embedding."
     )
 
 
@@ -215,9 +211,9 @@ def state_drawn_attributes(quality: pd.DataFrame, target: Mapping[str, float]) -
     worst = quality.loc[quality["share"].idxmin()]
     short = quality["attribute"][quality["share"] < quality["attribute"].map(target)]
     return (
-        f"The denoiser draws **{worst['attribute']}** worst: it is right in "
+        f"The denoiser draws **{label_of(worst['attribute'])}** worst: it is right in "
         f"{percent(*worst[['share', 'low', 'high']], 0)} of {worst['n']} samples. Below their target: "
-        f"**{', '.join(short) or 'none'}**."
+        f"**{', '.join(map(label_of, short)) or 'none'}**."
     )
 
 
@@ -244,8 +240,8 @@ def state_scores(rows: pd.DataFrame) -> str:
     """Scores of several encoders on one benchmark and metric: rows of `evaluate`; notes what is not above chance."""
     parts = []
     for row in rows.itertuples():
-        value = percent(row.value, row.low, row.high) if np.isfinite(row.low) else f"{100 * row.value:.1f} %"
-        parts.append(", ".join(filter(None, (f"{label_of(row.encoder)} {value}", row.note))))
+        value = f"{label_of(row.encoder)} {percent(row.value, row.low, row.high)}"
+        parts.append(", ".join(filter(None, (value, row.note))))
     return f"{rows['benchmark'].iloc[0]}, {rows['metric'].iloc[0]} (n = {rows['n'].iloc[0]:.0f}): {'; '.join(parts)}."
 
 
@@ -286,7 +282,7 @@ def state_conflict(metrics: pd.DataFrame, published: float) -> str:
     mean, growth = paired_t(each.mean().to_numpy()), paired_t((negative[True] - negative[False]).to_numpy())
     return (
         f"The gradients point apart in **{percent(rate, low, high, 0)}** of {len(metrics)} steps; the paper's "
-        f"{100 * published:.1f} % is {'inside' if low <= published <= high else '**outside**'} this interval. Their "
+        f"{percent(published)} is {'inside' if low <= published <= high else '**outside**'} this interval. Their "
         f"mean cosine is **{number(*mean)}** over {len(each)} seeds. From the first half of training to the second the "
         f"rate changes by **{points(*growth, 0)}**; the paper reports a rise: {verdict(*growth[1:])}."
     )
@@ -329,12 +325,13 @@ def state_agreement(metrics: pd.DataFrame, pair: str, block: int = 5) -> str:
 
 def state_bounds(rows: pd.DataFrame) -> str:
     """Theorem 1 for one kind of features and constants: rows of data/results/theory_scatter.csv."""
-    inner, inter, above_zero = rows[["inner_holds", "inter_holds", "inter_says"]].mean()
+    columns = ["inner_holds", "inter_holds", "inter_says"]
+    inner, inter, above_zero = (percent(share, digits=0) for share in rows[columns].mean())
     needed, ratio = (f"{rows[name].min():.1f} to {rows[name].max():.1f}" for name in ("needed", "ratio"))
     return (
-        f"{rows['features'].iloc[0]}, {rows['constants'].iloc[0]}: the first bound holds in {100 * inner:.0f} % of the "
-        f"halvings, the second in {100 * inter:.0f} %, but it is above zero in **{100 * above_zero:.0f} %**. For that "
-        f"the ratio of scatters must exceed {needed}; it is {ratio}."
+        f"{rows['features'].iloc[0]}, {rows['constants'].iloc[0]}: the first bound holds in {inner} of the "
+        f"halvings, the second in {inter}, but it is above zero in **{above_zero}**. For that the "
+        f"ratio of scatters must exceed {needed}; it is {ratio}."
     )
 
 
@@ -355,9 +352,9 @@ def state_theorem_2(rows: pd.DataFrame, limit: float = 2.5) -> str:
     """Where the published form is affine: `rows` with turned negatives; `limit` is the slope 1 / 4τ."""
     nearest = rows[rows["r2/low"] > 0.99].groupby("t")["cosine"].min().max()
     left = rows.loc[rows["cosine"] == 0, "slope"].max() / limit
-    result = "against expectation" if nearest > 0 and left < 0.5 else "as expected"
+    result, left = "against expectation" if nearest > 0 and left < 0.5 else "as expected", percent(left, digits=0)
     return (
         f"At every t the published form is affine in the reconstruction error for negatives at cosines from "
-        f"{nearest:g} to 1. For negatives at a right angle at most {100 * left:.0f} % of the slope 1 / 4τ is left. The "
+        f"{nearest:g} to 1. For negatives at a right angle at most {left} of the slope 1 / 4τ is left. The "
         f"theorem expects it to be affine for well separated negatives: **{result}**."
     )

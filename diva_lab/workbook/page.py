@@ -18,6 +18,9 @@ from latex2mathml.converter import convert_to_element
 from matplotlib.figure import Figure
 from PIL import Image
 
+from diva_lab.figures.alt import describe
+from diva_lab.figures.png import to_png
+
 FIGURE_DPI = 110  # at which a figure is shown, however many pixels it has
 CSS = """
 :root { color-scheme: light dark; --ink: #1d2430; --back: #fff; --faint: #5b6474; --link: #1f5fa8; --line: #d8dde6;
@@ -113,12 +116,11 @@ def image_html(data: str, alt: str, width: int = 0) -> str:
     return f'<div class="figure wide" tabindex="0"><img alt="{escape(alt)}" {source}></div>'
 
 
-def figure_html(fig: Figure, alt: str) -> str:
-    """A figure of matplotlib, which is closed, as `image_html`."""
-    data = io.BytesIO()
-    fig.savefig(data, format="png", bbox_inches="tight")
+def figure_html(fig: Figure, alt: str = "") -> str:
+    """A figure of matplotlib, which is closed, as `image_html`; `alt` in place of its own alternative text."""
+    data, text = to_png(fig), alt or describe(fig)
     plt.close(fig)
-    return image_html(base64.b64encode(data.getvalue()).decode(), alt)
+    return image_html(base64.b64encode(data).decode(), text)
 
 
 def bold_html(sentence: str) -> str:

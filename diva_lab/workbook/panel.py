@@ -9,6 +9,7 @@ import time
 import ipywidgets
 from IPython.display import display
 
+from diva_lab.statistics import percent
 from diva_lab.training.progress import PANELS
 
 WIDTH, HEIGHT = 360, 60  # of the curve of the loss, in pixels
@@ -79,8 +80,8 @@ class Panel:
         if "cos" in self.line:
             facts["cosine of the terms' gradients"] = f"{self.line['cos']:+.2f}"
         for name in [name for name in SCORES if self.rows and name in self.rows[-1]]:
-            first, last = (100 * self.rows[k][name] for k in (0, -1))
-            facts[SCORES[name]] = f"{last:.1f} %, {last - first:+.1f} since its first evaluation"
+            first, last = (self.rows[k][name] for k in (0, -1))
+            facts[SCORES[name]] = f"{percent(last)}, {100 * (last - first):+.1f} since its first evaluation"
         steps = len(self.losses) - 1
         if steps > 0 and (seconds := self.line["seconds"] - self.before) > 0:
             facts["images a second"] = f"{steps * self.images / seconds:.1f}"

@@ -30,12 +30,6 @@ SHOWN = {  # columns of `differences` on the page
     "holm": "p, Holm", "n": "items", "gained": "gained", "lost": "lost", "how": "samples",
 }  # fmt: skip
 
-ALT = {  # alternative texts of `referee_figures`
-    "scores": "Scores of each encoder by benchmark",
-    "differences": "Differences to the original, with the numbers of the table above",
-    "balance": "Discrimination against perception, from the original to each encoder",
-}
-
 
 def state_rulings(results: pd.DataFrame, original: str) -> list[str]:
     """A sentence for each published claim, decided ones first."""
@@ -80,10 +74,7 @@ def write_referee_page(path: Path, referee: Referee) -> None:
     rulings = [bold_html(sentence) for sentence in state_rulings(referee.results, referee.original)]
     rulings = rulings or [f"No claim on {escape(referee.original)} is published that we know of."]
     elsewhere = referee.results[referee.results["source"] != OWN].dropna(axis=1, how="all")
-    drawn = [
-        figure_html(fig, f"{ALT[name]}: {', '.join(referee.encoders)}")
-        for name, fig in referee_figures(referee.results, referee.original).items()
-    ]
+    drawn = list(map(figure_html, referee_figures(referee.results, referee.original).values()))
     first = "; ".join(f"{name}: {' and '.join(metrics)}" for name, metrics in HEADLINES.items())
     body = f"""<h1>The referee: {escape(referee.original)}</h1>
 <h2>Published claims</h2>{_list(rulings)}

@@ -9,10 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ipywidgets
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from IPython.display import display
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
@@ -21,6 +19,7 @@ from diva_lab.evaluation.pairs import PAIR_SUFFIXES
 from diva_lab.figures.samples import minimal_pairs
 from diva_lab.image_files import decode_square
 from diva_lab.training.progress import has_front_end
+from diva_lab.workbook.display import show_figure
 from diva_lab.world import PATTERNS
 
 ALL = "all"  # patterns
@@ -108,8 +107,7 @@ def _controls(
         told.value = f"{number.value} of {len(rows)}: pair {pairs['id_1'].iloc[row]}, {pairs['pattern'].iloc[row]}"
         fig = draw([row], selected.value or (first,))
         with screen:
-            display(fig)
-        plt.close(fig)
+            show_figure(fig)
 
     def go(step: int) -> None:
         number.value = (number.value - 1 + step) % number.max + 1

@@ -94,14 +94,14 @@ def test_the_parts_of_dcr_have_a_line_a_pair_and_a_norm_each_and_no_blocks():
 
 def test_cosines_by_timestep_show_the_last_probed_step_over_the_first_and_leave_all_timesteps_out():
     ax = figures.cosine_by_timestep(PROBES).axes[0]
-    dots = [line for line in ax.lines if line.get_marker() == "o"]
-    *last, first = (line.get_xydata() for line in dots)
+    last = [line.get_xydata() for line in ax.lines if line.get_marker() == "o"]
+    (first,) = (line.get_xydata() for line in ax.lines if line.get_marker() == "|")
     assert np.concatenate(last) == pytest.approx(np.array([[0.4, 0], [0.4, 1]]))
     assert first == pytest.approx(np.array([[0.3, 0], [0.3, 1]]))
     assert len(ax.collections) == 2  # a ridge a bin
     assert ax.get_title(loc="left") == "DIVA ~ DCR"
     undecided = PROBES.assign(value=PROBES["value"].where(PROBES["measure"] != "cos/low", -0.3))
-    *last, _ = (line for line in figures.cosine_by_timestep(undecided).axes[0].lines if line.get_marker() == "o")
+    last = (line for line in figures.cosine_by_timestep(undecided).axes[0].lines if line.get_marker() == "o")
     assert [line.get_markerfacecolor() for line in last] == ["white", "white"]
 
 

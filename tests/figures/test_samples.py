@@ -43,7 +43,8 @@ def test_answers_are_ticked_where_they_are_the_right_ones():
 def test_drawn_attributes_have_their_share_its_interval_and_the_least_share_required():
     fig = figures.drawn_attributes(QUALITY, {"class": 0.8, "colour": 0.6})
     ax = fig.axes[0]
-    dots, *bars = lines(ax, style.RIGHT)
+    drawn = lines(ax, style.RIGHT)
+    dots, bars = np.concatenate(drawn[1::2]), drawn[::2]
     assert dots == pytest.approx(np.column_stack([QUALITY["share"], np.arange(10)]))
     assert np.array(bars)[:, :, 0] == pytest.approx(np.tile([0.75, 0.84], (10, 1)))
     assert [label.get_text() for label in ax.get_yticklabels()] == ["class", *PATTERNS.values()]

@@ -36,7 +36,8 @@ def test_pair_scores_carry_values_intervals_and_ceiling():
     fig = figures.pair_scores(REPORTS, CEILING)
     ax = fig.axes[0]
     for name, score in (("none", 0.3), ("dcr", 0.5)):
-        dots, *bars = lines(ax, figures.COLOURS[name])
+        drawn = lines(ax, figures.COLOURS[name])
+        dots, bars = np.concatenate(drawn[1::2]), drawn[::2]
         assert dots[:, 0] == pytest.approx(np.full(10, score))
         assert np.array(bars)[:, :, 0] == pytest.approx(np.tile([score - 0.05, score + 0.04], (10, 1)))
         assert np.array(bars)[:, :, 1] == pytest.approx(np.repeat(dots[:, 1], 2).reshape(10, 2))
@@ -50,8 +51,16 @@ def test_pair_scores_carry_values_intervals_and_ceiling():
 
 
 def test_pair_scores_of_one_encoder_lie_on_the_rows():
-    dots, *_ = lines(figures.pair_scores(REPORTS[:1]).axes[0], figures.COLOURS["none"])
-    assert dots[:, 1].tolist() == list(range(10))
+    dots = lines(figures.pair_scores(REPORTS[:1]).axes[0], figures.COLOURS["none"])[1::2]
+    assert np.concatenate(dots)[:, 1].tolist() == list(range(10))
+
+
+@pytest.mark.parametrize(("score", "hollow"), [(0.20, True), (0.29, True), (0.31, False)])
+def test_a_pair_score_is_hollow_where_its_interval_is_not_above_chance(score, hollow):
+    row = {key: value + score - 0.3 if key.startswith("pairs") else value for key, value in REPORTS.loc["none"].items()}
+    ax = figures.pair_scores(pd.DataFrame([row], index=["none"])).axes[0]
+    faces = {line.get_markerfacecolor() for line in ax.lines if len(line.get_xdata()) == 1}
+    assert faces == {"white" if hollow else figures.COLOURS["none"]}
 
 
 def test_the_radar_closes_each_line_and_draws_the_ceiling():
@@ -123,14 +132,14 @@ def test_benchmark_scores_have_a_panel_for_each_metric_of_the_whole_and_leave_pa
     assert len(fig.axes[1].lines) == 1  # neither interval nor chance are known
 
 
-def test_published_numbers_have_panels_of_their_own_and_second_hand_ones_are_hollow():
+def test_published_numbers_have_panels_of_their_own_and_second_hand_ones_are_thin_diamonds():
     fig = figures.benchmark_scores(BENCHMARKS, PUBLISHED)
     ours, theirs = fig.axes[:3], fig.axes[3:]
     titles = [ax.get_title(loc="left") for ax in theirs if ax.lines]
     assert titles == ["published, openai-l14: nmi\nsix sets", "published, siglip-so400m: nmi\nsix sets"]
     assert not any(line.get_marker() == "D" for ax in ours for line in ax.lines)
-    drawn = [(line.get_xydata().tolist(), line.get_markerfacecolor()) for line in theirs[1].lines]
-    assert drawn == [([[78, 0]], "white"), ([[83, 1]], style.GREY)]
+    drawn = [(line.get_xydata().tolist(), line.get_marker()) for line in theirs[1].lines]
+    assert drawn == [([[78, 0]], "d"), ([[83, 1]], "D")]
     assert [to_hex(line.get_color()) for ax in theirs for line in ax.lines] == [style.GREY.lower()] * 3
 
 
@@ -141,6 +150,6 @@ def test_replications_stand_in_the_panel_of_what_they_repeat_in_words_where_ther
     ax = panels["published, openai-l14: nmi\nsix sets"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["DCR", "none (original)", "DCR"]
     drawn = [(*line.get_xydata()[0], line.get_marker()) for line in ax.lines if np.isfinite(line.get_xdata()).all()]
-    assert drawn == [(76, 0, "D"), (70, 1, "X")]
+    assert drawn == [(76, 0, "d"), (70, 1, "X")]
     words = {text.get_position()[1]: " ".join(text.get_text().split()) for text in ax.texts}
     assert words == {0: "", 1: "CODE issue 1", 2: "CODE issue 2: not reproduced"}

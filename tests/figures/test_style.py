@@ -1,10 +1,9 @@
-import io
-
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from figure_records import RNG
-from PIL import Image
+from figure_records import DRAWN, figure
+from matplotlib.collections import PathCollection
 
 from diva_lab import figures
 from diva_lab.figures import style
@@ -25,18 +24,6 @@ def test_a_variant_has_the_colour_and_the_name_of_its_objective():
     assert style.label_of("dcr, velocity") == "DCR, velocity"
     assert style.label_of("dcr-guidance, τ .3") == f"{style.LABELS['dcr-guidance']}, τ .3"
     assert style.label_of("mine") == "mine"
-
-
-def test_a_palette_of_48_colours_keeps_the_worlds_hues():
-    hues = np.array([(242, 31, 31), (242, 242, 31), (31, 242, 31), (31, 242, 242), (31, 31, 242), (242, 31, 242)])
-    noise = RNG.integers(-8, 9, (6, 32, 32, 3))
-    fig = figures.image_grid((hues[:, None, None] + noise).clip(0, 255).astype(np.uint8), [""] * 6)
-    fig.savefig(buffer := io.BytesIO(), format="png")
-    pixels = np.asarray(Image.open(buffer).convert("RGB")).reshape(-1, 3).astype(int)
-    for hue in hues:
-        near = pixels[np.abs(pixels - hue).max(axis=1) <= 12]
-        assert len(near) > 1000
-        assert np.abs(near.mean(axis=0) - hue).max() < 4
 
 
 def test_the_running_mean_waits_for_half_of_its_window():
@@ -78,3 +65,21 @@ def test_powers_of_ten_are_formulas_and_a_dollar_is_a_dollar():
 )
 def test_a_long_text_is_cut_between_words_where_it_has_words(text, short):
     assert style.shorten(text, 7) == short
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_marks_are_hollow_only_where_an_interval_shows_no_effect(name):
+    for ax in figure(name).axes:
+        for line in ax.lines:
+            alone = line.get_marker() not in ("", "None", None) and len(line.get_xdata())
+            if alone and line.get_markerfacecolor() in ("none", "white", "#ffffff"):
+                assert len(line.get_xdata()) == 1 and line.get_markersize() == 5.5  # of `draw_interval`
+        marks = [each.get_facecolor() for each in ax.collections if isinstance(each, PathCollection)]
+        assert all(len(faces) and (faces[:, :3] < 1).any(axis=1).all() for faces in marks)
+
+
+@pytest.mark.parametrize("undecided", [True, False])
+def test_a_dot_is_hollow_where_it_is_undecided(undecided):
+    ax = plt.figure().add_subplot()
+    style.draw_interval(ax, 0, 1.0, 0.5, 1.5, style.RIGHT, undecided=undecided)
+    assert ax.lines[1].get_markerfacecolor() == ("white" if undecided else style.RIGHT)

@@ -1,10 +1,15 @@
 import re
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
+from figure_records import DRAWN
+from PIL import Image
 
+from diva_lab.figures import describe
 from diva_lab.workbook import display
 from diva_lab.workbook.display import drop_python_version, make_show
 
@@ -16,12 +21,25 @@ matplotlib.use("agg")
 def test_show_displays_the_figure_and_writes_it_only_if_asked(save_figures, tmp_path, monkeypatch):
     displayed = []
     monkeypatch.setattr(display, "GALLERY", tmp_path / "figures")
-    monkeypatch.setattr(plt, "show", lambda: displayed.append(plt.gcf()))
-    fig = plt.figure()
+    monkeypatch.setattr(display, "get_ipython", lambda: "a kernel")
+    monkeypatch.setattr(display, "display", lambda image: displayed.append(image._repr_mimebundle_()))
+    fig = DRAWN["trade_off"]()
     make_show(save_figures)(fig, "02_loss")
-    assert displayed == [fig]
-    assert [path.name for path in tmp_path.rglob("*.png")] == ["02_loss.png"] * save_figures
-    plt.close(fig)
+    ((data, metadata),) = displayed
+    assert metadata["image/png"]["alt"] == describe(fig) and "DCR from 30.0 % to 34.0 %" in describe(fig)
+    saved = list(tmp_path.rglob("*.png"))
+    assert [path.name for path in saved] == ["02_loss.png"] * save_figures
+    png = b64decode(data["image/png"])
+    if save_figures:
+        assert saved[0].read_bytes() == png and "width" not in metadata["image/png"]  # what is committed is one PNG
+    else:
+        assert metadata["image/png"]["width"] == Image.open(BytesIO(png)).width // 2
+    assert not plt.get_fignums()  # else the kernel would show it again
+
+
+def test_a_script_prints_what_a_figure_shows(capsys):
+    make_show(False)(DRAWN["trade_off"](), "02_loss")
+    assert "DCR from 30.0 % to 34.0 %" in capsys.readouterr().out and not plt.get_fignums()
 
 
 def test_jupyterlab_saves_a_notebook_without_the_kernels_python_version():

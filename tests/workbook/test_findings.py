@@ -121,7 +121,9 @@ def test_pair_scores_are_compared_with_chance(low, high, place):
 def test_attributes_below_their_target_are_named():
     quality = pd.DataFrame({"attribute": ["class", "text"], "share": [0.9, 0.5], "low": 0.4, "high": 0.95, "n": 256})
     text = findings.state_drawn_attributes(quality, {"class": 0.8, "text": 0.6})
-    assert "**text** worst: it is right in 50 % (95 % interval 40 to 95) of 256" in text and text.endswith("**text**.")
+    assert "**Texts** worst: it is right in 50 % (95 % interval 40 to 95) of 256" in text and text.endswith(
+        "**Texts**."
+    )
     assert findings.state_drawn_attributes(quality, {"class": 0.8, "text": 0.5}).endswith("**none**.")
 
 

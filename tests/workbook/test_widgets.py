@@ -56,7 +56,7 @@ def test_the_explorer_without_controls_is_a_figure_and_makes_no_widget(monkeypat
 def explorer(monkeypatch) -> SimpleNamespace:
     """The explorer's controls by name, and what it has drawn."""
     drawn = []
-    monkeypatch.setattr(widgets, "display", drawn.append)
+    monkeypatch.setattr(widgets, "show_figure", drawn.append)
     box = pair_explorer(PAIRS, SCORES, images, interactive=True)
     (pattern, encoders), (back, on, number, changed, told) = (row.children for row in box.children[:2])
     controls = {"pattern": pattern, "encoders": encoders, "back": back, "on": on, "number": number}
@@ -101,12 +101,11 @@ def test_the_explorer_shows_only_pairs_that_changed_between_the_chosen_encoders(
 @pytest.mark.parametrize("answers", [True, False])
 def test_the_explorer_has_controls_where_a_front_end_answers(monkeypatch, answers):
     monkeypatch.setattr(widgets, "has_front_end", lambda: answers)
-    monkeypatch.setattr(widgets, "display", lambda fig: None)
+    monkeypatch.setattr(widgets, "show_figure", lambda fig: None)
     assert isinstance(pair_explorer(PAIRS, SCORES, images, interactive=None), ipywidgets.VBox if answers else Figure)
 
 
-def test_the_explorer_closes_what_it_draws(monkeypatch):
-    monkeypatch.setattr(widgets, "display", lambda fig: None)
+def test_the_explorer_closes_what_it_draws():
     pair_explorer(PAIRS, SCORES, images, interactive=True)
     assert not plt.get_fignums()
 
