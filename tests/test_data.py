@@ -10,9 +10,14 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
+from diva_lab.analysis.readability import decide, world_pairs_in_memory
 from diva_lab.evaluation.pairs import read_pairs
+from diva_lab.images import augment
+from diva_lab.machine import generator
 from diva_lab.models.encoders import load_encoder
 from diva_lab.models.registry import load_denoiser
+from diva_lab.models.vision import load_vision
+from diva_lab.objectives.diva import reconstruction
 from diva_lab.paths import DATA
 from diva_lab.provenance import sha256
 from diva_lab.training.build import build_conditioner
@@ -21,7 +26,16 @@ from diva_lab.world import ATTRIBUTES, DETAILS, PATTERNS, World, captions, draw_
 from tools.pretrain import CONTEXT, save_tokenizer
 from tools.study import PLATEAU, ROWS
 
-RECORDS = ("tiny/clip", "tiny/diffusion", "tiny/diffusion/vae", "tiny/llava", "world", "world/questions")
+RECORDS = (
+    "tiny/clip",
+    "tiny/diffusion",
+    "tiny/diffusion/vae",
+    "tiny/llava",
+    "tiny/unclip",
+    "tiny/vision",
+    "world",
+    "world/questions",
+)
 
 
 @pytest.mark.parametrize("folder", RECORDS)
@@ -54,7 +68,7 @@ def test_the_projector_of_the_study_has_converged():
     assert last["gained"] < PLATEAU * last["steps"] / 1000
 
 
-def test_the_tiny_models_keep_to_twelve_million_weights_and_25_megabytes():
+def test_the_tiny_models_keep_to_sixteen_million_weights_and_33_megabytes():
     files = list((DATA / "tiny").rglob("*.safetensors"))
     weights = 0
     for file in files:
@@ -64,8 +78,43 @@ def test_the_tiny_models_keep_to_twelve_million_weights_and_25_megabytes():
                 for length in tensors.get_slice(name).get_shape():
                     size *= length
                 weights += size
-    assert weights <= 12_000_000  # a million and a half of them in the language model and its tower
-    assert sum(file.stat().st_size for file in (DATA / "tiny").rglob("*") if file.is_file()) <= 25e6
+    assert weights <= 16_000_000  # a million and a half in the language model and its tower, four in the rivals'
+    assert sum(file.stat().st_size for file in (DATA / "tiny").rglob("*") if file.is_file()) <= 33e6
+
+
+def test_the_decoder_draws_an_image_from_its_own_embedding_rather_than_from_anothers():
+    encoder, decoder = load_encoder("tiny"), load_denoiser("unclip-tiny")
+    images = torch.from_numpy(World().render(draw_scenes(64, 3))).permute(0, 3, 1, 2).float() / 255
+    random = torch.Generator().manual_seed(0)
+    x0 = decoder.latents(images)
+    t, noise, own = torch.full((64,), 800), torch.randn(x0.shape, generator=random), torch.zeros(64, encoder.dim)
+    with torch.no_grad():
+        f = encoder.features(images).embedding
+        losses = [
+            reconstruction(
+                decoder.predict(decoder.add_noise(x0, noise, t), t, torch.zeros(64, 1, decoder.width), "native",
+                                decoder.labels(embedding, 0, own)),
+                decoder.target("velocity", x0, noise, t),
+            )
+            for embedding in (f, f.roll(1, 0))
+        ]  # fmt: skip
+    assert (losses[0] < losses[1]).float().mean() > 0.9
+
+
+def test_the_teacher_sees_details_that_clip_does_not():
+    pairs = world_pairs_in_memory(8, 5)
+    images = pairs.images.float() / 255  # [n, 2, 3, h, w]
+    right = {}
+    for name in ("tiny-vision", "tiny"):
+        model = load_vision(name)
+        with torch.no_grad():
+            own = torch.stack([model.encode_image(part) for part in images.unbind(1)], dim=1)  # [n, 2, d]
+            view = torch.stack(
+                [model.encode_image(augment(part, generator("view", k), flips=False))
+                 for k, part in enumerate(images.unbind(1))], dim=1
+            )  # fmt: skip
+        right[name] = decide((view * (own - own.flip(1))).sum(2)).mean()
+    assert right["tiny-vision"] > right["tiny"] + 0.05
 
 
 def test_the_denoiser_reads_captions_with_clips_own_text_tower():

@@ -49,8 +49,8 @@ MEAN, STD = 0.5, 0.25  # of its input
 def pretrain_vision(out: Path, world: World, seed: int, steps: int = 1000, batch: int = 128) -> None:
     """Train a small DINOv2 by SimCLR (arXiv 2002.05709): two views of an image against other images.
 
-    The views are SimCLR's but for flips, which would take away orientation. Weaker ones leave the colours of the sky
-    and of the ground, which tell images apart: the encoder then knows details, and no class at all.
+    The views are SimCLR's but for flips, which would take away orientation. The encoder knows details and no class: the
+    colours of the sky and of the ground tell images apart.
     """
     torch.manual_seed(seed)
     config = Dinov2Config(
