@@ -14,10 +14,14 @@ def expected(name: object, known: Iterable[str]) -> str:
     "did you mean 'steps'? expected one of seeds, steps"
     """
     names = list(known)
-    near = difflib.get_close_matches(name, names, 1) if isinstance(name, str) else []
     rest = f" ... ({len(names)} in all)" if len(names) > MOST else ""
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}expected one of {', '.join(names[:MOST])}{rest}"
+    return f"{nearest(name, names)}expected one of {', '.join(names[:MOST])}{rest}"
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """`did you mean 'NAME'? ` for the one of `known` that is near, if one is; else nothing."""
+    near = difflib.get_close_matches(name, list(known), 1) if isinstance(name, str) else []
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def read_from(source: str) -> str:

@@ -173,7 +173,7 @@ def parse_changes(changes: list[str], kinds: dict[str, type] | None = None) -> d
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals or name not in kinds:
-            raise ValueError(f"--set {change}: a change is NAME=VALUE, for the name {messages.expected(name, kinds)}")
+            raise ValueError(f"--set {change}: expected NAME=VALUE; for the name {messages.expected(name, kinds)}")
         if name in values:
             raise ValueError(f"--set {change}: {name} is given twice, {values[name]!r} before; expected it once")
         try:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from diva_lab.figures.alt import describe
 from diva_lab.figures.png import save, to_png
 from diva_lab.paths import ROOT
+from diva_lab.workbook.panel import show_training
 
 GALLERY = ROOT / "figures"
 
@@ -37,8 +38,10 @@ def show_figure(fig: Figure, small: bool = False) -> None:
 def make_show(save_figures: bool) -> Callable[[Figure, str], None]:
     """A notebook's `show(fig, name)`: it displays the figure, in full colour and resolution.
 
-    If `save_figures` is true, as where notebooks are run to be committed, it is small, and also figures/NAME.png.
+    If `save_figures` is true, as where notebooks are run to be committed, it is small, and also figures/NAME.png. From
+    here on training shows a live panel, where a front end answers.
     """
+    show_training()
 
     def show(fig: Figure, name: str) -> None:
         if save_figures:

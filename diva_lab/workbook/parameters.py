@@ -44,7 +44,8 @@ def check_parameters(scope: dict, **expected: object) -> None:
         FileNotFoundError: where there are no such images; says where a relative path was read from.
     """
     defaults, assigned = _assignments(scope, expected)
-    wrong = [f"unknown parameter {n!r}; {messages.expected(n, expected)}" for n in assigned if n not in expected]
+    unknown = [name for name in assigned if name not in expected]
+    wrong = [f"unknown parameter {name!r} {messages.nearest(name, expected)}".rstrip() for name in unknown]
     for name, kind in expected.items():
         if kind is float and isinstance(scope.get(name), str):
             with suppress(ValueError):  # told below

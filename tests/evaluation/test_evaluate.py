@@ -90,7 +90,7 @@ def test_every_benchmark_has_its_rows(table):
 
 def test_speed_and_the_wait_for_data_are_told(root, capsys):
     evaluate(["tiny"], ["clustering"], root, cache=None)
-    assert re.search(r"^tiny: 36 images, \d+ a second, \d+% of the time without data$", capsys.readouterr().out, re.M)
+    assert re.search(r"^tiny: 36 images, \d+ a second, \d+ % of the time without data$", capsys.readouterr().out, re.M)
 
 
 def test_the_values_are_those_of_the_benchmarks_own_code(root, table):

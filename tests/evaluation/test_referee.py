@@ -178,7 +178,7 @@ def test_what_cannot_be_measured_is_listed_and_the_rest_stands(original, root, t
         (["tiny", "--also", "tiny"], "--also tiny: this encoder is compared already; expected each once"),
         (["tiny", "--root", "empty"], "--root empty: no data of any benchmark; expected folders"),
         (["tiny", "--root", "nowhere"], "--root nowhere: no such folder"),
-        (["tiny", "--benchmarks", "mmvp"], "unknown benchmark 'mmvp'; expected one of"),
+        (["tiny", "--benchmarks", "mmvp"], "unknown benchmark 'mmvp'; did you mean 'mmvp-vlm'? expected one of"),
     ],
 )
 def test_a_wrong_argument_ends_in_one_line(words, expected, root, tmp_path, monkeypatch, capsys):

@@ -251,7 +251,7 @@ def test_damaged_input_is_one_clear_line(llava, root, tmp_path, capsys):
     assert "coco_pope_random.json, line 4" in told("pope")
     (file := next((root / "NaturalBench" / "data").iterdir())).write_bytes(file.read_bytes()[:-9])
     assert "test-00000-of-00001.parquet: not a parquet file" in told("naturalbench")
-    assert "unknown benchmark 'mmpv'; expected one of mmvp" in told("mmpv")
+    assert "unknown benchmark 'mmpv'; did you mean 'mmvp'? expected one of mmvp" in told("mmpv")
     assert "no folder of pope" in told("pope", "--root", tmp_path / "r.answers")
 
 

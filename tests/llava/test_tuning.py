@@ -227,7 +227,7 @@ def test_the_command_trains_both_steps_one_after_the_other(llava, data, tmp_path
     assert main([*args, "--trained", "projector"]) == 2
     assert "1 of 5 records have no image" in capsys.readouterr().err
     assert main([*args, "--trained", "all", "--set", "lrate=1"]) == 2
-    assert "expected NAME=VALUE with a name of llava" in capsys.readouterr().err
+    assert "expected NAME=VALUE; for the name expected one of llava" in capsys.readouterr().err
 
 
 TABLE = [row for row in csv.DictReader((DATA / "published" / "recipes.csv").read_text().splitlines()) if

@@ -150,8 +150,8 @@ def test_the_projector_is_norm_linear_gelu_linear():
 
 
 def test_an_unknown_condition_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=f"unknown condition 'local'; expected one of {', '.join(CONDITIONS)}"):
-        Conditioner("local", D, C)
+    with pytest.raises(ValueError, match=f"unknown condition 'xyz'; expected one of {', '.join(CONDITIONS)}"):
+        Conditioner("xyz", D, C)
 
 
 @EACH

@@ -64,7 +64,7 @@ def test_predictions_are_noise_whatever_the_network_predicts(denoiser, velocity,
 def test_a_perfect_velocity_is_turned_into_the_noise_itself(velocity, noised, monkeypatch):
     x0, noise, t, x_t = noised
     v = velocity.scheduler.get_velocity(x0, noise, t)
-    monkeypatch.setattr(velocity.network, "forward", lambda *_: type("Output", (), {"sample": v}))
+    monkeypatch.setattr(velocity.network, "forward", lambda *_, **__: type("Output", (), {"sample": v}))
     torch.testing.assert_close(velocity.predict(x_t, t, context(velocity)), noise, atol=1e-5, rtol=1e-5)
 
 

@@ -88,15 +88,16 @@ def watch(patch: pytest.MonkeyPatch) -> Seen:
     seen, take, draw = Seen(), Trainer.take_step, Step.draw_noisy
     following, augment = Batches.__next__, Pixels.augment
 
-    def take_step(trainer: Trainer, step: int) -> float:
+    def take_step(trainer: Trainer, step: int) -> dict[str, float]:
         if step == 0:
             named = trainer.modules.named_parameters()
             seen.start = {name: p.detach().clone() for name, p in named if not is_text(name)}
         seen.micros.append([])
-        seen.losses.append(take(trainer, step))
+        line = take(trainer, step)
+        seen.losses.append(line["loss"])
         seen.gradients.append({name: p.grad.clone() for name, p in trainer.parameters.items()})
         seen.weights.append({name: p.detach().clone() for name, p in trainer.parameters.items()})
-        return seen.losses[-1]
+        return line
 
     def next_batch(batches: Batches) -> tuple[Tensor, list[str]]:
         images, captions = following(batches)

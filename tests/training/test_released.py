@@ -242,7 +242,9 @@ def test_each_draw_of_noise_has_a_condition_of_its_own():
     seen, predict = [], one.denoiser.predict
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            one.denoiser, "predict", lambda x, t, c, *more: seen.append(c.detach()) or predict(x, t, c, *more)
+            one.denoiser,
+            "predict",
+            lambda x, t, context, **more: seen.append(context.detach()) or predict(x, t, context, **more),
         )
         for draws in ("batch", "each"):
             one.terms(token_draws=draws)

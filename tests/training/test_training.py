@@ -523,17 +523,23 @@ def test_a_run_that_is_asked_to_stop_is_saved_and_goes_on_to_the_same_bits(
 
 
 @pytest.mark.usefixtures("hears_ctrl_c")
-def test_ctrl_c_a_second_time_ends_at_once_and_leaves_the_last_checkpoint(small_settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("steps", [0, 1])
+def test_ctrl_c_a_second_time_ends_at_once_and_leaves_the_last_checkpoint(small_settings, tmp_path, monkeypatch, steps):
+    diva, taken = OBJECTIVES["diva"], []
+
     def signalled(step):
+        if len(taken) < steps:
+            taken.append(step)
+            return diva(step)
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("went on")
 
     monkeypatch.setitem(OBJECTIVES, "diva", signalled)
     with pytest.raises(KeyboardInterrupt):
-        tune(replace(small_settings, objective="diva"), tmp_path)
-    (folder,) = tmp_path.iterdir()
-    assert not Run(folder).saved
+        tune(replace(small_settings, objective="diva", save_every=1), tmp_path)
+    folders = list(tmp_path.iterdir())
+    assert [Run(folder).state()["step"] for folder in folders] == [1] * steps  # where nothing was done, nothing is left
 
 
 def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):

@@ -9,7 +9,8 @@ from diva_lab.training import progress
 from diva_lab.training.progress import PANELS, Bar, Lines, Progress
 from diva_lab.training.stages import tune
 from diva_lab.workbook import panel
-from diva_lab.workbook.panel import POINTS, curve, show_training
+from diva_lab.workbook.display import make_show
+from diva_lab.workbook.panel import POINTS, Panel, curve, show_training
 
 
 @pytest.fixture
@@ -109,3 +110,12 @@ def test_a_curve_has_few_points_and_its_ends_are_in_words():
     assert len(points) <= POINTS and points[0].endswith(",0.0") and points[-1].endswith(",60.0")
     assert "aria-label='loss, from" in drawn and curve([1.0]) == ""
     assert "nan" not in curve([1.0, 1.0])
+
+
+def test_a_notebook_that_shows_figures_shows_its_training_too():
+    before = PANELS[:]
+    try:
+        make_show(False)
+        assert [Panel] == PANELS
+    finally:
+        PANELS[:] = before

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import nbformat
 import papermill
 import pytest
@@ -97,8 +100,30 @@ def test_one_error_lists_everything_that_is_wrong_with_the_right_names_types_and
         "unknown parameter 'lr'; steps='ten': expected int, got str\n"
         "the parameters of this notebook:\n"
         "  steps: int = 40\n"
-        "  size: one of 's', 'm' = 's'"
+        "  size: one of 's', 'm' = \"s\""
     )
+
+
+def test_the_parameter_that_was_meant_is_named():
+    with pytest.raises(ValueError, match=r"unknown parameter 'stpes' did you mean 'steps'\?"):
+        check_parameters({"stpes": 3, "steps": 4}, steps=int)
+
+
+def test_in_a_script_the_parameters_are_what_it_assigns_before_the_check(tmp_path):
+    script = tmp_path / "notebook.py"
+    script.write_text(
+        "from diva_lab.paths import DATA\nsteps = 1e2\n"
+        "from diva_lab.workbook.parameters import check_parameters\ncheck_parameters(\n    globals(), steps=int)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert "steps=100.0: expected int, got float" in done.stderr and "  steps: int = 1e2" in done.stderr
+    assert "DATA" not in done.stderr.partition("the parameters")[2]
+
+
+def test_images_that_are_not_there_are_told_with_the_folder_they_were_looked_for_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"images='mine': no such folder in {tmp_path}"):
+        check_parameters({"images": "mine"}, images=str)
 
 
 def test_a_check_repeated_at_the_end_of_a_session_ignores_names_that_later_cells_set():
