@@ -1,7 +1,7 @@
 """What an error says of a name that is not known: the nearest one that is, and where a path was read from."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MOST = 24  # names that are listed
@@ -14,8 +14,13 @@ def expected(name: object, known: Iterable[str]) -> str:
     "did you mean 'steps'? expected one of seeds, steps"
     """
     names = list(known)
+    return f"{nearest(name, names)}expected one of {listed(names)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b, c`; of more than `MOST` names the first, and how many there are."""
     rest = f" ... ({len(names)} in all)" if len(names) > MOST else ""
-    return f"{nearest(name, names)}expected one of {', '.join(names[:MOST])}{rest}"
+    return f"{', '.join(names[:MOST])}{rest}"
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

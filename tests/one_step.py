@@ -79,6 +79,17 @@ class OneStep:
     def loss(self) -> Tensor:
         return sum(term.mean() for term in self.terms().values())
 
+    def descend(self, parameters: list[Tensor], steps: int = 6) -> list[float]:
+        """The losses of so many steps down the gradient in `parameters`."""
+        optimizer, losses = torch.optim.AdamW(parameters, lr=3e-3), []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = self.loss()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
 
 @dataclass
 class Record:

@@ -29,7 +29,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import pandas as pd
@@ -411,11 +411,12 @@ def measure_readability(plan: Plan) -> None:
         measured_with[file.stem] = replace(models, projector=str(file))
     if plan.models is None:
         measured_with["un2clip"] = replace(models, objective="un2clip", denoiser=OBJECTIVES["un2clip"]["denoiser"])
+    encoder, load = load_encoder(models.encoder), cache(load_denoiser)
     for name, settings in measured_with.items():
         if name in set(table["projector"]):
             continue
         start = time.perf_counter()
-        encoder, denoiser = load_encoder(settings.encoder), load_denoiser(settings.denoiser)
+        denoiser = load(settings.denoiser)
         conditioner = build_conditioner(settings, encoder, denoiser).requires_grad_(False)
         instrument = Instrument(encoder, conditioner, denoiser, settings, (settings.objective,))
         measured = readability(pairs, instrument)

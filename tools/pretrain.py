@@ -334,21 +334,22 @@ def clip_text_encoder(folder: Path, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return text_encoder.eval().requires_grad_(False)
 
 
-def new_unet(world: World, seed: int) -> UNet2DConditionModel:
-    """A UNet with weights drawn from `seed`."""
+UNET = {  # sizes of the denoiser
+    "in_channels": 16, "out_channels": 16, "block_out_channels": (96, 160), "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 128,
+    "attention_head_dim": (3, 5), "norm_num_groups": 16,  # the former is diffusers' name for the number of heads
+}  # fmt: skip
+NOISE = {  # Stable Diffusion's schedule
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "clip_sample": False, "steps_offset": 1,
+}  # fmt: skip
+
+
+def new_unet(world: World, seed: int, **changes: object) -> UNet2DConditionModel:
+    """A UNet of the sizes `UNET` with `changes`, its weights drawn from `seed`."""
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
-        sample_size=world.px // 4,
-        in_channels=16,
-        out_channels=16,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(96, 160),
-        layers_per_block=1,
-        cross_attention_dim=128,
-        attention_head_dim=(3, 5),  # diffusers' name for the number of heads
-        norm_num_groups=16,
-    ).to(memory_format=torch.channels_last)
+    unet = UNet2DConditionModel(sample_size=world.px // 4, **UNET | changes).to(memory_format=torch.channels_last)
     unet.set_attn_processor(AttnProcessor())  # twice as fast: fused attention's backward is slow for few tokens
     return unet
 
@@ -374,10 +375,7 @@ def pretrain_diffusion(
     vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).eval()
     text_encoder = clip_text_encoder(out.parent / "clip", tokenizer)
     unet = new_unet(world, seed)
-    scheduler = DDPMScheduler(
-        1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="epsilon",
-        clip_sample=False, steps_offset=1,
-    )  # fmt: skip
+    scheduler = DDPMScheduler(**NOISE, prediction_type="epsilon")
     pool = Pool(world, draw_scenes(SCENES, (world.seed, 1)))
     latents = encode_latents(vae, pool)
     weight = (1 / scheduler.alphas_cumprod).clamp(max=emphasis)

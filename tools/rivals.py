@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from kornia.augmentation import ColorJitter, RandomGrayscale, RandomResizedCrop
 from torch import Tensor, nn
@@ -29,11 +28,14 @@ from diva_lab.world import World, draw_scenes
 from tools.pretrain import (
     CLIP_WEIGHTS,
     CONTEXT,
+    NOISE,
+    PIPELINE,
     SCENES,
     WEIGHTS,
     Pool,
     encode_latents,
     fit,
+    new_unet,
     save_tokenizer,
     write_record,
 )
@@ -41,6 +43,10 @@ from tools.pretrain import (
 TEXT = {  # of the decoder's text tower, which only reads the empty prompt
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
     "max_position_embeddings": CONTEXT,
+}  # fmt: skip
+DECODER = {  # in what its sizes differ from the denoiser's
+    "block_out_channels": (64, 96), "cross_attention_dim": TEXT["hidden_size"], "attention_head_dim": (2, 3),
+    "class_embed_type": "projection",
 }  # fmt: skip
 TAU = 0.1  # of the contrast that the image encoder learns by
 MEAN, STD = 0.5, 0.25  # of its input
@@ -83,27 +89,6 @@ def pretrain_vision(out: Path, world: World, seed: int, steps: int = 1000, batch
     write_record(out, seed=seed, world=world.seed, steps=steps, batch=batch, tau=TAU)
 
 
-def new_decoder(world: World, channels: int, width: int, seed: int) -> UNet2DConditionModel:
-    """A UNet for embeddings of that width, with weights drawn from `seed`."""
-    torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
-        sample_size=world.px // 4,
-        in_channels=channels,
-        out_channels=channels,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(64, 96),
-        layers_per_block=1,
-        cross_attention_dim=TEXT["hidden_size"],
-        attention_head_dim=(2, 3),  # diffusers' name for the number of heads
-        norm_num_groups=16,
-        class_embed_type="projection",
-        projection_class_embeddings_input_dim=2 * width,
-    ).to(memory_format=torch.channels_last)
-    unet.set_attn_processor(AttnProcessor())
-    return unet
-
-
 @torch.no_grad()
 def embed_pool(pool: Pool) -> Tensor:
     """The tiny CLIP's embeddings of the pool's images, of their own length, [n, d]."""
@@ -124,16 +109,13 @@ def pretrain_unclip(out: Path, world: World, seed: int, steps: int = 3000, batch
     torch.manual_seed(seed)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **TEXT, **ends)).eval().requires_grad_(False)
-    scheduler = DDPMScheduler(
-        1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
-        clip_sample=False, steps_offset=1,
-    )  # fmt: skip
+    scheduler = DDPMScheduler(**NOISE, prediction_type="v_prediction")
     noising = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")
     pool = Pool(world, draw_scenes(SCENES, (world.seed, 1)))
     latents, embeddings = encode_latents(vae, pool), embed_pool(pool)
     normalizer = StableUnCLIPImageNormalizer(embeddings.shape[1]).requires_grad_(False)
     normalizer.mean.data, normalizer.std.data = (part[None] for part in (embeddings.mean(0), embeddings.std(0)))
-    unet = new_decoder(world, vae.config.latent_channels, embeddings.shape[1], seed)
+    unet = new_unet(world, seed, **DECODER, projection_class_embeddings_input_dim=2 * embeddings.shape[1])
     ids = tokenizer([""], padding="max_length", truncation=True, return_tensors="pt").input_ids
     context = text_encoder(ids)[0].expand(batch, -1, -1)
 
@@ -159,22 +141,18 @@ def pretrain_unclip(out: Path, world: World, seed: int, steps: int = 3000, batch
         model.half().save_pretrained(out / name)
     scheduler.save_pretrained(out / "scheduler")
     noising.save_pretrained(out / "image_noising_scheduler")
-    (out / "model_index.json").write_text(json.dumps(PIPELINE, indent=1) + "\n", encoding="utf-8")
+    (out / "model_index.json").write_text(
+        json.dumps(dict(sorted(UNCLIP_PIPELINE.items())), indent=1) + "\n", encoding="utf-8"
+    )
     write_record(out, seed=seed, world=world.seed, steps=steps, batch=batch)
 
 
-PIPELINE = {  # model_index.json of a Stable unCLIP folder; CLIP itself lies elsewhere
+UNCLIP_PIPELINE = PIPELINE | {  # model_index.json of a Stable unCLIP folder; CLIP itself lies elsewhere
     "_class_name": "StableUnCLIPImg2ImgPipeline",
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
     "image_normalizer": ["stable_diffusion", "StableUnCLIPImageNormalizer"],
     "image_noising_scheduler": ["diffusers", "DDPMScheduler"],
-    "scheduler": ["diffusers", "DDPMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
 }
+del UNCLIP_PIPELINE["safety_checker"]
 
 
 def main(argv: list[str] | None = None) -> None:

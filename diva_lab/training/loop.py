@@ -428,7 +428,7 @@ def train(
             line = trainer.take_step(done)
             done += 1
             if trainer.rank == 0:
-                progress.advance(done - 1, line)
+                progress.advance(done, line)
             if is_due(done, settings.evaluate_every, settings.steps) and not trainer.stopping:
                 watcher.watch(done)
             if is_due(done, settings.save_every, settings.steps) or trainer.stopping:

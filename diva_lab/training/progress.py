@@ -114,9 +114,9 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.view.close()
 
-    def advance(self, step: int, line: dict[str, float]) -> None:
-        """Step number `step`, counted from 0, is done."""
-        self.view.step(step + 1, line)
+    def advance(self, done: int, line: dict[str, float]) -> None:
+        """As `View.step`."""
+        self.view.step(done, line)
 
     @contextmanager
     def evaluate(self, steps: int) -> Iterator[list[dict]]:

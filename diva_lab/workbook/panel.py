@@ -9,13 +9,14 @@ import time
 import ipywidgets
 from IPython.display import display
 
+from diva_lab.figures.style import label_of
 from diva_lab.statistics import percent
 from diva_lab.training.progress import PANELS
 
 WIDTH, HEIGHT = 360, 60  # of the curve of the loss, in pixels
 POINTS = 120  # of it at most
 EVERY = 0.5  # seconds between two drawings
-SCORES = {"pairs/mean": "pair score (P)", "probe/mean": "probes (P)", "zeroshot": "zero-shot (D)", "nmi": "NMI (D)"}
+SCORES = ("pairs/mean", "probe/mean", "zeroshot", "nmi")
 
 
 def show_training() -> None:
@@ -81,7 +82,7 @@ class Panel:
             facts["cosine of the terms' gradients"] = f"{self.line['cos']:+.2f}"
         for name in [name for name in SCORES if self.rows and name in self.rows[-1]]:
             first, last = (self.rows[k][name] for k in (0, -1))
-            facts[SCORES[name]] = f"{percent(last)}, {100 * (last - first):+.1f} since its first evaluation"
+            facts[label_of(name)] = f"{percent(last)}, {100 * (last - first):+.1f} since its first evaluation"
         steps = len(self.losses) - 1
         if steps > 0 and (seconds := self.line["seconds"] - self.before) > 0:
             facts["images a second"] = f"{steps * self.images / seconds:.1f}"

@@ -112,8 +112,7 @@ def _name(kind: object) -> str:
         return f"int from {kind[0]} to {kind[-1]}"
     if isinstance(kind, tuple):
         names = [_name(choice) if isinstance(choice, KINDS) else repr(choice) for choice in kind]
-        rest = f" ... ({len(names)} in all)" if len(names) > messages.MOST else ""
-        return f"one of {', '.join(names[: messages.MOST])}{rest}"
+        return f"one of {messages.listed(names)}"
     return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
