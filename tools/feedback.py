@@ -15,8 +15,8 @@ record under data/results/records; a run on record is not run again. Parts may r
 The rate of a row is the one with the highest pair score among those that end within 5 points of the original's
 zero-shot accuracy; if there is none, the one with the highest sum of both. A rate at an end of its grid widens it. The
 rates are chosen after the anchored and after the image-only alignment; an unpaired row takes the anchored one's, a
-placebo the image-only one's, and a row of `RELEASED` that of the row from which it differs, unless it sets its own. A
-run whose zero-shot accuracy falls below 70 % has diverged and is stopped.
+placebo the image-only one's, and a row of `RELEASED` that of the row from which it differs, unless it has a rate of its
+own. A run whose zero-shot accuracy falls below 70 % has diverged and is stopped.
 
 At its end each run is measured at `MIXES` too: between the original's weights and its own (`tuned_encoder`). The row
 `diva, mixed` chooses rate and mix together: the highest pair score within 2 points of the original's zero-shot accuracy
@@ -78,7 +78,8 @@ OBJECTIVES = {  # name -> settings of stage 2; 16,000 images each
     "un2clip": DIVA | {"objective": "un2clip", "denoiser": "unclip-tiny"},
     "kuea": {"objective": "kuea", "batch": 16, "steps": 1000},
 }
-RELEASED = {  # row -> the row that it differs from in one setting of the released code, and that setting
+SHORT = {"steps": 500, "lr": 1e-5}  # of DCR's rows of the released code: a quarter of the dose, at the paper's rate
+RELEASED = {  # row -> the row that it differs from, and how: in one setting of the released code
     "diva, draws 5 to 1": ("diva", {"draw_weights": "5,1"}),
     "diva, VAE input": ("diva", {"vae_input": "imagenet"}),
     "diva, loader crop": ("diva", {"loader_crop": True}),
@@ -87,8 +88,9 @@ RELEASED = {  # row -> the row that it differs from in one setting of the releas
     "diva, noise in bf16": ("diva", {"noise_precision": "bf16"}),
     "diva, warm-up from 0": ("diva", {"warmup": 5, "warmup_zero": True}),
     "diva, SGD": ("diva", {"optimizer": "sgd", "lr": 6e-4, "clip": 0.1667}),  # as `5,1` at lr 1e-4
-    "dcr, velocity": ("dcr", {"target": "velocity"}),
-    "dcr, augment normalised": ("dcr", {"augment_normalised": True}),
+    "dcr, short": ("dcr", SHORT),  # what the two below are compared with
+    "dcr, velocity": ("dcr", SHORT | {"target": "velocity"}),
+    "dcr, augment normalised": ("dcr", SHORT | {"augment_normalised": True}),
 }
 OBJECTIVES |= {name: OBJECTIVES[base] | change for name, (base, change) in RELEASED.items()}
 MIXED = ("diva, mixed",)  # objectives whose mix is chosen too
@@ -293,7 +295,12 @@ def rate_row(row: Row) -> Row:
 
 
 def choose_trial(plan: Plan, row: Row, report: Report | None = None) -> tuple[pd.Series | None, pd.DataFrame]:
-    """The row's chosen trial and all of them; without `report` nothing is trained, and there may be none."""
+    """The row's chosen trial and all of them; without `report` nothing is trained, and there may be none.
+
+    A row that has a rate of its own needs no trial.
+    """
+    if own := OBJECTIVES[row.objective].get("lr"):
+        return pd.Series({"lr": own, "mix": 1.0}), pd.DataFrame()
     row = rate_row(row)
     grid, chosen = sorted(plan.rates or RATES[row.objective]), None
     for _ in range(plan.wider + 1):

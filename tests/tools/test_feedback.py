@@ -48,7 +48,9 @@ def test_every_row_sees_as_many_images_and_is_evaluated_as_often():
     made = Plan()
     for row in all_rows():
         settings = made.stage_2(row, 1e-4, 0)
-        assert settings.steps * settings.batch == 16_000 and settings.steps // settings.evaluate_every == 8
+        _, change = feedback.RELEASED.get(row.objective, ("", {}))
+        images = 4_000 if "steps" in change else 16_000
+        assert settings.steps * settings.batch == images and settings.steps // settings.evaluate_every == 8
 
 
 def test_the_controls_differ_from_the_anchored_stage_1_in_the_anchor_alone():
@@ -120,7 +122,15 @@ def test_a_row_of_the_released_code_differs_in_what_it_names_alone():
     made = Plan()
     for name, (base, change) in feedback.RELEASED.items():
         one, other = (made.stage_2(Row(objective, "anchored"), 1e-4, 0) for objective in (name, base))
-        assert one != other and replace(one, **{key: getattr(other, key) for key in change}) == other
+        follow = ("evaluate_every", "save_every") if "steps" in change else ()
+        assert one != other and replace(one, **{key: getattr(other, key) for key in (*change, *follow)}) == other
+
+
+def test_a_row_with_a_rate_of_its_own_takes_it_without_a_trial(plan):
+    row = Row("dcr, velocity", "anchored")
+    chosen, trials = feedback.choose_trial(plan, row)
+    assert chosen["lr"] == feedback.SHORT["lr"] and trials.empty
+    assert plan.stage_2(row, float(chosen["lr"]), 0).lr == feedback.SHORT["lr"]
 
 
 # --- the rule by which a rate is chosen -------------------------------------------------------------------------
