@@ -134,7 +134,7 @@ class Plan:
         align_steps: of stage 1.
         dose: part of each objective's steps.
         evaluations: of a run, after the one at its start.
-        seeds: of stage 2; seed k starts from the projector of `align_seeds[k % len(align_seeds)]`.
+        seeds: of stage 2, but for `RELEASED`; seed k starts from the projector of `align_seeds[k % len(align_seeds)]`.
         align_seeds: of stage 1, none that stage 2 takes: equal seeds draw equal images.
         rates: tried for each objective; None for `RATES`.
         wider: how often a grid of rates may be widened.
@@ -175,6 +175,10 @@ class Plan:
     def rows(self, rows: Iterable["Row"]) -> list["Row"]:
         """Those of `rows` that can be run on the models."""
         return [row for row in rows if self.models is None or row.objective not in RIVALS]
+
+    def seeds_of(self, row: "Row") -> tuple[int, ...]:
+        """Of a row of `RELEASED` the first seed alone."""
+        return self.seeds[:1] if row.objective in RELEASED else self.seeds
 
     def reports(self, split: str) -> Report:
         return cache_report(partial(self.report, world=self.world, split=split))
@@ -326,7 +330,7 @@ def run_rows(plan: Plan, rows: Sequence[Row]) -> None:
     """Every seed of every row, a seed of all rows before the next one."""
     choose, measure = plan.reports("choose"), plan.reports("measure")
     for seed in plan.seeds:
-        for row in rows:
+        for row in (row for row in rows if seed in plan.seeds_of(row)):
             chosen, _ = choose_trial(plan, row, choose)
             if chosen is None:
                 print(f"{row}: every rate diverged", flush=True)
@@ -363,7 +367,7 @@ def write_tables(plan: Plan) -> None:
         if rate_row(row) == row and len(trials):
             own = (trials["lr"] == chosen["lr"]) & (trials["mix"] == chosen["mix"])
             tried.append(trials.assign(**place, chosen=own))
-        for seed in plan.seeds:
+        for seed in plan.seeds_of(row):
             settings = None if chosen is None else plan.stage_2(row, float(chosen["lr"]), seed)
             record = settings and plan.record(settings)
             if record is None:
@@ -371,7 +375,8 @@ def write_tables(plan: Plan) -> None:
                 continue
             facts = place | _facts(plan, row, record)
             if row.objective in RELEASED:
-                released.append(_kept("step", record["evaluations"].iloc[[-1]]).assign(**facts))
+                end = _kept("step", record["evaluations"].iloc[[-1]])
+                released.append(end.assign(diverged=bool(record.get("diverged")), **facts))
                 continue
             if row.objective not in MIXED:
                 images = record["evaluations"]["step"] * settings.batch
