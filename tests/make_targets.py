@@ -43,6 +43,9 @@ def start_lab(folder: Path, own: Path) -> Iterator[str]:
               "JUPYTERLAB_WORKSPACES_DIR", "DIVA_LAB_RUNS")  # fmt: skip
     env = os.environ | {name: str(own / name) for name in places}
     env |= {"JUPYTER_PREFER_ENV_PATH": "1", "DIVA_LAB_FAST": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(folder)}
+    news = own / "JUPYTERLAB_SETTINGS_DIR" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    news.parent.mkdir(parents=True)
+    news.write_text('{"fetchNews": "false"}')  # else JupyterLab asks
     with open(own / "log.txt", "w") as log:
         server = subprocess.Popen(words, cwd=folder, env=env, stdout=log, stderr=log)
     try:

@@ -42,6 +42,7 @@ def open_page(chromium) -> Iterator[Callable]:
 
     def open_one(address: str, **settings: object):
         contexts.append(chromium.new_context(**{"viewport": {"width": 1400, "height": 900}} | settings))
+        contexts[-1].set_default_timeout(90_000)  # milliseconds: the machine may be busy
         page = contexts[-1].new_page()
         page.on("console", hear)
         page.on("pageerror", lambda error: errors.append(str(error)))
