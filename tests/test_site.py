@@ -1,11 +1,7 @@
 """The site is built as `make site` builds it, without a warning; its links hold and it loads nothing from elsewhere."""
 
 import importlib.util
-import os
 import re
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +10,7 @@ from urllib.parse import unquote
 
 import nbformat
 import pytest
+from make_targets import build_site
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -47,15 +44,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The folder of the site, built by the Makefile's own command."""
-    out, trees = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("trees")
-    command = re.search(r"^SITE := python (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    words = [sys.executable, *shlex.split(command.replace("build/doctrees", str(trees))), str(out)]
-    nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
-    env = os.environ | nowhere | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    return out
+    return build_site(tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("trees"))
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from diva_lab.models.teacher import Teacher
 from diva_lab.objectives.step import Step
 from diva_lab.training.batches import Batches
 from diva_lab.training.build import make_step
-from diva_lab.training.progress import Progress, Stop
+from diva_lab.training.progress import Progress, Stop, Stopped
 from diva_lab.training.runs import Run
 from diva_lab.training.settings import LoopSettings, Settings, learning_rate
 from diva_lab.training.tracking import Track, ignore, track_run
@@ -446,14 +446,14 @@ def train(
     if trainer.rank == 0 and trainer.stopping:
         print(f"{run.id}: stopped after {done} of {settings.steps} steps; run again, it goes on from there", flush=True)
     if trainer.stopping:
-        raise KeyboardInterrupt
+        raise Stopped
     if trainer.rank == 0 and len(broken := run.skipped()):
         print(f"{run.id}: skipped {len(broken)} images, see {run.folder / 'skipped.jsonl'}", flush=True)
     if trainer.rank == 0:
         run.finish()
     trainer.accelerator.wait_for_everyone()
     if trainer.stop.asked:  # in the last step, too late
-        raise KeyboardInterrupt
+        raise Stopped
     return run
 
 
