@@ -114,6 +114,7 @@ def test_processes_stop_together_and_go_on_to_the_same_bits_and_all_see_a_gradie
     assert not broken.done and list(broken.metrics()["step"]) == [0]
 
 
+@pytest.mark.slow
 def test_the_command_trains_both_stages_of_a_preset_in_two_processes(tmp_path):
     (tmp_path / "cc3m").mkdir()
     for k, pixels in enumerate(pictures(8)):
