@@ -113,7 +113,7 @@ def predict_clean(
 
 
 def draw_images(
-    denoiser: Denoiser, conditions: Conditions, seed: int = 0, guidance: float = 3.0, steps: int = 30
+    denoiser: Denoiser, conditions: Conditions, seed: int = 0, guidance: float = 3.0, steps: int = 20
 ) -> dict[str, Picture]:
     """What the denoiser draws from the same noise under each condition: of an embedding, what the encoder saw.
 

