@@ -544,9 +544,7 @@ def load_dataset(source: str):
     splits = found if isinstance(found, dict) else {str(found.split or "train"): found}
     split = split or (next(iter(splits)) if len(splits) == 1 else "train")
     if split not in splits:
-        raise ValueError(
-            f"images={source!r}: no split {split!r}; expected one of {', '.join(splits)}, as hf:NAME:SPLIT"
-        )
+        raise ValueError(f"images={source!r}: no split {split!r}; {messages.expected(split, splits)}, as hf:NAME:SPLIT")
     return splits[split]
 
 

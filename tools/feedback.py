@@ -35,6 +35,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from diva_lab import messages
 from diva_lab.analysis.alignment import alignment_report
 from diva_lab.analysis.readability import DRAWS, Instrument, readability, world_pairs_in_memory
 from diva_lab.evaluation.shift import shift_report
@@ -476,7 +477,7 @@ def read_rows(names: Sequence[str]) -> Iterator[Row]:
         objective, _, alignment = name.partition("/")
         rows = [row for row in all_rows() if objective in ("", row.objective) and alignment in ("", row.alignment)]
         if not rows:
-            raise ValueError(f"unknown row {name!r}; expected one of {', '.join(map(str, all_rows()))}")
+            raise ValueError(f"unknown row {name!r}; {messages.expected(name, map(str, all_rows()))}")
         yield from rows
 
 

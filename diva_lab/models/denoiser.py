@@ -17,6 +17,8 @@ from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
+from diva_lab import messages
+
 TARGETS = ("noise", "velocity")
 LEAST_SIGNAL = 0.02  # from which on clean latents can be told from a prediction
 
@@ -184,7 +186,7 @@ class Denoiser(nn.Module):
             ValueError: for another kind.
         """
         if kind not in TARGETS:
-            raise ValueError(f"unknown target {kind!r}; expected one of {', '.join(TARGETS)}")
+            raise ValueError(f"unknown target {kind!r}; {messages.expected(kind, TARGETS)}")
         if kind == "noise":
             return noise
         signal, sigma, x0, noise = self._rounded(t, x0, noise)
