@@ -222,7 +222,8 @@ def test_clean_latents_follow_from_the_noise_that_was_added(denoiser, noised):
 def test_images_of_the_tiny_world_survive_the_autoencoder():
     images = torch.from_numpy(World().render(draw_scenes(8, 0))).permute(0, 3, 1, 2).float() / 255
     tiny = load_denoiser("tiny")
-    assert (tiny.decode(tiny.latents(images)) - images).abs().mean() < 0.03
+    decoded = tiny.decode(tiny.latents(images))
+    assert (decoded - images).abs().mean() < 0.2 * (images.roll(1, 0) - images).abs().mean()
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
