@@ -5,6 +5,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
+from diva_lab.paths import DATA, ROOT
 from tools import feedback
 from tools.feedback import ALIGNMENTS, OBJECTIVES, RATE_SEED, RIVALS, Plan, Row, all_rows, choose_trial, read_rows
 
@@ -124,6 +125,22 @@ def test_a_row_of_the_released_code_differs_in_what_it_names_alone():
         one, other = (made.stage_2(Row(objective, "anchored"), 1e-4, 0) for objective in (name, base))
         follow = ("evaluate_every", "save_every") if "steps" in change else ()
         assert one != other and replace(one, **{key: getattr(other, key) for key in (*change, *follow)}) == other
+
+
+def test_the_table_of_the_method_page_is_that_of_the_record():
+    page = (ROOT / "docs" / "method.md").read_text().partition("<!-- released")[2].partition("<!-- /released")[0]
+    shown = [[cell.strip() for cell in line.split("|")[2:-1]] for line in page.splitlines() if line.startswith("| ")][
+        1:
+    ]
+    scores = ["pairs/mean", "probe/mean", "zeroshot", "nmi"]
+    released = pd.read_csv(DATA / "results" / "feedback_released.csv").set_index("objective")
+    curve = pd.read_csv(DATA / "results" / "feedback.csv").query("objective == 'diva' and alignment == 'anchored'")
+    rows = [curve.query("seed == 0").iloc[k][scores] for k in (0, -1)]
+    for name in [name for name in feedback.RELEASED if name in released.index]:
+        row = released.loc[name]
+        rows.append(["diverged"] * 4 if row["diverged"] else row[scores])
+    expected = [[v if isinstance(v, str) else f"{100 * v:.1f}" for v in row] for row in rows]
+    assert shown == expected
 
 
 def test_a_row_with_a_rate_of_its_own_takes_it_without_a_trial(plan):
