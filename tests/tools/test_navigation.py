@@ -17,8 +17,8 @@ def test_links_contents_and_cost_are_as_the_tool_writes_them(path):
     assert before == after, "write them again: python -m tools.navigation"
 
 
-def test_every_notebook_has_a_cost_and_links_to_its_neighbours():
-    assert [path.name[:2] for path in NOTEBOOKS] == list(COSTS)
+def test_every_notebook_links_to_its_neighbours():
+    assert set(COSTS) <= {path.name[:2] for path in NOTEBOOKS}
     for k, path in enumerate(NOTEBOOKS):
         cells = nbformat.read(path, 4).cells
         for cell in (cells[1], cells[-1]):
