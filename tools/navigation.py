@@ -15,8 +15,8 @@ from diva_lab.workbook.outputs import HEADING
 
 PAPERS = "[DIVA](https://arxiv.org/abs/2407.20171) and [DCR](https://arxiv.org/abs/2603.04803)"
 COSTS: dict[str, tuple[int, int, float]] = {  # of those that were measured, by papermill with one thread: minutes of a
-    # processor, the same where notebook 02 ran before (its run is shared), and peak memory in GB; of the 500 steps of DIVA
-    # 25 were run, and a step was timed
+    # processor, the same where notebook 02 ran before (its run is shared), and peak memory in GB. Of the 500 steps of
+    # DIVA 25 were run, and a step was timed.
     "00": (1, 1, 1.2), "01": (2, 2, 1.2), "02": (8, 8, 1.3), "03": (2, 2, 1.5), "04": (8, 1, 1.2), "05": (1, 1, 1.4),
 }  # fmt: skip
 ENDS = ("contents", "next")  # of the ids of both cells
