@@ -119,8 +119,8 @@ def evaluate(
     """One row for each encoder, benchmark, set, metric and category: `COLUMNS` and `FACTS`.
 
     Of a second encoder on, mmvp-vlm and the benchmarks of captions have rows of paired differences, of the category
-    `against FIRST` or `against FIRST, PART`: METRIC and `METRIC, p`, and where every item is a unit `METRIC, gained` and
-    `METRIC, lost` (shares of the items; p is then McNemar's exact one). Averages are rows of the set `27 sets` or
+    `against FIRST` or `against FIRST, PART`: METRIC and `METRIC, p`; where every item is a unit also `METRIC, gained`
+    and `METRIC, lost` (shares of the items), and p is McNemar's exact one. Averages are rows of the set `27 sets` or
     `6 sets`, where this call measured all of them; n is their number. A set of `CLASSIFICATION_SETS` that lacks classes
     says so in `set`, and does not count.
 
