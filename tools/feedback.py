@@ -12,11 +12,12 @@ A row is an objective after an alignment, as `diva/anchored`; `diva` or `/anchor
 `un2clip` and `kuea` read no projector: their rows are `caption-contrast/none` and so on. Every finished run is put on
 record under data/results/records; a run on record is not run again. Parts may run side by side on rows of their own.
 
-The rate of a row is the one with the highest pair score among those that end within 5 points of the original's
-zero-shot accuracy; if there is none, the one with the highest sum of both. A rate at an end of its grid widens it. The
-rates are chosen after the anchored and after the image-only alignment; an unpaired row takes the anchored one's, a
-placebo the image-only one's, and a row of `RELEASED` that of the row from which it differs. DCR and its guided form
-take the paper's. A run whose zero-shot accuracy falls below 70 % has diverged and is stopped.
+The rate of a row is the one with the highest pair score among those that end within 5 points of the original's zero-
+shot accuracy; if there is none, the one with the highest sum of both. A rate at an end of its grid widens it, but for
+un2clip and kuea, which at no rate raise the score: they would always ask for a smaller one. The rates are chosen after
+the anchored and after the image-only alignment; an unpaired row takes the anchored one's, a placebo the image-only
+one's, and a row of `RELEASED` that of the row from which it differs. DCR and its guided form take the paper's. A run
+whose zero-shot accuracy falls below 70 % has diverged and is stopped.
 
 At its end each run is measured at `MIXES` too: between the original's weights and its own (`tuned_encoder`). The row
 `diva, mixed` chooses rate and mix together: the highest pair score within 2 points of the original's zero-shot accuracy
@@ -310,7 +311,7 @@ def choose_trial(plan: Plan, row: Row, report: Report | None = None) -> tuple[pd
         return pd.Series({"lr": own, "mix": 1.0}), pd.DataFrame()
     row = rate_row(row)
     grid, chosen = sorted(plan.rates or RATES[row.objective]), None
-    for _ in range(plan.wider + 1):
+    for _ in range(1 if row.objective in RIVALS else plan.wider + 1):
         trials = trial_rows(plan, row, grid, report)
         if trials is None:
             return None, pd.DataFrame()
