@@ -1,0 +1,165 @@
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from diva_lab import plan as planning
+from diva_lab.benchmark import ATTENTION, LiveBytes
+from diva_lab.cli import main
+from diva_lab.models import frozen
+from diva_lab.models.encoders import load_encoder
+from diva_lab.models.registry import load_denoiser
+from diva_lab.plan import (
+    DEVICES,
+    REACHED,
+    StagePlan,
+    count_live,
+    describe_start,
+    largest,
+    open_models,
+    plan_stage,
+    read_rate,
+)
+from diva_lab.training.loop import Trainer
+from diva_lab.training.settings import Settings
+from diva_lab.training.stages import align, stage_one, tune
+
+SMALL = Settings(objective="dcr", projector="new", batch=3, steps=1, precision="no")
+CASES = {  # stage, settings
+    "DCR": (2, SMALL),
+    "DCR, a row at a time": (2, replace(SMALL, rows=1)),
+    "DIVA, all weights": (2, replace(SMALL, objective="diva", lora_rank=0, train_projector=True, condition="recap")),
+    "DIVA in bfloat16": (2, replace(SMALL, objective="diva", precision="bf16")),
+    "stage 1, anchored": (1, replace(SMALL, anchor="captions", draws=1)),
+    "stage 1 of a light denoiser": (1, replace(SMALL, objective="genhancer", denoiser="light-tiny", draws=1)),
+}
+
+
+def small_plan(stage: int, settings: Settings) -> StagePlan:
+    settings = stage_one(settings) if stage == 1 else settings
+    models = open_models(settings, stage, load_encoder(settings.encoder), load_denoiser(settings.denoiser))
+    return plan_stage(settings, stage, models=models)
+
+
+def measure(stage: int, settings: Settings, folder) -> tuple[int, int, int]:
+    """FLOPs, evaluations of the denoiser and the most bytes alive at once in the micro-batch of a run of one step."""
+    found, compute, calls = [], Trainer._gradients_of_terms, []
+
+    def measured(trainer: Trainer, step: int):
+        network, _ = trainer.work.denoiser.network, trainer.work.denoiser.empty  # encoded once in a run
+        network.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+        with LiveBytes() as live, FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+            out = compute(trainer, step)
+        found.extend([counter.get_total_flops(), sum(calls), live.peak])
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_gradients_of_terms", measured)
+        patch.setattr(frozen, "attend", F.scaled_dot_product_attention)  # as on a GPU
+        (align if stage == 1 else tune)(settings, folder)
+    return tuple(found)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_plan_counts_the_flops_and_evaluations_of_a_run_exactly_and_its_memory_to_a_seventh(case, tmp_path):
+    stage, settings = CASES[case]
+    flops, evaluations, live = measure(stage, settings, tmp_path)
+    plan = small_plan(stage, settings)
+    assert (plan.flops, plan.evaluations) == (flops, evaluations)
+    assert plan.memory() - plan.models.weights - plan.kept == pytest.approx(live, rel=0.15)
+
+
+def test_weights_and_what_the_optimizer_keeps_are_those_of_the_run(tmp_path):
+    settings = replace(SMALL, objective="diva", lora_rank=0)
+    run = tune(settings, tmp_path)
+    plan, trained = small_plan(2, settings), sum(w.numel() * 4 for w in run.weights().values())
+    moments = [x for state in run.state()["optimizer"]["state"].values() for x in state.values() if x.ndim]
+    kept = sum(x.numel() * 4 for x in moments)
+    assert plan.disk == trained + kept and plan.kept == kept + trained  # and the gradient
+    accumulating = plan_stage(replace(settings, accumulate=2), 2, models=plan.models)
+    assert accumulating.kept == plan.kept + trained and accumulating.total == 2 * plan.total
+    encoder, denoiser = load_encoder("tiny"), load_denoiser("tiny")
+    frozen_weights = sum(p.numel() * 4 for part in (encoder, denoiser) for p in part.parameters())
+    assert plan.models.weights == frozen_weights + sum(p.numel() * 4 for p in plan.models.conditioner.parameters())
+
+
+@pytest.mark.parametrize(("name", "rows"), [("batch", 0), ("batch", 1), ("rows", 1)])
+def test_the_largest_that_fits_is_the_last_that_fits(name, rows):
+    plan = small_plan(2, replace(SMALL, batch=12))
+    beside = plan.models.weights + plan.kept
+    room = (
+        beside + count_live(replace(plan.settings, batch=40 if name == "batch" else 12, rows=rows), plan.models) * 1.7
+    )
+    most = largest(plan, name, rows, room)
+    live = [count_live(replace(plan.settings, **{"rows": rows, name: n}), plan.models) for n in (most, most + 2)]
+    assert beside + live[0] <= 1.02 * room and 1.02 * (beside + live[1]) >= room
+    assert largest(plan, name, rows, beside) == 0
+
+
+def test_hours_follow_from_a_rate_that_is_given_or_was_measured(tmp_path):
+    plan = small_plan(2, replace(SMALL, steps=10))
+    assert plan.hours(plan.flops) == pytest.approx(10 / 3600)
+    record = tmp_path / "out.json"
+    main(["benchmark", "diva-step", "--batch", "2", "--rounds", "1", "--only", "exact", "--json", str(record)])
+    assert 1e7 < read_rate(str(record)) < 1e14 and read_rate("65") == 65e12
+    for wrong in ("fast", "-1", "nan", str(tmp_path)):
+        with pytest.raises(ValueError, match=r"expected TFLOP/s as 65, or a file of `diva-lab benchmark"):
+            read_rate(wrong)
+
+
+def test_before_the_first_step_a_gpu_that_is_known_has_hours_and_another_device_none(monkeypatch):
+    plan = small_plan(2, replace(SMALL, steps=10))
+    plan = replace(plan, settings=replace(plan.settings, steps=10**9))
+    said = describe_start(plan, torch.device("cpu"))
+    assert said.startswith("stage 2: 1000000000 steps of 3 images, 12 evaluations") and "hours" not in said
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    hours = plan.hours(REACHED * DEVICES["H100"][1])
+    assert f"about {hours:.0f} GPU hours at 206 TFLOP/s" in describe_start(plan, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["resnet-dcr"], "unknown preset 'resnet-dcr'"),
+        (["openai-l14-dcr", "--device", "H10"], "--device H10: did you mean 'H100'?"),
+        (["openai-l14-dcr", "--rate", "quick"], "--rate quick: expected TFLOP/s"),
+        (["openai-l14-dcr", "--processes", "3"], "cannot be shared by 3 processes"),
+        (["openai-l14-dcr", "--set", "denoiser=sd15"], "no plan for denoiser 'sd15'"),
+        (["openai-l14-dcr", "--set", "encoder=tiny"], "no plan for encoder 'tiny'"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(words, message, capsys):
+    assert main(["plan", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_plan_changes_no_global_draw_and_leaves_dcr_as_it_was():
+    module = planning.importlib.import_module("diva_lab.objectives.dcr")
+    before, by_rows = torch.get_rng_state(), module.by_rows
+    small_plan(2, replace(SMALL, rows=1))
+    assert torch.equal(torch.get_rng_state(), before) and module.by_rows is by_rows
+    assert isinstance(load_encoder("tiny").proj.weight, nn.Parameter)
+
+
+# --- at real size -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_preset_is_planned_at_real_size_without_any_file(capsys):
+    assert main(["plan", "openai-l14-dcr", "--processes", "4", "--device", "H100"]) == 0
+    print(said := capsys.readouterr().out)
+    rows = {line[:44].strip(): line[44:].split() for line in said.splitlines()[1:]}
+    assert rows["images a step: batch x accumulate x process"] or rows
+
+
+@pytest.mark.slow
+def test_training_says_what_a_preset_costs_before_it_starts(capsys, tmp_path):
+    assert main(["train", "--preset", "openai-l14-dcr", "--shards", "world", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert [line[:43] for line in said.out.splitlines()] == [
+        "stage 1: 100000 steps of 256 images, 256 eva", "stage 2: 4600 steps of 256 images, 4352 eva"
+    ]  # fmt: skip
+    assert "no weights" in said.err
