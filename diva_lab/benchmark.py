@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
+from diva_lab import messages
 from diva_lab.evaluation.features import FeatureStore
 from diva_lab.evaluation.world import world_report
 from diva_lab.gradients import combine, measure, term_gradients
@@ -636,7 +637,7 @@ def run_benchmark(
     scale = scale or ("l14" if what == "evaluate" else "tiny")
     scales = [name for name in SCALES if name != "l14" or what == "evaluate"]
     if scale not in scales:
-        raise ValueError(f"--scale {scale}: expected one of {', '.join(scales)} for {what}")
+        raise ValueError(f"--scale {scale}: {messages.expected(scale, scales)} for {what}")
     torch.set_num_threads(threads or torch.get_num_threads())
     # many variants run in turn: oneDNN keeps the kernels of all of them, as it keeps those of a single training
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")

@@ -13,6 +13,7 @@ from diva_lab.image_files import (
     dealt_order,
     find_images,
     find_tars,
+    is_dataset,
     load_dataset,
     read_caption,
     read_tars,
@@ -112,7 +113,7 @@ def list_captions(source: str, column: str = "") -> list[str]:
         FileNotFoundError, ValueError: where there is none, or no caption in it.
     """
     path = Path(source)
-    if source.startswith("hf:"):
+    if is_dataset(source):
         rows = load_dataset(source)
         texts = [(text or "").strip() for text in rows[text_column(source, rows, column)]]
     elif source.endswith(".tar") and not path.is_dir():
@@ -146,7 +147,7 @@ def open_captions(
     if chosen.endswith(".txt") or Path(chosen).is_file():
         texts = _read_lines(Path(chosen))
     else:
-        if not source.startswith("hf:"):
+        if not is_dataset(source):
             refuse_column(source, chosen)
         if (world := named_world(source)) is not None:
             return _world_captions(world, n, seed, first, rank, mentions)

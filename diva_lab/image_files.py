@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from hashlib import blake2b
-from itertools import accumulate, count, groupby, islice
+from itertools import accumulate, chain, count, groupby, islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from diva_lab import messages
+from diva_lab import messages, remote
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # of several images of one name in a tar the first of these wins
 OTHER_SUFFIXES = (".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jfif", ".svg")  # never handed out
@@ -239,28 +239,25 @@ def find_tars(source: str) -> list[str]:
     """The webdataset tars that a path, a glob or a brace range names.
 
     A path that exists is taken as it is, and so are the existing folders that a pattern begins with: `[`, `{` and `*`
-    have a meaning only behind them.
+    have a meaning only behind them. A URL has one of the schemes of `remote.SCHEMES`.
 
     Raises:
         FileNotFoundError: where there is none; of CC3M's it says what fetches them.
-        ValueError: for braces that cannot be understood.
+        ValueError: for braces that cannot be understood; for another scheme.
+        ModuleNotFoundError, ConnectionError: as `remote.list_shards`.
     """
-    import braceexpand
-
+    if remote.scheme_of(source):
+        found = [url for name in _expand_braces(source, source) for url in remote.list_shards(name)]
+        if not found:
+            raise FileNotFoundError(f"images={source!r}: no such tar; expected webdataset shards")
+        return found
     place, rest = Path(), list(Path(source).parts)
     while rest and os.path.exists(place / rest[0]):
         place /= rest.pop(0)
     if not rest:
         return [str(place)]
-    pattern, names = "/".join(rest), []
-    try:
-        if all(abs(int(a) - int(b)) < MAX_TARS for a, b in re.findall(r"{(-?\d+)\.\.(-?\d+)", pattern)):
-            names = list(islice(braceexpand.braceexpand(pattern), MAX_TARS + 1))
-    except ValueError as error:
-        raise ValueError(f"images={source!r}: {error}; expected a brace range such as {{0000..0575}}") from error
-    if not 0 < len(names) <= MAX_TARS:
-        raise ValueError(f"images={source!r}: more than {MAX_TARS} names; expected a smaller range, or *.tar")
     root = glob.escape(str(place)) if place.parts else ""
+    names = _expand_braces(source, "/".join(rest))
     found = [path for name in names for path in sorted(glob.glob(os.path.join(root, name)))]
     if not found:
         whole, fetch = Path(source), ""
@@ -270,6 +267,20 @@ def find_tars(source: str) -> list[str]:
             f"images={source!r}: no such tar{messages.read_from(source)}; expected webdataset shards{fetch}"
         )
     return found
+
+
+def _expand_braces(source: str, pattern: str) -> list[str]:
+    import braceexpand
+
+    names = []
+    try:
+        if all(abs(int(a) - int(b)) < MAX_TARS for a, b in re.findall(r"{(-?\d+)\.\.(-?\d+)", pattern)):
+            names = list(islice(braceexpand.braceexpand(pattern), MAX_TARS + 1))
+    except ValueError as error:
+        raise ValueError(f"images={source!r}: {error}; expected a brace range such as {{0000..0575}}") from error
+    if not 0 < len(names) <= MAX_TARS:
+        raise ValueError(f"images={source!r}: more than {MAX_TARS} names; expected a smaller range, or *.tar")
+    return names
 
 
 def tar_members(file: BinaryIO) -> Iterator[tuple[str, Place | ValueError]]:
@@ -350,13 +361,14 @@ def choose_images(key: str, members: Sequence[tuple[str, Place]]) -> tuple[list[
     return found, left_out
 
 
-def _tar_items(tar: str, read: bool) -> Iterator[Sample | LeftOut]:
+def _tar_items(tar: str, path: str | Path, read: bool) -> Iterator[Sample | LeftOut]:
+    """The samples of a tar, which is read from `path`, and what is left out."""
     aside: list[LeftOut] = []
     try:
-        with open_regular(tar) as file:
+        with open_regular(path) as file:
             for key, group in groupby(keyed_members(file, aside), key=lambda member: member[0]):
                 images, beside = choose_images(key, [member[1:] for member in group])
-                yield from (_tar_sample(file, image, read) for image in images)
+                yield from (_tar_sample(tar, file, image, read) for image in images)
                 yield from (LeftOut(f"{tar}: {name}", reason) for name, reason in aside + beside)
                 aside.clear()
     except (ValueError, OSError) as error:
@@ -385,12 +397,12 @@ def read_caption(data: bytes) -> str | None:
         return data.decode("utf-8-sig").strip() or None
 
 
-def _tar_sample(file: BinaryIO, image: TarImage, read: bool) -> Sample:
+def _tar_sample(tar: str, file: BinaryIO, image: TarImage, read: bool) -> Sample:
     def data(place: Place) -> bytes:
         file.seek(place.offset)
         return file.read(place.size)
 
-    name, text = f"{file.name}: {image.name}", image.parts.get("txt")
+    name, text = f"{tar}: {image.name}", image.parts.get("txt")
     if isinstance(image.place, ValueError) or not read:
         return Sample(image.place, name)
     return Sample(data(image.place), name, read_caption(data(text)) if text else None)
@@ -399,10 +411,23 @@ def _tar_sample(file: BinaryIO, image: TarImage, read: bool) -> Sample:
 def tar_images(tar: str, read: bool = True) -> Iterator[Sample]:
     """A tar's images with their captions, in its order; what follows a cut counts as one broken sample.
 
-    Without `read` the samples are only to be counted: nothing but the tar's headers is read.
+    Without `read` the samples are only to be counted: nothing but the tar's headers is read. One that `remote` fetches
+    is fetched whole all the same.
     """
+    if not remote.scheme_of(tar):
+        yield from _tar_samples(tar, tar, read)
+        return
+    number = count()
+    with remote.fetch(tar) as path:
+        for sample in _tar_samples(tar, path, read):
+            next(number)
+            yield sample
+    remote.remember_length(tar, next(number))
+
+
+def _tar_samples(tar: str, path: str | Path, read: bool) -> Iterator[Sample]:
     sample, left_out = None, []
-    for item in _tar_items(tar, read):
+    for item in _tar_items(tar, path, read):
         if isinstance(item, LeftOut):
             left_out.append(item)
             continue
@@ -419,25 +444,40 @@ def tar_images(tar: str, read: bool = True) -> Iterator[Sample]:
 @functools.cache
 def _length(tar: str) -> int:
     """How many samples `tar_images` makes of a tar, broken ones included."""
+    if remote.scheme_of(tar) and (known := remote.known_length(tar)) is not None:
+        return known
     return sum(1 for _ in tar_images(tar, read=False))
 
 
 def read_tars(
-    shards: list[str], seed: int = 0, first: int = 0, rank: int = 0, processes: int = 1, epochs: int | None = None
-) -> Iterator[Sample]:
+    shards: list[str], seed: int = 0, first: int = 0, rank: int = 0, processes: int = 1, epochs: int | None = None,
+    resampled: bool = False,
+) -> Iterator[Sample]:  # fmt: skip
     """The images in a process's tars, from the sample number `first` on, over so many epochs (None: endless).
 
-    The order of the shards is new each epoch, every process takes its part of it, and the samples are shuffled. Of the
-    epochs before that of `first` only the tars' headers are read.
+    The order of the shards is new each epoch, every process takes its part of it, and the samples are shuffled. Where
+    there are fewer shards than processes, each process reads all of them and takes its part of every shard's samples.
+    With `resampled` a process draws its shards with replacement, as many an epoch as it would have. Of the epochs
+    before that of `first` only the tars' headers are read.
     """
     import webdataset as wds
 
-    def order(epoch: int) -> list[str]:
-        return [shards[i] for i in np.random.default_rng((seed, epoch)).permutation(len(shards))[rank::processes]]
+    few = len(shards) < processes
+
+    def order(epoch: int) -> list[tuple[str, int, int]]:
+        """Tars, each with the first of its samples that is taken, and the step to the next ones."""
+        if resampled:
+            drawn = np.random.default_rng((seed, epoch, rank)).integers(len(shards), size=-(-len(shards) // processes))
+            return [(shards[i], 0, 1) for i in drawn]
+        drawn = np.random.default_rng((seed, epoch)).permutation(len(shards))
+        if few:
+            return [(shards[i], (rank + k) % processes, processes) for k, i in enumerate(drawn)]
+        return [(shards[i], 0, 1) for i in drawn[rank::processes]]
 
     def samples(start: int) -> Iterator[Sample]:
         for epoch in islice(count(start), epochs):
-            found = (sample for tar in order(epoch) for sample in tar_images(tar))
+            taken = (islice(tar_images(tar), begin, None, step) for tar, begin, step in order(epoch))
+            found = chain.from_iterable(taken)
             sample = None
             for sample in wds.shuffle(1000, seed=(seed * 100_003 + epoch) * processes + rank)(found):
                 yield sample
@@ -447,7 +487,7 @@ def read_tars(
     start = 0
     while first:
         length = 0
-        for length in accumulate(map(_length, order(start))):
+        for length in accumulate(len(range(a, _length(tar), b)) for tar, a, b in order(start)):
             if length > first:
                 break
         if not 0 < length <= first:  # it lies in this epoch; or there is no image, as `samples` will say
@@ -467,6 +507,11 @@ def dealt_order(length: int, seed: int, first: int, rank: int, processes: int) -
 
 
 # --- Hugging Face datasets --------------------------------------------------------------------------------------
+
+
+def is_dataset(source: str) -> bool:
+    """Whether a source is a Hugging Face dataset; `hf://` is a place of files."""
+    return source.startswith("hf:") and not source.startswith("hf://")
 
 
 def load_dataset(source: str):
@@ -499,9 +544,7 @@ def load_dataset(source: str):
     splits = found if isinstance(found, dict) else {str(found.split or "train"): found}
     split = split or (next(iter(splits)) if len(splits) == 1 else "train")
     if split not in splits:
-        raise ValueError(
-            f"images={source!r}: no split {split!r}; expected one of {', '.join(splits)}, as hf:NAME:SPLIT"
-        )
+        raise ValueError(f"images={source!r}: no split {split!r}; {messages.expected(split, splits)}, as hf:NAME:SPLIT")
     return splits[split]
 
 

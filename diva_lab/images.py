@@ -13,8 +13,9 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import chain, count, islice
+from multiprocessing import get_context
 from pathlib import Path
 from threading import Lock
 
@@ -26,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from diva_lab import messages
+from diva_lab import messages, remote
 from diva_lab.captions import folder_captions, mention_details, refuse_column
 from diva_lab.image_files import (
     SUFFIXES,
@@ -40,6 +41,7 @@ from diva_lab.image_files import (
     draw_box,
     find_images,
     find_tars,
+    is_dataset,
     open_dataset,
     read_tars,
 )
@@ -102,11 +104,11 @@ def _crop_draws(crop: Crop, number: int) -> np.random.Generator | None:
     return None if crop is None else np.random.default_rng((*crop, number))
 
 
-def _decoded(samples: Iterator[tuple], px: int, n: int, source: str, captioned: bool) -> Iterator[Batch]:
-    """Batches of `n` of the samples and their draws, decoded by threads, the next one while the last is used."""
+def _decoded(samples: Iterator[tuple], px: int, n: int, source: str, captioned: bool, workers: int) -> Iterator[Batch]:
+    """Batches of `n` of the samples and their draws, decoded in a pool, the next one while the last is used."""
     images, texts, skipped, taken = [], [], [], 0  # the batch so far
     unread = []  # the broken ones since the last readable image
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn")) if workers else ThreadPoolExecutor(os.cpu_count()) as pool:
         for sample, image, reason in _decode_ahead(samples, px, 2 * n, pool):
             taken += 1
             if captioned and not sample.caption and not reason:
@@ -127,11 +129,11 @@ def _decoded(samples: Iterator[tuple], px: int, n: int, source: str, captioned: 
 
 
 def _decode_ahead(
-    samples: Iterator[tuple[Sample, np.random.Generator | None]], px: int, ahead: int, pool: ThreadPoolExecutor
+    samples: Iterator[tuple[Sample, np.random.Generator | None]], px: int, ahead: int, pool: Executor
 ) -> Iterator[tuple[Sample, np.ndarray | None, str]]:
     """Each sample without its data, its image or None, and why there is none; `ahead` of them are being decoded."""
     queue: deque = deque()
-    large = Lock()
+    large = Lock() if isinstance(pool, ThreadPoolExecutor) else None
     for sample, random in samples:
         queue.append((sample._replace(data=b""), pool.submit(decode_square, sample.data, px, large, random)))
         if len(queue) <= ahead:
@@ -163,14 +165,17 @@ def open_images(
     captions: str | None = None,
     mentions: float = 1.0,
     crop: Crop = None,
+    resampled: bool = False,
+    workers: int = 0,
 ) -> Images:
     """Endless batches of `n` images, uint8 [n, 3, px, px], from the sample `first` on; each process has its own.
 
     Args:
-        source: `world` or `world:SEED`; a folder, searched at every depth; webdataset tars as a path, a glob
-            (`cc3m/cc3m-train-*.tar`) or a brace range (`{0000..0575}`); or `hf:FOLDER_OR_ID[:SPLIT]`, a Hugging Face
-            dataset that was saved to disk, a folder that `datasets.load_dataset` reads, or one of the hub. Its images
-            are the first column of type `datasets.Image`, its split is `train` or the only one.
+        source: `world` or `world:SEED`; a folder, searched at every depth; webdataset tars as a path or a URL of
+            `remote.SCHEMES`, with a glob (`cc3m/cc3m-train-*.tar`) or a brace range (`{0000..0575}`); or
+            `hf:FOLDER_OR_ID[:SPLIT]`, a Hugging Face dataset that was saved to disk, a folder that
+            `datasets.load_dataset` reads, or one of the hub. Its images are the first column of type `datasets.Image`,
+            its split is `train` or the only one.
         px: side of the images in pixels; the world renders at 32.
         first: `position` of the process's `Images` when it was left, with the same `n`.
         captions: None for images alone; "" for captions too, or of a Hugging Face dataset the name of their column
@@ -179,29 +184,28 @@ def open_images(
         mentions: the world's captions mention each detail with p ~ U(0, mentions), drawn for each image.
         crop: None for the square at an image's centre; or numbers, of which with that of the sample the draws of
             `crop_square` are made.
+        resampled: whether each process draws its tars with replacement; read of tars alone.
+        workers: processes that decode; 0 for threads. The images and their order are the same.
 
     Raises:
         FileNotFoundError: where there is no such folder, tar or dataset, no image in it, or no caption asked for.
         ValueError: for a source that cannot be understood, and when a hundred samples in a row cannot be read.
+        ConnectionError: where a tar cannot be fetched.
     """
     source = str(source)
-    if not source.startswith("hf:"):
+    if not is_dataset(source):
         refuse_column(source, captions)
     if (world := named_world(source)) is not None:
         mentioned = None if captions is None else mentions
         return Images(_world_batches(world, n, seed, first, rank, mentioned, crop), first)
     left_out: list[LeftOut] = []
-    if source.startswith("hf:"):
+    if is_dataset(source):
         rows = open_dataset(source, captions)
         order = dealt_order(len(rows), seed, first, rank, processes)
         samples = _dataset_samples(rows, order, source)
     elif source.endswith(".tar") and not Path(source).is_dir():
-        shards = find_tars(source)
-        if len(shards) < processes:
-            raise ValueError(f"images={source!r}: {len(shards)} tars for {processes} processes; expected one each")
-        samples = read_tars(shards, seed, first, rank, processes)
-        if captions is not None:
-            samples = _require_caption(samples, source)
+        samples = read_tars(find_tars(source), seed, first, rank, processes, resampled=resampled)
+        samples = samples if captions is None else _require_caption(samples, source)
     else:
         files, left_out = _folder_images(source)
         texts = {} if captions is None else folder_captions(Path(source), files)
@@ -209,11 +213,13 @@ def open_images(
         samples = (Sample(Place(str(file)), str(file), texts.get(file)) for file in order)
     told = left_out if first == 0 and rank == 0 else []
     drawn = ((sample, _crop_draws(crop, first + i)) for i, sample in enumerate(samples))
-    return Images(_decoded(drawn, px, n, source, captions is not None), first, told)
+    return Images(_decoded(drawn, px, n, source, captions is not None, workers), first, told)
 
 
 def _folder_images(source: str) -> tuple[list[Path], list[LeftOut]]:
     """The images in a folder and what was left out; refused where there is none, saying what there is instead."""
+    if remote.scheme_of(source):
+        raise ValueError(f"images={source!r}: of a URL only webdataset tars are read; expected one that ends in .tar")
     if not source.strip() or not os.path.isdir(source):
         found = "a file, not a folder" if os.path.exists(source) else "empty"
         if source.strip() and not os.path.exists(source):

@@ -4,12 +4,14 @@ Nothing is run and nothing fetched: notebooks show the outputs that they hold, f
 and fonts are the theme's own files.
 """
 
+import re
 import tomllib
 from pathlib import Path
 from urllib.parse import quote
 
 import nbformat
 from docutils import nodes
+from mdit_py_plugins.anchors.index import slugify
 from sphinx.application import Sphinx
 
 from diva_lab.workbook.page import formula_html
@@ -66,11 +68,17 @@ def launch_links(address: str, notebook: str) -> str:
     name = owner.rpartition("/")[2]
     links.append(f"[Colab](https://colab.research.google.com/github/{owner}/blob/HEAD/{notebook})")
     line = f"!git clone {address} && pip install -e {name}"
-    return f"Run it: {' · '.join(links)}. In Colab, first run `{line}`, then `%cd {name}/notebooks`.\n"
+    return f"Run it: {' · '.join(links)}. In Colab, first run `{line}`, then `%cd {name}`.\n"
 
 
 def add_parts(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Give the front page its list of all pages, and each notebook the links that open it elsewhere."""
+    """Give the front page its list of all pages, and each notebook the links that open it elsewhere.
+
+    Links between notebooks end in JupyterLab's anchors of headings; here they get this site's own.
+    """
+    if docname in PARTS["Notebooks"]:
+        anchor = r"(\]\(\d\d_\w+\.ipynb#)([^)\s]+)\)"
+        source[0] = re.sub(anchor, lambda link: f"{link[1]}{slugify(link[2])})", source[0])
     if docname in PARTS["Notebooks"] and (links := launch_links(ADDRESS, f"{docname}.ipynb")):
         notebook = nbformat.reads(source[0], as_version=4)
         notebook.cells.insert(1, nbformat.v4.new_markdown_cell(links))

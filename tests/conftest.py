@@ -1,9 +1,10 @@
 """What is skipped is printed, and must be what tests/skips.txt says.
 
 Each line of that file is `test id | reason`. A line that begins with `cuda: ` holds only where there is no CUDA device,
-one with `network: ` only where the test was skipped indeed.
+one with `network: ` or `browser: ` only where the test was skipped indeed.
 """
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -46,8 +47,8 @@ def expected_skips() -> dict[str, str]:
     expected = {}
     for line in SKIPS.read_text().splitlines() if SKIPS.exists() else []:
         if line.strip() and not line.startswith("#"):
-            test, _, reason = line.removeprefix("cuda: ").removeprefix("network: ").partition(" | ")
-            had = has_cuda() if line.startswith("cuda: ") else line.startswith("network: ") and test not in skipped
+            kind, test, reason = re.fullmatch(r"(?:(cuda|network|browser): )?(.+?) \| (.+)", line).groups()
+            had = has_cuda() if kind == "cuda" else bool(kind) and test not in skipped
             if test in ran and not had:
                 expected[test] = reason
     return expected

@@ -161,6 +161,9 @@ CHOSEN = pd.DataFrame(
     ],
     columns=["of", "choices", "size", "reported", "reported/low", "reported/high", "held"],
 )
+PATCH_COSINES = {name: 0.9 - 0.1 * RNG.random((n, n)) for name, n in (("none", 16), ("diva", 4))}
+SAID = {"none": [0.3, 0.2], "diva": [0.1, -0.2]}
+LOSSES = RNG.normal([0.03, 0.04], 0.001, (24, 2))
 ANSWERS = {"none": [["red", "red"], ["one", "two"]], "diva": [["red", "blue"], ["two", "one"]]}
 
 DRAWN = {
@@ -173,6 +176,15 @@ DRAWN = {
     "selection": lambda source="": figures.selection(CHOSEN, source),
     "answers": lambda source="": figures.answers(["Colour?", "How many?"], IMAGES, ANSWERS["diva"], ANSWERS, source),
     "patch_maps": lambda source="": figures.patch_maps(IMAGES, PATCH_MAPS, source),
+    "own_image": lambda source="": figures.own_image(
+        IMAGES[0, 0],
+        ["a photo of one", "a photo of two"],
+        SAID,
+        dict(zip(SAID, IMAGES[1], strict=True)),
+        LOSSES,
+        source,
+    ),
+    "patch_similarity": lambda source="": figures.patch_similarity(IMAGES[0, 0], PATCH_COSINES, (0.3, 0.8), source),
     "drawn_attributes": lambda source="": figures.drawn_attributes(QUALITY, {"class": 0.8}, source),
     "pair_scores": lambda source="": figures.pair_scores(REPORTS, CEILING, source),
     "radar": lambda source="": figures.radar(REPORTS, CEILING, source),

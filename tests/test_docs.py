@@ -22,6 +22,7 @@ from accelerate.commands.launch import launch_command_parser
 from diffusers import UNet2DConditionModel
 from packaging.specifiers import SpecifierSet
 from papermill.cli import papermill
+from torch.distributed.run import get_args_parser
 from torch.utils.flop_counter import FlopCounterMode
 
 from diva_lab.benchmark import SCALES
@@ -129,6 +130,18 @@ def check_accelerate(words: list[str]) -> None:
     check_diva_lab(args.training_script_args)
 
 
+def check_torchrun(words: list[str]) -> None:
+    args = get_args_parser().parse_args(words)
+    assert args.module and args.training_script == "diva_lab"
+    check_diva_lab(args.training_script_args)
+
+
+def check_sbatch(words: list[str]) -> None:
+    script = next(word for word in words if word.endswith(".sh"))
+    assert (ROOT / script).is_file()
+    check_diva_lab(["train", *words[words.index(script) + 1 :]])
+
+
 def check_papermill(words: list[str]) -> None:
     chosen = papermill.make_context("papermill", list(words)).params
     notebook = ROOT / chosen["notebook_path"]
@@ -189,7 +202,8 @@ def check_files(words: list[str]) -> None:
 
 
 CHECKS = {
-    "diva-lab": check_diva_lab, "accelerate": check_accelerate, "papermill": check_papermill, "python": check_python,
+    "diva-lab": check_diva_lab, "accelerate": check_accelerate, "torchrun": check_torchrun, "sbatch": check_sbatch,
+    "papermill": check_papermill, "python": check_python,
     "pytest": check_pytest, "hf": check_hf, "make": check_make, "docker": check_docker, "conda": check_files,
     ".": lambda words: words == [".venv/bin/activate"] or pytest.fail(str(words)),
     "mkdir": lambda words: (words[0] == "-p" and is_ignored(words[1] + "/")) or pytest.fail(str(words)),

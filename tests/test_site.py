@@ -1,12 +1,9 @@
 """The site is built as `make site` builds it, without a warning; its links hold and it loads nothing from elsewhere."""
 
 import importlib.util
-import os
 import re
-import shlex
-import subprocess
-import sys
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +11,7 @@ from urllib.parse import unquote
 
 import nbformat
 import pytest
+from make_targets import build_site
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -47,15 +45,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The folder of the site, built by the Makefile's own command."""
-    out, trees = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("trees")
-    command = re.search(r"^SITE := python (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    words = [sys.executable, *shlex.split(command.replace("build/doctrees", str(trees))), str(out)]
-    nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
-    env = os.environ | nowhere | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    return out
+    return build_site(tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("trees"))
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +53,30 @@ def pages(site) -> dict[Path, Page]:
     return {path: Page(path) for path in sorted(site.rglob("*.html"))}
 
 
-@pytest.fixture(scope="module")
-def conf() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("conf", ROOT / "docs" / "conf.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def conf(tmp_path) -> Callable[[str], ModuleType]:
+    """The site's settings as they are read where pyproject.toml holds this address of the repository, or none."""
+
+    def read(address: str) -> ModuleType:
+        (tmp_path / "docs").mkdir()
+        project = re.sub(r"^\[project\.urls\]\n(.+\n)*", "", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+        urls = f'\n[project.urls]\nRepository = "{address}"\n' if address else ""
+        (tmp_path / "pyproject.toml").write_text(project + urls)
+        (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+        shutil.copy(ROOT / "docs" / "conf.py", tmp_path / "docs")
+        spec = importlib.util.spec_from_file_location("conf", tmp_path / "docs" / "conf.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return read
+
+
+def cells_on_site(conf: ModuleType, path: Path) -> list[str]:
+    """The sources of a notebook's cells as the site's settings change them."""
+    source = [path.read_text()]
+    conf.add_parts(None, f"notebooks/{path.stem}", source)
+    return [cell.source for cell in nbformat.reads(source[0], 4).cells]
 
 
 def dead_links(pages: dict[Path, Page]) -> Iterator[str]:
@@ -144,26 +152,24 @@ def test_lines_of_training_and_hidden_code_are_folded(site):
 # --- Binder and Colab -------------------------------------------------------------------------------------------
 
 
-def test_without_the_repositorys_address_nothing_opens_a_notebook_elsewhere(conf, pages):
-    assert conf.launch_links("", "notebooks/a.ipynb") == ""
-    if not conf.ADDRESS:
-        assert not any("mybinder" in link or "colab" in link for page in pages.values() for link in page.links)
+def test_without_the_repositorys_address_nothing_opens_a_notebook_elsewhere(conf):
+    settings = conf("")
+    for path in NOTEBOOKS:
+        cells = cells_on_site(settings, path)
+        assert len(cells) == len(nbformat.read(path, 4).cells)
+        assert not any("mybinder" in source or "colab" in source for source in cells)
 
 
-def test_binder_and_colab_clone_the_repository_and_install_it(conf):
-    links = conf.launch_links("https://github.com/owner/diva-lab", "notebooks/a.ipynb")
-    assert "(https://mybinder.org/v2/gh/owner/diva-lab/HEAD?labpath=notebooks/a.ipynb)" in links
-    assert "(https://colab.research.google.com/github/owner/diva-lab/blob/HEAD/notebooks/a.ipynb)" in links
-    assert "`!git clone https://github.com/owner/diva-lab && pip install -e diva-lab`" in links
+def test_binder_and_colab_clone_the_repository_at_its_address_and_install_it(conf):
+    title, links, *rest = cells_on_site(conf("https://github.com/owner/diva-lab.git"), NOTEBOOKS[0])
+    name = f"notebooks/{NOTEBOOKS[0].name}"
+    assert title.startswith("# ") and len(rest) == len(nbformat.read(NOTEBOOKS[0], 4).cells) - 1
+    assert f"(https://mybinder.org/v2/gh/owner/diva-lab/HEAD?labpath={name})" in links
+    assert f"(https://colab.research.google.com/github/owner/diva-lab/blob/HEAD/{name})" in links
+    assert "`!git clone https://github.com/owner/diva-lab && pip install -e diva-lab`, then `%cd diva-lab`" in links
     assert "- -e ." in (ROOT / "environment.yml").read_text()  # what Binder installs
-    other = conf.launch_links("https://forge.example/owner/lab", "notebooks/a.ipynb")
-    assert "mybinder.org/v2/git/https%3A%2F%2Fforge.example%2Fowner%2Flab/HEAD" in other and "Colab" not in other
 
 
-def test_the_links_stand_under_a_notebooks_title(conf, monkeypatch):
-    monkeypatch.setattr(conf, "ADDRESS", "https://github.com/owner/diva-lab")
-    source = [NOTEBOOKS[0].read_text()]
-    conf.add_parts(None, f"notebooks/{NOTEBOOKS[0].stem}", source)
-    cells = nbformat.reads(source[0], 4).cells
-    assert cells[0].source.startswith("# ") and "mybinder" in cells[1].source
-    assert len(cells) == len(nbformat.read(NOTEBOOKS[0], 4).cells) + 1
+def test_a_forge_that_colab_does_not_read_has_a_link_to_binder_alone(conf):
+    links = cells_on_site(conf("https://forge.example/owner/lab"), NOTEBOOKS[0])[1]
+    assert "mybinder.org/v2/git/https%3A%2F%2Fforge.example%2Fowner%2Flab/HEAD" in links and "Colab" not in links

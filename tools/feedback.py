@@ -15,8 +15,8 @@ record under data/results/records; a run on record is not run again. Parts may r
 The rate of a row is the one with the highest pair score among those that end within 5 points of the original's
 zero-shot accuracy; if there is none, the one with the highest sum of both. A rate at an end of its grid widens it. The
 rates are chosen after the anchored and after the image-only alignment; an unpaired row takes the anchored one's, a
-placebo the image-only one's, and a row of `RELEASED` that of the row from which it differs, unless it sets its own. A
-run whose zero-shot accuracy falls below 70 % has diverged and is stopped.
+placebo the image-only one's, and a row of `RELEASED` that of the row from which it differs, unless it has a rate of its
+own. A run whose zero-shot accuracy falls below 70 % has diverged and is stopped.
 
 At its end each run is measured at `MIXES` too: between the original's weights and its own (`tuned_encoder`). The row
 `diva, mixed` chooses rate and mix together: the highest pair score within 2 points of the original's zero-shot accuracy
@@ -35,6 +35,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from diva_lab import messages
 from diva_lab.analysis.alignment import alignment_report
 from diva_lab.analysis.readability import DRAWS, Instrument, readability, world_pairs_in_memory
 from diva_lab.evaluation.shift import shift_report
@@ -78,7 +79,8 @@ OBJECTIVES = {  # name -> settings of stage 2; 16,000 images each
     "un2clip": DIVA | {"objective": "un2clip", "denoiser": "unclip-tiny"},
     "kuea": {"objective": "kuea", "batch": 16, "steps": 1000},
 }
-RELEASED = {  # row -> the row that it differs from in one setting of the released code, and that setting
+SHORT = {"steps": 500, "lr": 1e-5}  # of DCR's rows of the released code: a quarter of the dose, at the paper's rate
+RELEASED = {  # row -> the row that it differs from, and how: in one setting of the released code
     "diva, draws 5 to 1": ("diva", {"draw_weights": "5,1"}),
     "diva, VAE input": ("diva", {"vae_input": "imagenet"}),
     "diva, loader crop": ("diva", {"loader_crop": True}),
@@ -87,8 +89,9 @@ RELEASED = {  # row -> the row that it differs from in one setting of the releas
     "diva, noise in bf16": ("diva", {"noise_precision": "bf16"}),
     "diva, warm-up from 0": ("diva", {"warmup": 5, "warmup_zero": True}),
     "diva, SGD": ("diva", {"optimizer": "sgd", "lr": 6e-4, "clip": 0.1667}),  # as `5,1` at lr 1e-4
-    "dcr, velocity": ("dcr", {"target": "velocity"}),
-    "dcr, augment normalised": ("dcr", {"augment_normalised": True}),
+    "dcr, short": ("dcr", SHORT),  # what the two below are compared with
+    "dcr, velocity": ("dcr", SHORT | {"target": "velocity"}),
+    "dcr, augment normalised": ("dcr", SHORT | {"augment_normalised": True}),
 }
 OBJECTIVES |= {name: OBJECTIVES[base] | change for name, (base, change) in RELEASED.items()}
 MIXED = ("diva, mixed",)  # objectives whose mix is chosen too
@@ -132,7 +135,7 @@ class Plan:
         align_steps: of stage 1.
         dose: part of each objective's steps.
         evaluations: of a run, after the one at its start.
-        seeds: of stage 2; seed k starts from the projector of `align_seeds[k % len(align_seeds)]`.
+        seeds: of stage 2, but for `RELEASED`; seed k starts from the projector of `align_seeds[k % len(align_seeds)]`.
         align_seeds: of stage 1, none that stage 2 takes: equal seeds draw equal images.
         rates: tried for each objective; None for `RATES`.
         wider: how often a grid of rates may be widened.
@@ -173,6 +176,10 @@ class Plan:
     def rows(self, rows: Iterable["Row"]) -> list["Row"]:
         """Those of `rows` that can be run on the models."""
         return [row for row in rows if self.models is None or row.objective not in RIVALS]
+
+    def seeds_of(self, row: "Row") -> tuple[int, ...]:
+        """Of a row of `RELEASED` the first seed alone."""
+        return self.seeds[:1] if row.objective in RELEASED else self.seeds
 
     def reports(self, split: str) -> Report:
         return cache_report(partial(self.report, world=self.world, split=split))
@@ -293,7 +300,12 @@ def rate_row(row: Row) -> Row:
 
 
 def choose_trial(plan: Plan, row: Row, report: Report | None = None) -> tuple[pd.Series | None, pd.DataFrame]:
-    """The row's chosen trial and all of them; without `report` nothing is trained, and there may be none."""
+    """The row's chosen trial and all of them; without `report` nothing is trained, and there may be none.
+
+    A row that has a rate of its own needs no trial.
+    """
+    if own := OBJECTIVES[row.objective].get("lr"):
+        return pd.Series({"lr": own, "mix": 1.0}), pd.DataFrame()
     row = rate_row(row)
     grid, chosen = sorted(plan.rates or RATES[row.objective]), None
     for _ in range(plan.wider + 1):
@@ -319,7 +331,7 @@ def run_rows(plan: Plan, rows: Sequence[Row]) -> None:
     """Every seed of every row, a seed of all rows before the next one."""
     choose, measure = plan.reports("choose"), plan.reports("measure")
     for seed in plan.seeds:
-        for row in rows:
+        for row in (row for row in rows if seed in plan.seeds_of(row)):
             chosen, _ = choose_trial(plan, row, choose)
             if chosen is None:
                 print(f"{row}: every rate diverged", flush=True)
@@ -356,7 +368,7 @@ def write_tables(plan: Plan) -> None:
         if rate_row(row) == row and len(trials):
             own = (trials["lr"] == chosen["lr"]) & (trials["mix"] == chosen["mix"])
             tried.append(trials.assign(**place, chosen=own))
-        for seed in plan.seeds:
+        for seed in plan.seeds_of(row):
             settings = None if chosen is None else plan.stage_2(row, float(chosen["lr"]), seed)
             record = settings and plan.record(settings)
             if record is None:
@@ -364,7 +376,8 @@ def write_tables(plan: Plan) -> None:
                 continue
             facts = place | _facts(plan, row, record)
             if row.objective in RELEASED:
-                released.append(_kept("step", record["evaluations"].iloc[[-1]]).assign(**facts))
+                end = _kept("step", record["evaluations"].iloc[[-1]])
+                released.append(end.assign(diverged=bool(record.get("diverged")), **facts))
                 continue
             if row.objective not in MIXED:
                 images = record["evaluations"]["step"] * settings.batch
@@ -464,7 +477,7 @@ def read_rows(names: Sequence[str]) -> Iterator[Row]:
         objective, _, alignment = name.partition("/")
         rows = [row for row in all_rows() if objective in ("", row.objective) and alignment in ("", row.alignment)]
         if not rows:
-            raise ValueError(f"unknown row {name!r}; expected one of {', '.join(map(str, all_rows()))}")
+            raise ValueError(f"unknown row {name!r}; {messages.expected(name, map(str, all_rows()))}")
         yield from rows
 
 

@@ -32,6 +32,7 @@ from tools.language import LONGEST, write_conversations, write_questions
 
 TOWERS = {  # name -> row of the study of feedback, and whether its run is taken whole instead of at its chosen mix
     "DIVA, image-only": (Row("diva", "image-only"), True),
+    "DCR, anchored": (Row("dcr, short", "anchored"), True),  # a quarter of the dose
     "DIVA, anchored, mixed": (Row("diva, mixed", "anchored"), False),
     "DIVA, anchored": (Row("diva, mixed", "anchored"), True),
 }
@@ -74,7 +75,7 @@ class Plan:
 
 def find_towers(plan: Plan, seed: int) -> dict[str, str]:
     """Name -> encoder, as `evaluation.table.open_encoder` takes it; what is not trained yet is left out and told."""
-    towers, last, study = {ORIGINAL: "tiny"}, None, plan.feedback
+    towers, study = {ORIGINAL: "tiny"}, plan.feedback
     for name, (row, whole) in TOWERS.items():
         chosen, _ = choose_trial(study, row)
         run = None if chosen is None else find_run(study.stage_2(row, float(chosen["lr"]), seed), study.runs)
@@ -82,10 +83,9 @@ def find_towers(plan: Plan, seed: int) -> dict[str, str]:
             print(f"{name}, seed {seed}: not trained, see python -m tools.feedback run '{row}'", flush=True)
             continue
         towers[name] = str(run.folder) if whole else f"{run.folder}:{chosen['mix']:g}"
-        last = run
-    if last is not None:
-        _, images = world_scenes(study.world, 64)
-        towers[PUSH] = str(perturb(last, images[:64], "drift", plan.runs).folder)
+        if name == list(TOWERS)[-1]:
+            _, images = world_scenes(study.world, 64)
+            towers[PUSH] = str(perturb(run, images[:64], "drift", plan.runs).folder)
     return towers
 
 

@@ -21,7 +21,7 @@ ALIGNMENT_TIMESTEPS = tuple(range(50, 1000, 100))  # the middles of ten equal pa
 
 
 @torch.no_grad()
-def _losses(denoiser, context: Tensor, latents: Tensor, t: int, seed: int, batch: int) -> np.ndarray:
+def losses_at(denoiser, context: Tensor, latents: Tensor, t: int, seed: int, batch: int) -> np.ndarray:
     """Mean squared eps-error of each image, [n]. The noise depends only on (seed, t) and the image's position."""
     generator = torch.Generator().manual_seed(1000 * seed + t)
     noise = torch.randn(latents.shape, generator=generator).to(latents)  # [n, c, h, w]
@@ -77,7 +77,7 @@ def recovered_fraction(
     if captions is not None:
         contexts["caption"] = torch.cat([denoiser.encode_text(captions[i : i + batch]) for i in range(0, n, batch)])
     losses = {
-        name: np.stack([_losses(denoiser, context, latents, t, seed, batch) for t in timesteps])  # [T, n]
+        name: np.stack([losses_at(denoiser, context, latents, t, seed, batch) for t in timesteps])  # [T, n]
         for name, context in contexts.items()
     }
     losses.setdefault("caption", np.full((len(timesteps), n), np.nan))

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transforms
 
+from diva_lab import messages
 from diva_lab.evaluation.image_sets import decode_image
 from diva_lab.image_files import Place, content_hash
 from diva_lab.machine import fast_bf16
@@ -129,7 +130,7 @@ class FeatureStore:
         workers: int | None = None,
     ):
         if precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
+            raise ValueError(f"unknown precision {precision!r}; {messages.expected(precision, PRECISIONS)}")
         self.encoder, self.cache, self.device = encoder, cache, encoder.mean.device
         on_cuda = self.device.type == "cuda"
         self.precision = precision
@@ -167,7 +168,7 @@ class FeatureStore:
             ValueError: for an unknown kind; naming every image that cannot be read; for embeddings that are not finite.
         """
         if kind not in FEATURES:
-            raise ValueError(f"unknown features {kind!r}; expected one of {', '.join(FEATURES)}")
+            raise ValueError(f"unknown features {kind!r}; {messages.expected(kind, FEATURES)}")
         name, own = (f"draw {draw}", f"-s{seed}") if kind in DRAWS else ("features", "")
         if self.cache is None:
             return all_finite(self._embed(places, kind, seed)[name], places, "images")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diva_lab import messages
 from diva_lab.evaluation.clustering import cluster_scores
 from diva_lab.evaluation.pairs import score_pairs, summarise
 from diva_lab.evaluation.probes import linear_probes
@@ -34,7 +35,7 @@ WORLD_MEASURES = [f"{kind}/{name}" for kind in ("pairs", "probe") for name in (*
 def world_pairs(world: World = WORLD, split: str = "measure", cache: Path = CACHE) -> Path:
     """The folder of a split's minimal pairs, in MMVP-VLM's layout; written on first use, whole or not at all."""
     if split not in WORLD_SPLITS:
-        raise ValueError(f"unknown split {split!r}; expected one of {', '.join(WORLD_SPLITS)}")
+        raise ValueError(f"unknown split {split!r}; {messages.expected(split, WORLD_SPLITS)}")
     per_pattern, seed, _ = WORLD_SPLITS[split]
     folder = Path(cache) / f"world-{world.seed}-{world.px}" / f"pairs-{split}"
     if not folder.exists():

@@ -19,7 +19,15 @@ from diva_lab.figures.gradients import (
     term_norms,
 )
 from diva_lab.figures.png import save, to_png
-from diva_lab.figures.samples import answers, drawn_attributes, image_grid, minimal_pairs, patch_maps
+from diva_lab.figures.samples import (
+    answers,
+    drawn_attributes,
+    image_grid,
+    minimal_pairs,
+    own_image,
+    patch_maps,
+    patch_similarity,
+)
 from diva_lab.figures.scores import (
     benchmark_scores,
     claims,

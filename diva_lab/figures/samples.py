@@ -2,16 +2,17 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from math import isqrt
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from diva_lab.figures import style
-from diva_lab.statistics import percent
+from diva_lab.statistics import paired_t, percent
 
 CIRCLED = {1: "①", 2: "②"}
 
@@ -171,6 +172,87 @@ def _draw_verdict(ax: Axes, cosines: pd.Series) -> bool:
     if counts:
         ax.text(2.78, 1, "✓", fontsize=15, color=style.RIGHT, fontweight="bold", gid="counts", **centred)
     return counts
+
+
+@style.apply
+def own_image(
+    image: UInt8[np.ndarray, "h w 3"],
+    statements: Sequence[str],
+    similarities: Mapping[str, Sequence[float]],
+    drawn: Mapping[str, UInt8[np.ndarray, "h2 w2 3"]],
+    losses: Float[np.ndarray, "n 2"] | None = None,
+    source: str = "",
+) -> Figure:
+    """An image, what the denoiser draws from each embedding of it, and which of two statements each model prefers.
+
+    The coloured cell of a column is the statement of the larger cosine, and for the denoiser of the smaller loss, if
+    the 95 % interval of the difference over the draws of noise does not hold zero.
+
+    Args:
+        similarities: encoder -> the cosine of each of the two statements with the image.
+        drawn: encoder -> what the denoiser draws from its embedding.
+        losses: L_rec in n draws of noise under each statement; None for no column.
+    """
+    pictures = {"your image": image} | {f"drawn from\n{style.label_of(name)}": each for name, each in drawn.items()}
+    columns = {style.label_of(name): [f"{c:.3f}" for c in each] for name, each in similarities.items()}
+    preferred = {style.label_of(name): int(np.argmax(each)) for name, each in similarities.items()}
+    if losses is not None:
+        difference, low, high = paired_t(losses[:, 1] - losses[:, 0])
+        columns["denoiser's loss"] = [f"{loss:.4f}" for loss in losses.mean(0)]
+        preferred["denoiser's loss"] = int(difference < 0) if low * high > 0 else -1
+    widths = [*[1] * len(pictures), 1.2 + 0.6 * len(columns)]
+    fig, axes = plt.subplots(1, len(widths), figsize=(style.WIDTH, 1.9), width_ratios=widths)
+    for ax, (title, pixels) in zip(axes, pictures.items(), strict=False):
+        style.draw_image(ax, pixels)
+        ax.set_title(title, fontsize=8, loc="center", fontweight="normal")
+    table = axes[-1]
+    table.set(xlim=(0, len(columns)), ylim=(4.2, -0.8))
+    table.set_axis_off()
+    for i, statement in enumerate(statements):
+        table.text(0, 1.9 * i, f"{CIRCLED[i + 1]} {style.shorten(statement, 60)}", fontsize=8, va="center")
+        for k, (name, numbers) in enumerate(columns.items()):
+            chosen = preferred[name] == i
+            face, ink = (style.RIGHT, "white") if chosen else ("#F1F2F4", style.GREY)
+            table.add_patch(plt.Rectangle((k + 0.02, 1.9 * i + 0.4), 0.96, 0.8, linewidth=0, facecolor=face))
+            number = style.minus_signs(numbers[i])
+            table.text(k + 0.5, 1.9 * i + 0.8, number, fontsize=7.5, color=ink, ha="center", va="center")
+    for k, name in enumerate(columns):
+        table.text(k + 0.5, -0.6, name, fontsize=8, ha="center", va="center")
+    if losses is not None:
+        text = f"loss of ② less that of ①: {difference:+.4f} (95 % interval {low:+.4f} to {high:+.4f})"
+        table.text(0, 3.7, style.minus_signs(text), fontsize=7, color=style.GREY, va="center")
+    return style.finish(fig, source)
+
+
+@style.apply
+def patch_similarity(
+    image: UInt8[np.ndarray, "h w 3"],
+    cosines: Mapping[str, Float[np.ndarray, "_ _"]],
+    place: tuple[float, float],
+    source: str = "",
+) -> Figure:
+    """An image and, for each encoder, the cosine of the patch token in the frame with every other one.
+
+    Args:
+        cosines: encoder -> the cosine of each patch token with each other one, [p, p].
+        place: of the patch, from its row's and column's middle: shares of the image's height and width, in [0, 1).
+    """
+    fig, axes = plt.subplots(1, 1 + len(cosines), figsize=(style.WIDTH, 0.35 + 0.86 * style.WIDTH / (1 + len(cosines))))
+    maps = {}
+    for name, each in cosines.items():
+        side = isqrt(len(each))
+        row, column = (int(share * side) for share in place)
+        maps[name] = each[row * side + column].reshape(side, side)
+    least = min(each.min() for each in maps.values())
+    sides = [len(next(iter(maps.values()))), *map(len, maps.values())]
+    for ax, side, (name, each) in zip(axes, sides, ({"image": image} | maps).items(), strict=True):
+        style.draw_image(ax, each, **({} if each.ndim == 3 else {"cmap": "Blues", "vmin": least, "vmax": 1}))
+        ax.set_title(style.label_of(name), fontsize=8, loc="center", fontweight="normal")
+        size = len(each) / side  # of a patch, in pixels of the image or cells of the map
+        corner = [int(share * side) * size - 0.5 for share in place[::-1]]
+        ax.add_patch(plt.Rectangle(corner, size, size, fill=False, edgecolor=style.WRONG, linewidth=1.6))
+    fig.colorbar(axes[-1].images[0], ax=list(axes), fraction=0.02, pad=0.01, label="cosine")
+    return style.finish(fig, source)
 
 
 @style.apply

@@ -68,6 +68,10 @@ LABELS = {
     "nmi": "clustering NMI (D)",
     "acc": "clustering ACC (D)",
     "ari": "clustering ARI (D)",
+    "emoji/mean": "emoji by name (P)",
+    "emoji-match/mean": "emoji without text (P)",
+    "conflict_rate": "steps in conflict",
+    "seconds_per_step": "seconds a step",
     **{f"{start}{detail}": pattern for start in ("", "pairs/") for detail, pattern in PATTERNS.items()},
 }
 ORIGINAL = {"markersize": 8, "markeredgecolor": "white", "markeredgewidth": 0.6}  # of where a path of training starts

@@ -6,8 +6,9 @@ The families are in `diffusion` and `flow`. Whatever a network predicts, `predic
 import hashlib
 import math
 from collections import ChainMap
+from collections.abc import Mapping
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -16,7 +17,10 @@ from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
+from diva_lab import messages
+
 TARGETS = ("noise", "velocity")
+LEAST_SIGNAL = 0.02  # from which on clean latents can be told from a prediction
 
 
 def check_widths(folder: str, **widths: tuple[int, int]) -> None:
@@ -117,6 +121,12 @@ class Denoiser(nn.Module):
             mean = mean + std * torch.randn(mean.shape, generator=generator).to(mean)
         return (mean - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
 
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "b c hl wl"]) -> Float[Tensor, "b 3 h w"]:
+        """Images in [0, 1] of latents as `latents` gives them, by the autoencoder."""
+        latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+        return (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+
     def _encode_images(self, images: Tensor) -> Tensor:
         if self.vae_input == "imagenet":
             images = transforms.normalize(images, list(OPENAI_DATASET_MEAN), list(OPENAI_DATASET_STD))
@@ -176,7 +186,7 @@ class Denoiser(nn.Module):
             ValueError: for another kind.
         """
         if kind not in TARGETS:
-            raise ValueError(f"unknown target {kind!r}; expected one of {', '.join(TARGETS)}")
+            raise ValueError(f"unknown target {kind!r}; {messages.expected(kind, TARGETS)}")
         if kind == "noise":
             return noise
         signal, sigma, x0, noise = self._rounded(t, x0, noise)
@@ -211,6 +221,43 @@ class Denoiser(nn.Module):
             return out
         signal, sigma = self._coefficients(t)  # solve the definitions of v and x_t for eps
         return x_t + signal * out if self.flow else signal * out + sigma * x_t
+
+    def clean(
+        self, x_t: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], t: Int[Tensor, " b"]
+    ) -> Float[Tensor, "b c h w"]:
+        """x0 = (x_t - sigma_t eps) / signal_t: the clean latents, if `noise` is the noise in x_t.
+
+        Where nearly no signal is left, `LEAST_SIGNAL` stands for it.
+        """
+        signal, sigma = self._coefficients(t)
+        return (x_t - sigma * noise) / signal.clamp_min(LEAST_SIGNAL)
+
+    @torch.no_grad()
+    def draw(
+        self, noise: Float[Tensor, "n c h w"], read: Mapping[str, Tensor], guidance: float = 3.0, steps: int = 30
+    ) -> Float[Tensor, "n c h w"]:
+        """Clean latents drawn from `noise` by DDIM's deterministic steps, which of a flow are Euler's.
+
+        `sample` draws from prompts by diffusers' pipelines; this draws from anything that `predict` reads.
+
+        Args:
+            read: what `predict` reads beside noisy latents, n rows each.
+            guidance: the scale of classifier-free guidance away from the empty prompt, 1 for none.
+            steps: of the sampler.
+        """
+        blank = {name: torch.zeros_like(value) for name, value in read.items()}
+        blank["context"] = noise.new_zeros(len(noise), 1, self.width)  # added to the empty prompt
+        last = int((self.signal > LEAST_SIGNAL).sum()) - 1
+        times = torch.linspace(last, 0, steps + 1).round().long()[:, None].expand(-1, len(noise))  # [steps + 1, n]
+        x = noise
+        for t, following in pairwise(times):
+            eps = self.predict(x, t, **read)
+            if guidance != 1:
+                plain = self.predict(x, t, **blank)
+                eps = plain + guidance * (eps - plain)
+            x0 = self.clean(x, eps, t)
+            x = self.add_noise(x0, eps, following)
+        return x0
 
     def _tokens(self, context: Tensor) -> Tensor:
         """The tokens that the network reads: one token stands for the empty prompt with this token added to each."""

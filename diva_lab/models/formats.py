@@ -37,6 +37,7 @@ from transformers import (
     SiglipModel,
 )
 
+from diva_lab import messages
 from diva_lab.models.weights import (
     State,
     check_known,
@@ -426,7 +427,7 @@ def _open_clip_config(folder: str | Path) -> dict:
     if trunk and not timm.is_model(str(trunk)):  # timm would fetch what a name as hf-hub:owner/name says
         raise ValueError(f"{path}: timm_model_name = {trunk!r}; expected a name that timm.list_models() has")
     if text not in texts:
-        raise ValueError(f"{path}: hf_model_name = {text!r}; expected one of {', '.join(texts[1:])}")
+        raise ValueError(f"{path}: hf_model_name = {text!r}; {messages.expected(text, texts[1:])}")
     preprocess = config.get("preprocess_cfg") or {}
     _check_colours(preprocess.get("mean", [0] * 3), preprocess.get("std", [1] * 3), path)
     check_square(towers["vision_cfg"], path)

@@ -59,7 +59,7 @@ def _pipeline_class(folder: str) -> str:
         return "StableDiffusionPipeline"
     kind = read_json(index).get("_class_name")
     if kind not in tuple(FAMILIES):  # a list names a file with code
-        raise ValueError(f"{index}: _class_name = {kind!r}; expected one of {', '.join(FAMILIES)}")
+        raise ValueError(f"{index}: _class_name = {kind!r}; {messages.expected(kind, FAMILIES)}")
     return kind
 
 

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from diva_lab import messages
+
 TIMESTEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (uniform draw, normal draw) -> t / T in [0, 1)
     "uniform": lambda u, z: u,
     "logit-normal": lambda u, z: z.sigmoid(),  # GenHancer's, with s = 1 as released
@@ -30,7 +32,7 @@ def timestep_weights(kind: str) -> Tensor | None:
     except ValueError:
         pass
     raise ValueError(
-        f"unknown timesteps {kind!r}; expected one of {', '.join(TIMESTEPS)}, or weights of equal parts of all "
+        f"unknown timesteps {kind!r}; {messages.expected(kind, TIMESTEPS)}, or weights of equal parts of all "
         "timesteps as '0,0,1,3'"
     )
 

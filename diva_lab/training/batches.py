@@ -35,8 +35,9 @@ class Batches:
         crop = (settings.seed, rank) if settings.loader_crop else None
         captions = settings.captions if settings.reads_captions else None
         self.images = open_images(
-            settings.images, px, settings.batch, settings.seed, position, *place, captions, settings.mentions, crop
-        )
+            settings.images, px, settings.batch, settings.seed, position, *place, captions, settings.mentions, crop,
+            settings.resampled, settings.workers,
+        )  # fmt: skip
         self.captions = None
         if captions is None and settings.anchored:
             self.captions = open_captions(

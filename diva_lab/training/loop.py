@@ -29,9 +29,10 @@ from diva_lab.models.teacher import Teacher
 from diva_lab.objectives.step import Step
 from diva_lab.training.batches import Batches
 from diva_lab.training.build import make_step
-from diva_lab.training.progress import Progress, Stop
+from diva_lab.training.progress import Progress, Stop, Stopped
 from diva_lab.training.runs import Run
 from diva_lab.training.settings import LoopSettings, Settings, learning_rate
+from diva_lab.training.tracking import Track, ignore, track_run
 
 PROBE_SEED = 1_000_000  # added to the seed for the images of probe batches
 Objective = Callable[[Step], dict[str, Tensor]]
@@ -171,6 +172,7 @@ class Trainer:
         optimizer = build_optimizer(settings, work.groups(self.parameters))
         self.optimizer = self.accelerator.prepare(optimizer)
         self.stop, self.stopping = Stop(), False  # asked of this process; agreed on by all of them
+        self.track: Track = ignore  # takes what is recorded too
         self.first, self.seconds = 0, 0.0  # steps and seconds of training that were done before
         position = self._resume()
         processes = self.accelerator.num_processes
@@ -268,6 +270,7 @@ class Trainer:
         self.batches.skipped.clear()
         if self.rank == 0:
             self.run.log("metrics", step=step, **line)
+            self.track(step, line)
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
@@ -374,6 +377,7 @@ class Watcher:
                     trainer.run.log("probes", step=steps, **row)
                 for row in report:
                     trainer.run.log("evaluations", step=steps, **row)
+                    trainer.track(steps, row)
         trainer.agree()  # waits for all processes
 
     def _recorded(self, steps: int) -> bool:
@@ -420,7 +424,11 @@ def train(
     """
     run, settings, done = trainer.run, trainer.settings, trainer.first
     images = settings.batch * settings.accumulate * trainer.accelerator.num_processes
-    with trainer.stop, Progress(settings.steps, done, images, run.id, run.folder, trainer.rank) as progress:
+    with (
+        trainer.stop,
+        track_run(run, settings) as trainer.track,
+        Progress(settings.steps, done, images, run.id, run.folder, trainer.rank) as progress,
+    ):
         watcher = Watcher(trainer, progress, evaluate, probe)
         if done == 0 or is_due(done, settings.evaluate_every, settings.steps):
             watcher.watch(done)
@@ -438,14 +446,14 @@ def train(
     if trainer.rank == 0 and trainer.stopping:
         print(f"{run.id}: stopped after {done} of {settings.steps} steps; run again, it goes on from there", flush=True)
     if trainer.stopping:
-        raise KeyboardInterrupt
+        raise Stopped
     if trainer.rank == 0 and len(broken := run.skipped()):
         print(f"{run.id}: skipped {len(broken)} images, see {run.folder / 'skipped.jsonl'}", flush=True)
     if trainer.rank == 0:
         run.finish()
     trainer.accelerator.wait_for_everyone()
     if trainer.stop.asked:  # in the last step, too late
-        raise KeyboardInterrupt
+        raise Stopped
     return run
 
 

@@ -129,6 +129,13 @@ class Progress:
         self.view.report(steps, rows[-1] if rows else {})
 
 
+class Stopped(KeyboardInterrupt):
+    """What is raised where a run was asked to stop; a notebook shows it as one line, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return ["KeyboardInterrupt: the run was stopped"]
+
+
 class Stop:
     """A context in which Ctrl-C, SIGTERM or a notebook's stop button ask a run to stop as soon as it can be saved.
 
@@ -153,11 +160,11 @@ class Stop:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within it the first signal raises KeyboardInterrupt: in an evaluation, which may take long."""
+        """Within it the first signal raises `Stopped`: in an evaluation, which may take long."""
         self._at_once = True
         try:
             if self.asked:
-                raise KeyboardInterrupt
+                raise Stopped
             yield
         finally:
             self._at_once = False
@@ -165,4 +172,4 @@ class Stop:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         again, self.asked = self.asked, True
         if self._at_once or (again and number == signal.SIGINT):
-            raise KeyboardInterrupt
+            raise Stopped

@@ -43,7 +43,7 @@ ADDED: dict[str, object] = {  # setting added since 0.2 -> its default, at which
     "prompt_mask": False, "vae_input": "image", "noise_precision": "float32", "encoder_resize": "own",
     "normalise": "own", "loader_crop": False, "shared_samples": False, "token_draws": "batch", "draw_weights": "",
     "augment_normalised": False, "warmup_zero": False, "lora_targets": "all",
-    "embedding_noise": 0, "teacher": "tiny-vision",
+    "embedding_noise": 0, "teacher": "tiny-vision", "resampled": False, "workers": 0,
 }  # fmt: skip
 RECORDS = {"metrics": 1, "skipped": 1, "evaluations": 0, "probes": 0}  # kind -> its last step less the checkpoint's
 

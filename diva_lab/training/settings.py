@@ -48,11 +48,12 @@ class Settings:
     normalise: str = "own"  # the encoder's input in training: its `own` mean and deviation, or `openai` (released)
 
     # images
-    images: str = "world"  # `world`, `world:SEED`, a folder, webdataset tars, or `hf:` and a Hugging Face dataset
+    images: str = "world"  # `world`, `world:SEED`, a folder, webdataset tars (paths or URLs), or `hf:` and a dataset
     batch: int = 8  # images of a micro-batch, in each process
     accumulate: int = 1  # micro-batches of a step
     loader_crop: bool = False  # a random crop of .9 to 1 of an image, made square (released); else its centre's square
     shared_samples: bool = False  # whether all processes see the same images (DCR's code)
+    resampled: bool = False  # tars are drawn with replacement, by each process: for sets too large for one epoch
 
     # condition and projector
     condition: str = "global"  # a key of CONDITIONS: which visual tokens the denoiser reads
@@ -116,6 +117,7 @@ class Settings:
     precision: str = "auto"  # `bf16`, `no`, or `auto`: bf16 where the device multiplies it in hardware
     rows: int = 0  # noisy latents that DCR takes at a time, 0 for all; 1 takes the least memory, the result is the same
     keep_latents: int = 0  # images whose latents are kept in memory, encoded once: pays from the second epoch on
+    workers: int = 0  # processes that decode images; 0 for threads
     compile: bool = False  # the UNet by torch.compile: a minute or more at the start, then faster steps
 
     # records
@@ -253,6 +255,7 @@ RANGES: dict[str, tuple[float, float]] = {  # setting -> its least and its large
     "lora_dropout": (0, 0.99),
     "rows": (0, 10**6),
     "keep_latents": (0, 10**8),
+    "workers": (0, 256),
     "evaluate_every": (0, 10**9),
     "save_every": (0, 10**9),
     "projector_lr": (0, 1e6),  # the rest is of `llava.tuning`

@@ -30,6 +30,7 @@ from diva_lab.training.loop import Feedback, Probe, Trainer, train
 from diva_lab.training.presets import preset, replace_settings, stages
 from diva_lab.training.runs import ADDED, Run
 from diva_lab.training.settings import CAPTIONED, CAPTIONS, Settings
+from diva_lab.training.tracking import tracker_name
 
 Evaluate = Callable[..., dict[str, float | str]]
 
@@ -202,6 +203,7 @@ def open_run(settings: Settings, root: str | Path, stage: str, **more: str) -> I
         RuntimeError: where another process trains the run.
         OSError: where the folder cannot be written.
     """
+    tracker_name()  # refused before anything is made
     state, runs = PartialState(cpu=default_device().type == "cpu"), [None]
     with ExitStack() as held:
         if state.is_main_process:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import matplotlib.pyplot as plt
 from IPython import get_ipython
 from IPython.display import Image, Markdown, display
+from ipywidgets import Widget
 from matplotlib.figure import Figure
 
 from diva_lab.figures.alt import describe
@@ -35,15 +36,17 @@ def show_figure(fig: Figure, small: bool = False) -> None:
     plt.close(fig)
 
 
-def make_show(save_figures: bool) -> Callable[[Figure, str], None]:
-    """A notebook's `show(fig, name)`: it displays the figure, in full colour and resolution.
+def make_show(save_figures: bool) -> Callable[[Figure | Widget, str], None]:
+    """A notebook's `show(fig, name)`: it displays the figure, in full colour and resolution, or controls as they are.
 
     If `save_figures` is true, as where notebooks are run to be committed, it is small, and also figures/NAME.png. From
     here on training shows a live panel, where a front end answers.
     """
     show_training()
 
-    def show(fig: Figure, name: str) -> None:
+    def show(fig: Figure | Widget, name: str) -> None:
+        if not isinstance(fig, Figure):
+            return display(fig)
         if save_figures:
             save(fig, GALLERY / f"{name}.png")
         show_figure(fig, save_figures)

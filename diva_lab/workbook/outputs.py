@@ -9,7 +9,10 @@ from nbformat import NotebookNode
 from diva_lab.workbook.page import image_html
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
-PROGRESS = re.compile(r"\bstep \d+/\d+\b|\bevaluating\b|\b\d+ images, \d+ a second\b")  # lines that tell how far it is
+PROGRESS = re.compile(  # lines that tell how far a run is, that it was done before, and where it lies
+    r"\bstep \d+/\d+\b|\bevaluating\b|\b\d+ images, \d+ a second\b|\bdone before\b|-[0-9a-f]{8}: in "
+)
+HEADING = re.compile(r"^(#+)\s+(.*\S)", re.MULTILINE)  # of prose: its level as signs, and its text
 IMAGES = ("image/png", "image/jpeg")
 
 
@@ -53,8 +56,8 @@ def prepare_outputs(notebook: NotebookNode) -> NotebookNode:
     heading, shown = "", 0
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            titles = re.findall(r"^#+\s+(.+)$", cell.source, re.MULTILINE)
-            heading, shown = (titles[-1].strip(), 0) if titles else (heading, shown)
+            titles = HEADING.findall(cell.source)
+            heading, shown = (titles[-1][1], 0) if titles else (heading, shown)
         elif cell.cell_type == "code":
             shown = _prepare_cell(cell, heading, shown)
     return notebook

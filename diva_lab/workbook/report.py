@@ -21,25 +21,12 @@ from diva_lab import figures
 from diva_lab.figures.style import label_of, minus_signs
 from diva_lab.statistics import compare_rows, independent_difference
 from diva_lab.workbook.findings import state_result, state_row
-from diva_lab.workbook.outputs import prepare_outputs
+from diva_lab.workbook.outputs import HEADING, prepare_outputs
 from diva_lab.workbook.page import bold_html, clean_html, figure_html, table_html, write_page
 
-REPORT_COLUMNS = {
-    "objective": "objective",
-    "seed": "seed",
-    "pairs/mean": "pairs",
-    "probe/mean": "probes",
-    "zeroshot": "zero-shot",
-    "nmi": "NMI",
-    "acc": "ACC",
-    "ari": "ARI",
-    "emoji/mean": "emoji",
-    "emoji-match/mean": "emoji match",
-    "conflict_rate": "conflict",
-    "seconds_per_step": "s / step",
-    "steps": "steps",
-    "note": "note",
-}
+EMOJI = ("emoji/mean", "emoji-match/mean")
+SCORES = (*figures.MEASURES, *EMOJI, "conflict_rate")  # fractions; the other columns of the first table follow
+REPORT_COLUMNS = ("objective", "seed", *SCORES, "seconds_per_step", "steps", "note")
 
 
 # --- notebooks --------------------------------------------------------------------------------------------------
@@ -72,8 +59,8 @@ class _Exporter(HTMLExporter):
 def title_of(notebook: NotebookNode, name: str) -> str:
     """The first heading of a notebook, else `name`."""
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    heading = re.search(r"^#+\s+(.+)$", prose, re.MULTILINE)
-    return heading[1].strip() if heading else name
+    heading = HEADING.search(prose)
+    return heading[2] if heading else name
 
 
 def _body(notebook: NotebookNode, prefix: str, sections: Mapping[str, str]) -> str:
@@ -95,7 +82,8 @@ def _body(notebook: NotebookNode, prefix: str, sections: Mapping[str, str]) -> s
         body = exporter.from_notebook_node(notebook)[0]
     body = re.sub(r'(<[^<>]*?\s(?:id="|href="#))', rf"\1{prefix}-", body)
     for name, section in sections.items():
-        body = re.sub(rf'<a href="(?:\./)?{re.escape(name)}(?:#[^"]*)?"', f'<a href="#{section}"', body)
+        body = re.sub(rf'<a href="(?:\./)?{re.escape(name)}"', f'<a href="#{section}"', body)
+        body = re.sub(rf'<a href="(?:\./)?{re.escape(name)}#', f'<a href="#{section}-', body)
     return clean_html(body)
 
 
@@ -110,7 +98,7 @@ def original_differences(summary: pd.DataFrame) -> pd.DataFrame:
         interval is Student's t over the seeds. With one it is that of two independent samples of test images, from the
         intervals of both scores, which is wider than a paired one; NaN where the scores have none.
     """
-    measures = [name for name in (*figures.MEASURES, "emoji/mean", "emoji-match/mean") if name in summary]
+    measures = [name for name in (*figures.MEASURES, *EMOJI) if name in summary]
     measures = [name for name in measures if summary[name].notna().any()]
     table = compare_rows(summary, list(dict.fromkeys(summary["objective"])), measures)
     rows = summary.set_index(["objective", "seed"])
@@ -154,6 +142,36 @@ def _difference_cell(row: pd.Series) -> str:
     return text if low <= 0 <= high else f"<b>{text}</b>"
 
 
+def _score_table(summary: pd.DataFrame) -> pd.DataFrame:
+    """A row of texts for each run: its scores."""
+    columns = [name for name in REPORT_COLUMNS if name in summary]
+    rows = [[_score_cell(row, name) for name in columns] for _, row in summary.iterrows()]
+    return pd.DataFrame(rows, columns=list(map(label_of, columns)))
+
+
+def _detail_table(summary: pd.DataFrame) -> pd.DataFrame:
+    """A column of texts for each run: its score of every pattern and of every probe, and its id."""
+    names = [name for name in summary if name not in REPORT_COLUMNS and not name.endswith(("/low", "/high"))]
+    kinds = [name.partition("/") for name in names]
+    table = {"score": [f"{kind}: {label_of(detail)}" if detail else kind for kind, _, detail in kinds]}
+    for _, row in summary.iterrows():
+        table[f"{label_of(row['objective'])}, seed {row['seed']}"] = [_score_cell(row, name) for name in names]
+    return pd.DataFrame(table)
+
+
+def _score_cell(row: pd.Series, name: str) -> str:
+    """A value of a run's row: a fraction in percent, with its interval where it has one; else as it is."""
+    value = row[name]
+    if name == "objective":
+        return label_of(value)
+    if name not in SCORES and "/" not in name:
+        return "–" if pd.isna(value) else f"{value:.3f}" if name == "seconds_per_step" else str(value)
+    value, low, high = (100 * row.get(f"{name}{end}", np.nan) for end in ("", "/low", "/high"))
+    if not np.isfinite(value):
+        return "–"
+    return f"{value:.1f}" + (f" [{low:.1f}, {high:.1f}]" if np.isfinite([low, high]).all() else "")
+
+
 def _result(summary: pd.DataFrame, source: str) -> str:
     """The first part of the page: the result, its figure, the differences, and all scores."""
     if summary.empty:
@@ -167,9 +185,6 @@ def _result(summary: pd.DataFrame, source: str) -> str:
         texts = [state_row(changes, name, expected).replace("*", "") for name in dict.fromkeys(chosen["objective"])]
         drawn = figure_html(figures.objective_differences(chosen, source), f"Against the original. {' '.join(texts)}")
         table = _difference_table(changes)
-    columns = [name for name in REPORT_COLUMNS if name in summary]
-    rest = summary.drop(columns=[name for name in columns if name not in ("objective", "seed")])
-    scores = summary[columns].rename(columns=REPORT_COLUMNS)
     return f"""<h2>Result</h2>
 <p class="result">{bold_html(state_result(changes))}</p>
 {drawn}
@@ -179,8 +194,8 @@ discrimination: how well it separates classes. A gain that a random push of the 
 <p>In points, with 95 % intervals. Over the seeds of training where there are several; with one seed over the test
 images, both scores taken as independent. Bold: the interval excludes zero.</p>
 {table}
-<details><summary>Scores of each objective and seed</summary>{table_html(scores)}</details>
-<details><summary>Every pattern, probe and run</summary>{table_html(rest)}</details>"""
+<details><summary>Scores of each objective and seed, %</summary>{table_html(_score_table(summary))}</details>
+<details><summary>Every pattern, probe and run, %</summary>{table_html(_detail_table(summary))}</details>"""
 
 
 # --- the page ---------------------------------------------------------------------------------------------------

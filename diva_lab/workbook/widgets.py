@@ -86,8 +86,8 @@ def _controls(
     selected = ipywidgets.SelectMultiple(
         options=list(scores), value=tuple(dict.fromkeys((first, best_encoder(scores)))), description="encoders", rows=3
     )
-    changed = ipywidgets.Checkbox(description="only changed pairs", indent=False)
-    number = ipywidgets.BoundedIntText(1, 1, len(pairs), description="pair")
+    changed = ipywidgets.Checkbox(description="only changed pairs", indent=False, layout={"width": "auto"})
+    number = ipywidgets.BoundedIntText(1, 1, len(pairs), description="pair", layout={"width": "11rem"})
     back, on = (ipywidgets.Button(description=text, layout={"width": "auto"}) for text in ("previous", "next"))
     told, screen = ipywidgets.Label(), ipywidgets.Output()
 
@@ -117,9 +117,8 @@ def _controls(
     for control in (pattern, changed, number, selected):
         control.observe(redraw, "value")
     redraw()
-    return ipywidgets.VBox(
-        [ipywidgets.HBox([pattern, selected]), ipywidgets.HBox([back, on, number, changed, told]), screen]
-    )
+    rows = [[pattern, selected], [back, on, number, changed, told]]
+    return ipywidgets.VBox([*(ipywidgets.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows), screen])
 
 
 def statement_writer(folder: str | Path) -> ipywidgets.VBox:

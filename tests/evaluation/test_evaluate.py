@@ -410,6 +410,7 @@ def test_a_table_of_pairs_with_holes_is_refused_with_all_of_them(tmp_path):
 
 
 @pytest.mark.network
+@pytest.mark.slow
 def test_cifar10_runs_through_every_benchmark_of_classes(tmp_path_factory):
     from diva_lab.evaluation.cifar10 import CIFAR10_CLASSES, fetch_cifar10, unpack_cifar10
     from diva_lab.paths import CACHE

@@ -1,6 +1,20 @@
 import numpy as np
 import pytest
-from figure_records import ANSWERS, IMAGES, PAIRS, PATCH_MAPS, QUALITY, SCORES, lines, texts
+from figure_records import (
+    ANSWERS,
+    IMAGES,
+    LOSSES,
+    PAIRS,
+    PATCH_COSINES,
+    PATCH_MAPS,
+    QUALITY,
+    SAID,
+    SCORES,
+    figure,
+    lines,
+    texts,
+)
+from matplotlib.colors import to_hex
 
 from diva_lab import figures
 from diva_lab.figures import style
@@ -71,3 +85,26 @@ def test_patch_maps_stand_beside_their_images_on_one_scale_and_masks_have_a_colo
     assert len(colours) == 8 and "before" in texts(fig)
     with pytest.raises(ValueError, match="2 groups of images, but 1 maps of 'before'"):
         figures.patch_maps(IMAGES, {"before": PATCH_MAPS["before"][:1]})
+
+
+def test_the_statement_that_each_model_prefers_is_coloured_and_none_where_the_loss_is_undecided():
+    def coloured(losses: np.ndarray | None) -> list[tuple[int, int]]:
+        table = figures.own_image(IMAGES[0, 0], ["one", "two"], SAID, {}, losses).axes[-1]
+        cells = [patch for patch in table.patches if to_hex(patch.get_facecolor()) == style.RIGHT.lower()]
+        return [(int(cell.get_x()), int(cell.get_y() > 1)) for cell in cells]  # column and statement
+
+    assert sorted(coloured(LOSSES)) == [(0, 0), (1, 0), (2, 0)]
+    assert sorted(coloured(LOSSES[:, ::-1])) == [(0, 0), (1, 0), (2, 1)]
+    assert sorted(coloured(LOSSES - LOSSES.mean(0))) == sorted(coloured(None)) == [(0, 0), (1, 0)]
+    assert {"your image", "DIVA", "−0.200", "① a photo of one"} <= set(texts(figure("own_image")))
+
+
+def test_the_map_of_a_patch_is_its_row_of_the_cosines_and_a_frame_is_at_one_place_on_every_grid():
+    shown = [ax for ax in figure("patch_similarity").axes if ax.images]
+    rows = {"none": 1 * 4 + 3, "diva": 0 * 2 + 1}  # of the patch at .3 of the height and .8 of the width
+    for ax, (name, row) in zip(shown[1:], rows.items(), strict=True):
+        each = PATCH_COSINES[name]
+        assert np.array_equal(ax.images[0].get_array().ravel(), each[row])
+    frames = [(ax.patches[0].get_xy(), ax.patches[0].get_width()) for ax in shown]
+    assert frames == [((5.5, 1.5), 2), ((2.5, 0.5), 1), ((0.5, -0.5), 1)]  # of 8 pixels, 4 patches and 2
+    assert len({ax.images[0].get_clim() for ax in shown[1:]}) == 1

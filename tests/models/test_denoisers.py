@@ -7,6 +7,7 @@ from small_models import write_diffusion, write_flux_vae
 from diva_lab.models.denoiser import TARGETS, Denoiser
 from diva_lab.models.diffusion import StableDiffusion
 from diva_lab.models.registry import DENOISERS, denoiser_files, load_denoiser
+from diva_lab.world import World, draw_scenes
 
 PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
 
@@ -208,3 +209,34 @@ def test_a_known_denoiser_whose_folder_is_missing_is_refused_naming_the_folder(m
     with pytest.raises(FileNotFoundError, match="tiny") as caught:
         load_denoiser("tiny")
     assert str(tmp_path / "nowhere") in str(caught.value) and "unknown" not in str(caught.value)
+
+
+# --- what is drawn ----------------------------------------------------------------------------------------------
+
+
+def test_clean_latents_follow_from_the_noise_that_was_added(denoiser, noised):
+    x0, noise, t, x_t = noised
+    torch.testing.assert_close(denoiser.clean(x_t, noise, t), x0, rtol=1e-3, atol=1e-4)
+
+
+def test_images_of_the_tiny_world_survive_the_autoencoder():
+    images = torch.from_numpy(World().render(draw_scenes(8, 0))).permute(0, 3, 1, 2).float() / 255
+    tiny = load_denoiser("tiny")
+    decoded = tiny.decode(tiny.latents(images))
+    assert (decoded - images).abs().mean() < 0.2 * (images.roll(1, 0) - images).abs().mean()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_drawing_ends_where_the_predictions_point_and_guidance_goes_further_from_the_empty_prompt(
+    denoiser, monkeypatch, guidance
+):
+    random = torch.Generator().manual_seed(0)
+    noise, told, plain = (torch.randn(2, 4, 8, 8, generator=random) for _ in range(3))
+
+    def exact(x_t, t, context):
+        signal, sigma = denoiser.signal[t].view(-1, 1, 1, 1), denoiser.sigma[t].view(-1, 1, 1, 1)
+        return (x_t - signal * (told if context.any() else plain)) / sigma
+
+    monkeypatch.setattr(denoiser, "predict", exact)
+    drawn = denoiser.draw(noise, {"context": torch.ones(2, 1, denoiser.width)}, guidance, steps=5)
+    torch.testing.assert_close(drawn, plain + guidance * (told - plain), rtol=1e-3, atol=1e-3)

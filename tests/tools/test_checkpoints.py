@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from diva_lab.analysis.selection import pack, read_checkpoints, unpack
 from diva_lab.evaluation.pairs import score_pairs
@@ -17,6 +18,7 @@ def test_bits_are_read_back_as_they_were_written():
         assert np.array_equal(unpack(pack(correct), n), correct)
 
 
+@pytest.mark.slow
 def test_a_seed_has_a_row_for_each_checkpoint_of_which_the_first_is_the_original(tmp_path):
     rows = run_seed(Plan(runs=tmp_path, dose=0.002, evaluations=1), 0, 1e-4)
     assert rows["step"].tolist() == [0, 2]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
+from diva_lab.paths import DATA, ROOT
 from tools import feedback
 from tools.feedback import ALIGNMENTS, OBJECTIVES, RATE_SEED, RIVALS, Plan, Row, all_rows, choose_trial, read_rows
 
@@ -48,7 +49,9 @@ def test_every_row_sees_as_many_images_and_is_evaluated_as_often():
     made = Plan()
     for row in all_rows():
         settings = made.stage_2(row, 1e-4, 0)
-        assert settings.steps * settings.batch == 16_000 and settings.steps // settings.evaluate_every == 8
+        _, change = feedback.RELEASED.get(row.objective, ("", {}))
+        images = 4_000 if "steps" in change else 16_000
+        assert settings.steps * settings.batch == images and settings.steps // settings.evaluate_every == 8
 
 
 def test_the_controls_differ_from_the_anchored_stage_1_in_the_anchor_alone():
@@ -120,7 +123,31 @@ def test_a_row_of_the_released_code_differs_in_what_it_names_alone():
     made = Plan()
     for name, (base, change) in feedback.RELEASED.items():
         one, other = (made.stage_2(Row(objective, "anchored"), 1e-4, 0) for objective in (name, base))
-        assert one != other and replace(one, **{key: getattr(other, key) for key in change}) == other
+        follow = ("evaluate_every", "save_every") if "steps" in change else ()
+        assert one != other and replace(one, **{key: getattr(other, key) for key in (*change, *follow)}) == other
+
+
+def test_the_table_of_the_method_page_is_that_of_the_record():
+    page = (ROOT / "docs" / "method.md").read_text().partition("<!-- released")[2].partition("<!-- /released")[0]
+    shown = [[cell.strip() for cell in line.split("|")[2:-1]] for line in page.splitlines() if line.startswith("| ")][
+        1:
+    ]
+    scores = ["pairs/mean", "probe/mean", "zeroshot", "nmi"]
+    released = pd.read_csv(DATA / "results" / "feedback_released.csv").set_index("objective")
+    curve = pd.read_csv(DATA / "results" / "feedback.csv").query("objective == 'diva' and alignment == 'anchored'")
+    rows = [curve.query("seed == 0").iloc[k][scores] for k in (0, -1)]
+    for name in [name for name in feedback.RELEASED if name in released.index]:
+        row = released.loc[name]
+        rows.append(["diverged"] * 4 if row["diverged"] else row[scores])
+    expected = [[v if isinstance(v, str) else f"{100 * v:.1f}" for v in row] for row in rows]
+    assert shown == expected
+
+
+def test_a_row_with_a_rate_of_its_own_takes_it_without_a_trial(plan):
+    row = Row("dcr, velocity", "anchored")
+    chosen, trials = feedback.choose_trial(plan, row)
+    assert chosen["lr"] == feedback.SHORT["lr"] and trials.empty
+    assert plan.stage_2(row, float(chosen["lr"]), 0).lr == feedback.SHORT["lr"]
 
 
 # --- the rule by which a rate is chosen -------------------------------------------------------------------------
@@ -201,5 +228,5 @@ def test_rows_are_named_by_objective_alignment_or_both():
     assert {row.alignment for row in read_rows(["diva"])} == set(ALIGNMENTS)
     assert {row.objective for row in read_rows(["/anchored"])} == set(OBJECTIVES) - {"caption-contrast", *RIVALS}
     assert list(read_rows([])) == all_rows()
-    with pytest.raises(ValueError, match="unknown row 'dvia/anchored'; expected one of diva/anchored"):
+    with pytest.raises(ValueError, match=r"'dvia/anchored'; did you mean 'diva/anchored'\? expected one of diva"):
         list(read_rows(["dvia/anchored"]))

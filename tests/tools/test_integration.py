@@ -26,6 +26,7 @@ def plan(tmp_path, monkeypatch):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_tower_is_asked_at_every_rung_and_only_once(plan, capsys):
     table = run_study(plan)
     assert set(zip(table["tower"], table["seed"], strict=True)) == {

@@ -8,7 +8,7 @@ import sys
 import tarfile
 import time
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +21,7 @@ from PIL import Image
 from run_checks import same_records, same_weights
 from two_processes import SETTINGS
 
+from diva_lab.image_files import find_tars, read_tars
 from diva_lab.images import open_images
 from diva_lab.machine import generator
 from diva_lab.models.encoders import load_encoder
@@ -113,6 +114,7 @@ def test_processes_stop_together_and_go_on_to_the_same_bits_and_all_see_a_gradie
     assert not broken.done and list(broken.metrics()["step"]) == [0]
 
 
+@pytest.mark.slow
 def test_the_command_trains_both_stages_of_a_preset_in_two_processes(tmp_path):
     (tmp_path / "cc3m").mkdir()
     for k, pixels in enumerate(pictures(8)):
@@ -179,7 +181,45 @@ def test_the_world_shows_each_process_other_pictures():
     assert not set(one) & set(two) and one == shown("world", 3, 0, 1)
 
 
-def test_more_processes_than_tars_are_refused(source):
-    if source.endswith(".tar"):
-        with pytest.raises(ValueError, match="4 tars for 5 processes"):
-            open_images(source, 32, 2, 0, 0, 0, 5)
+def test_fewer_tars_than_processes_are_shared(tmp_path):
+    for k, grey in enumerate(range(0, 240, 20)):
+        with tarfile.open(tmp_path / f"{k % 2}.tar", "a") as tar:
+            Image.new("RGB", (8, 8), (grey,) * 3).save(tmp_path / "one.png")
+            tar.add(tmp_path / "one.png", f"{k}.png")
+    parts = [shown(str(tmp_path / "*.tar"), 2, rank, 3) for rank in range(3)]  # 12 pictures: 4 each
+    assert all(len(set(part)) == 4 for part in parts) and len(set().union(*parts)) == 12
+    again = [shown(str(tmp_path / "*.tar"), 5, rank, 3, first) for rank, first in ((0, 0), (0, 6))]
+    assert again[0][6:] == again[1][:4]
+
+
+def test_64_processes_over_600_tars_show_every_image_once_an_epoch_and_go_on_where_they_were(tmp_path):
+    data = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(data, "png")
+    sizes = [1 + k % 3 for k in range(600)]
+    for k, size in enumerate(sizes):
+        with tarfile.open(tmp_path / f"{k:04}.tar", "w") as tar:
+            for i in range(size):
+                member = tarfile.TarInfo(f"{k}-{i}.png")
+                member.size = len(data.getvalue())
+                tar.addfile(member, io.BytesIO(data.getvalue()))
+    shards = find_tars(str(tmp_path / "{0000..0599}.tar"))
+    epoch = [[sample.name for sample in read_tars(shards, 0, 0, rank, 64, epochs=1)] for rank in range(64)]
+    assert sorted(chain(*epoch)) == sorted(f"{shards[k]}: {k}-{i}.png" for k in range(600) for i in range(sizes[k]))
+    for rank in (0, 63):
+        whole = [sample.name for sample in islice(read_tars(shards, 0, 0, rank, 64), 45)]
+        killed = len(epoch[rank]) + 7  # in the second epoch
+        assert [sample.name for sample in islice(read_tars(shards, 0, killed, rank, 64), 45 - killed)] == whole[killed:]
+
+
+def test_resampled_tars_are_drawn_with_replacement_by_each_process_and_go_on_where_they_were(tmp_path):
+    for k in range(8):
+        with tarfile.open(tmp_path / f"{k}.tar", "w") as tar:
+            tar.addfile(tarfile.TarInfo(f"{k}.png"))
+    shards = find_tars(str(tmp_path / "*.tar"))
+
+    def names(rank: int, first: int, n: int) -> list[str]:
+        return [s.name for s in islice(read_tars(shards, 0, first, rank, 2, resampled=True), n)]
+
+    one, two = names(0, 0, 40), names(1, 0, 40)
+    assert one != two and any(len(set(one[k : k + 4])) < 4 for k in range(0, 40, 4))  # an epoch has four
+    assert len(set(one)) == 8 and names(0, 13, 27) == one[13:]

@@ -2,6 +2,7 @@ import base64
 import io
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 import numpy as np
@@ -9,29 +10,12 @@ import pandas as pd
 import pytest
 from html_checks import Nesting
 from PIL import Image
+from summaries import BETTER, summary_of
 
 from diva_lab.paths import ROOT
 from diva_lab.workbook.report import original_differences, write_report
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-
-
-def summary_of(seeds: int = 1, **changes: float) -> pd.DataFrame:
-    """A summary of the original, DIVA and a random push; `changes` are DIVA's measures with / as __."""
-    row = {"pairs/mean": 0.18, "pairs/mean/low": 0.16, "pairs/mean/high": 0.2, "zeroshot": 0.96, "zeroshot/low": 0.95}
-    row |= {"zeroshot/high": 0.97, "probe/mean": 0.5, "nmi": 0.8, "acc": 0.8, "ari": 0.7, "emoji/mean": np.nan}
-    diva = row | {name.replace("__", "/"): value for name, value in changes.items()}
-    rows = [
-        {"objective": name, "seed": seed, **values, "note": "", "run": f"{name}-{seed}"}
-        for name, values in {"none": row, "diva": diva, "perturb-norm": row}.items()
-        for seed in range(seeds)
-    ]
-    table = pd.DataFrame(rows)
-    table.loc[table["objective"] == "diva", "pairs/mean"] += 0.01 * np.arange(seeds)
-    return table
-
-
-BETTER = {"pairs__mean": 0.28, "pairs__mean__low": 0.26, "pairs__mean__high": 0.3, "zeroshot": 0.955}
 
 
 # --- the differences --------------------------------------------------------------------------------------------
@@ -56,6 +40,16 @@ def test_with_several_seeds_the_interval_is_over_the_seeds():
 def test_without_a_run_of_the_original_there_is_no_difference():
     summary = summary_of()
     assert original_differences(summary[summary["objective"] != "none"]).empty
+
+
+def test_the_tables_of_all_scores_speak_as_the_figures_do(tmp_path):
+    details = {"pairs__colour": 0.1, "probe__colour": 0.6, "conflict_rate": 0.25, "seconds_per_step": 0.5}
+    write_report(tmp_path / "r.html", [], summary_of(**BETTER, **details), {})
+    tables = (tmp_path / "r.html").read_text().partition("Scores of each objective")[2]
+    assert "<td>28.0 [26.0, 30.0]</td>" in tables and "<td>25.0</td>" in tables and "<td>0.500</td>" in tables
+    names = ("pair score (P)", "emoji by name (P)", "steps in conflict", "pairs: Color and Appearance", "DIVA, seed 0")
+    assert all(name in tables for name in names) and "<td>diva-0</td>" in tables
+    assert not re.search(r"\b(pairs|probe|emoji)/\w|[a-z]_[a-z]", tables)
 
 
 # --- the page of the notebooks that ship ------------------------------------------------------------------------
@@ -86,6 +80,13 @@ def test_the_result_comes_first_then_its_figure_the_differences_and_the_notebook
 def test_the_contents_name_every_part(page):
     for nav in re.findall(r"<nav.*?</nav>", page, re.DOTALL):
         assert set(re.findall(r'href="#(.*?)"', nav)) == set(re.findall(r'<h2 id="(.*?)"', page))
+
+
+def test_every_link_of_a_notebooks_contents_leads_to_its_heading(page):
+    names = set(re.findall(r'\sid="([^"]+)"', page))
+    links = re.findall(r'<a href="#([^"]+)"', page)
+    assert sum("notebook-6-" in link for link in links) > 10
+    assert [link for link in links if not {link, unquote(link)} & names] == []  # a browser looks for both
 
 
 def test_formulas_are_mathml(page):
@@ -119,7 +120,8 @@ def test_links_between_notebooks_stay_on_the_page_and_no_link_leads_nowhere(tmp_
     Nesting(page)
     targets = set(re.findall(r'id="([^"]+)"', page))
     links = re.findall(r'href="#([^"]+)"', page)
-    assert set(links) <= targets and links.count("notebook-1") == 2 and links.count("notebook-0") == 1
+    assert set(links) <= targets and links.count("notebook-0") == links.count("notebook-1") == 1
+    assert links.count("notebook-1-Part") == 2  # its own, and the other notebook's
     assert "x.md" not in page and ">doc<" in page
 
 
@@ -157,10 +159,22 @@ def test_an_image_that_cannot_be_read_is_named_and_the_rest_stands(tmp_path):
 
 
 def test_prints_beside_lines_of_training_stay_in_sight_and_in_order(tmp_path):
-    texts = ["before\n", "a: evaluating after 0 steps ...\na: step 1/2, loss 1\n", "a: step 2/2, loss 1\nafter\n"]
+    texts = ["before\n", "a: evaluating after 0 steps ...\na: step 1/2, loss 1\n", "a: step 2/2, loss 1\n"]
+    texts += ["a: done before, see /b\na-0123abcd: in /c\na: 3 of 4 steps done before, in /d\nafter: in time\n"]
     page = report_on(tmp_path, *(nbformat.v4.new_output("stream", text=text) for text in texts))
-    assert "<summary>Progress: 3 lines</summary>" in page
-    places = [page.index(word) for word in ("before", "<details>", "evaluating", "2/2", "</details>", "after\n</pre>")]
+    assert "<summary>Progress: 6 lines</summary>" in page
+    words = (
+        "before",
+        "<details>",
+        "evaluating",
+        "2/2",
+        "see /b",
+        "in /c",
+        "in /d",
+        "</details>",
+        "after: in time\n</pre>",
+    )
+    places = [page.index(word) for word in words]
     assert places == sorted(places)
 
 

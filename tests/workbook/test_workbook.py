@@ -1,6 +1,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -228,6 +230,20 @@ def test_the_grids_compare_any_encoders_on_any_folder_of_pairs(tmp_path, small_c
     shown = json.dumps([cell.outputs for cell in cells if cell.cell_type == "code"], ensure_ascii=False)
     assert "McNemar" in shown and f"- {small_clip.name}: of 9 intervals **" in shown
     assert not list(tmp_path.glob("tune-*"))  # nothing was trained
+
+
+@pytest.mark.slow
+def test_papermill_runs_a_notebook_from_anywhere_and_its_runs_lie_in_one_place(tmp_path):
+    root, elsewhere, name = NOTEBOOKS.parent, tmp_path / "elsewhere", "notebooks/01_alignment.ipynb"
+    elsewhere.mkdir()
+    environment = {"DIVA_LAB_RUNS": tmp_path / "runs", "PYTHONPATH": root, "JUPYTER_PREFER_ENV_PATH": "1"}
+    ways = [(root, name), (elsewhere, root / name), (root, name, "--cwd", "notebooks")]
+    for k, (folder, path, *more) in enumerate(ways):
+        command = [sys.executable, "-m", "papermill", path, tmp_path / "out.ipynb", *more, "-p", "steps", "1"]
+        done = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "out.ipynb").read_text().count("done before") == (2 if k else 0)
+    assert len(list((tmp_path / "runs" / "notebooks").iterdir())) == 2 and not list(elsewhere.iterdir())
 
 
 # --- the command ------------------------------------------------------------------------------------------------
