@@ -63,7 +63,10 @@ def measure(stage: int, settings: Settings, folder) -> tuple[int, int, int]:
     return tuple(found)
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("DCR", "DIVA, all weights", "stage 1 of a light denoiser")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.slow) for c in CASES])
 def test_a_plan_counts_the_flops_and_evaluations_of_a_run_exactly_and_its_memory_to_a_seventh(case, tmp_path):
     stage, settings = CASES[case]
     flops, evaluations, live = measure(stage, settings, tmp_path)
@@ -80,7 +83,8 @@ def test_weights_and_what_the_optimizer_keeps_are_those_of_the_run(tmp_path):
     kept = sum(x.numel() * 4 for x in moments)
     assert plan.disk == trained + kept and plan.kept == kept + trained  # and the gradient
     accumulating = plan_stage(replace(settings, accumulate=2), 2, models=plan.models)
-    assert accumulating.kept == plan.kept + trained and accumulating.total == 2 * plan.total
+    assert accumulating.kept == plan.kept + trained
+    assert accumulating.total == pytest.approx(2 * plan.total, rel=0.05)  # what is kept of the empty prompt is there
     encoder, denoiser = load_encoder("tiny"), load_denoiser("tiny")
     frozen_weights = sum(p.numel() * 4 for part in (encoder, denoiser) for p in part.parameters())
     assert plan.models.weights == frozen_weights + sum(p.numel() * 4 for p in plan.models.conditioner.parameters())
@@ -150,9 +154,9 @@ def test_a_plan_changes_no_global_draw_and_leaves_dcr_as_it_was():
 @pytest.mark.slow
 def test_a_preset_is_planned_at_real_size_without_any_file(capsys):
     assert main(["plan", "openai-l14-dcr", "--processes", "4", "--device", "H100"]) == 0
-    print(said := capsys.readouterr().out)
-    rows = {line[:44].strip(): line[44:].split() for line in said.splitlines()[1:]}
-    assert rows["images a step: batch x accumulate x process"] or rows
+    said = capsys.readouterr().out
+    print(said)
+    assert "openai-l14-dcr" in said.splitlines()[0] and "H100" in said
 
 
 @pytest.mark.slow
