@@ -305,18 +305,30 @@ def plan_preset(
     return [plan_stage(settings, stage, processes, rows=rows) for stage, settings in chosen]
 
 
-def largest(plan: StagePlan, name: str, rows: int, room: float) -> int:
-    """The largest `batch`, or the largest `rows`, with which a stage fits into `room` bytes; 0 for none.
+def largest_batch(plan: StagePlan, rows: int, room: float) -> int:
+    """The largest batch that fits into `room` bytes with so many rows at a time; 0 for none.
 
-    Memory grows as a polynomial: with the square of a batch whose rows are all taken at once, else linearly. It is
-    counted at a few sizes from the settings' on.
+    Memory grows with the square of a batch whose rows are all taken at once, else linearly: it is counted at two or
+    three sizes from the settings' on.
     """
     settings = replace(plan.settings, rows=rows)
-    square = name == "batch" and rows == 0 and settings.objective in BY_ROWS
-    sizes = [getattr(settings, name) * k for k in range(1, 4 if square else 3)]
-    live = [count_live(replace(settings, **{name: size}), plan.models) for size in sizes]
+    several = (1, 2, 3) if rows == 0 and settings.objective in BY_ROWS else (1, 2)
+    live = {
+        settings.batch * k: count_live(replace(settings, batch=settings.batch * k), plan.models) for k in several[1:]
+    }
+    return _largest({settings.batch: plan.live[rows]} | live, room - plan.models.weights - plan.kept)
+
+
+def largest_rows(plan: StagePlan, room: float) -> int:
+    """The largest `rows` with which the settings' batch fits into `room` bytes, from two that were counted."""
+    live = {rows: live for rows, live in plan.live.items() if rows}
+    return min(plan.settings.batch, _largest(live, room - plan.models.weights - plan.kept))
+
+
+def _largest(live: dict[int, int], room: float) -> int:
+    """The largest size whose bytes fit, by the polynomial through those of a few sizes."""
     tried = np.arange(1, MOST + 1)
-    fits = np.polyval(np.polyfit(sizes, live, len(sizes) - 1), tried) <= room - plan.models.weights - plan.kept
+    fits = np.polyval(np.polyfit(list(live), list(live.values()), len(live) - 1), tried) <= room
     return int(tried[fits].max(initial=0))
 
 
@@ -396,10 +408,10 @@ def _cells(plan: StagePlan, rate: float, room: float) -> dict[str, str]:
     for rows in plan.live:
         cells[f"memory in all{_with_rows(plan, rows)}"] = gigabytes(plan.memory(rows))
     for rows in [rows for rows in plan.live if rows in (0, 1)]:
-        cells[f"largest batch{_with_rows(plan, rows)}"] = f"{largest(plan, 'batch', rows, room)}"
+        cells[f"largest batch{_with_rows(plan, rows)}"] = f"{largest_batch(plan, rows, room)}"
     if 1 in plan.live:
-        most = min(largest(plan, "rows", 1, room), settings.batch)
-        cells[f"largest rows at batch={settings.batch}"] = "all" if plan.memory(0) <= room else f"{most}"
+        most = "all" if plan.memory(0) <= room else f"{largest_rows(plan, room)}"
+        cells[f"largest rows at batch={settings.batch}"] = most
     return cells | {"disk of the run": gigabytes(plan.disk)}
 
 

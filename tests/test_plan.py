@@ -18,7 +18,8 @@ from diva_lab.plan import (
     StagePlan,
     count_live,
     describe_start,
-    largest,
+    largest_batch,
+    largest_rows,
     open_models,
     plan_stage,
     read_rate,
@@ -90,17 +91,18 @@ def test_weights_and_what_the_optimizer_keeps_are_those_of_the_run(tmp_path):
     assert plan.models.weights == frozen_weights + sum(p.numel() * 4 for p in plan.models.conditioner.parameters())
 
 
-@pytest.mark.parametrize(("name", "rows"), [("batch", 0), ("batch", 1), ("rows", 1)])
-def test_the_largest_that_fits_is_the_last_that_fits(name, rows):
-    plan = small_plan(2, replace(SMALL, batch=12))
+def test_the_largest_batch_and_the_largest_rows_are_the_last_that_fit():
+    plan = plan_stage(replace(SMALL, batch=6), 2, models=small_plan(2, SMALL).models, rows=(1, 4))
     beside = plan.models.weights + plan.kept
-    room = (
-        beside + count_live(replace(plan.settings, batch=40 if name == "batch" else 12, rows=rows), plan.models) * 1.7
-    )
-    most = largest(plan, name, rows, room)
-    live = [count_live(replace(plan.settings, **{"rows": rows, name: n}), plan.models) for n in (most, most + 2)]
-    assert beside + live[0] <= 1.02 * room and 1.02 * (beside + live[1]) >= room
-    assert largest(plan, name, rows, beside) == 0
+
+    def live(**changes: int) -> int:
+        return count_live(replace(plan.settings, **changes), plan.models)
+
+    for rows in (0, 1):
+        room = beside + 1.02 * live(batch=20, rows=rows)
+        assert largest_batch(plan, rows, room) == 20
+        assert largest_batch(plan, rows, beside) == 0
+    assert largest_rows(plan, beside + 1.02 * live(rows=3)) == 3
 
 
 def test_hours_follow_from_a_rate_that_is_given_or_was_measured(tmp_path):
