@@ -40,7 +40,7 @@ def autocast(device: torch.device | str = "cpu") -> torch.autocast:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast_bf16(device))
 
 
-def free_memory(device: torch.device) -> float:
+def free_memory(device: torch.device) -> int | float:
     """Bytes that a process may still take: on a GPU, or of main memory; infinite where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

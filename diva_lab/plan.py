@@ -5,7 +5,7 @@
 The code that trains takes a micro-batch of each stage, forward and backward, with models of real size whose tensors
 have a shape and no values, so that neither files nor a GPU are needed. FLOPs are those of matrix products and
 convolutions. Memory is that of the tensors alive at one time; on a GPU its libraries' own comes on top, for which
-`SPARE` of the device is left. Attention counts as on a GPU, where no scores are kept.
+`SPARE` of the device is left. Attention and dropout count as on a GPU, which keeps no scores, and of a mask one byte.
 """
 
 import importlib
@@ -107,13 +107,24 @@ def open_models(settings: Settings, stage: int, encoder: Encoder, denoiser: Deno
         setattr(denoiser, name, getattr(settings, name))
     with models.mode:
         if isinstance(denoiser, StableDiffusion):
-            denoiser.empty = torch.empty(denoiser.text_encoder.config.max_position_embeddings, denoiser.width)
+            tokens = denoiser.text_encoder.config.max_position_embeddings
+            denoiser.empty = torch.empty(tokens, denoiser.width, device="cpu")
         if settings.anchored:
-            conditioner.gap = torch.empty(encoder.dim)
+            conditioner.gap = torch.empty(encoder.dim, device="cpu")
     for attention in getattr(denoiser.network, "attn_processors", {}).values():
         if isinstance(attention, BiasedAttention):
             attention.attend = F.scaled_dot_product_attention
+    for module in encoder.modules():
+        if type(module) is nn.Dropout:
+            module.__class__ = FusedDropout
     return models
+
+
+class FusedDropout(nn.Dropout):
+    """Dropout as on a GPU, where one byte of each number is kept; a CPU keeps four."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, self.p, self.training)[0]
 
 
 def load_shapes(settings: Settings, stage: int) -> Models:
@@ -259,7 +270,7 @@ class StagePlan:
     @property
     def total(self) -> float:
         """FLOPs of all steps and processes."""
-        return self.flops * self.settings.accumulate * self.processes * self.settings.steps
+        return float(self.flops * self.settings.accumulate * self.processes * self.settings.steps)
 
     def memory(self, rows: int | None = None) -> int:
         """All bytes, at the settings' rows or at others."""
@@ -359,8 +370,10 @@ def read_device(name: str) -> tuple[float, float]:
     return DEVICES[name]
 
 
-def gigabytes(number: float) -> str:
-    return f"{number / 1e9:.0f} GB" if number >= 1e10 else f"{number / 1e9:.1f} GB"
+def gigabytes(number: int | float) -> str:
+    if number < 1e8:
+        return f"{number / 1e6:.0f} MB"
+    return f"{number / 1e9:.{0 if number >= 1e10 else 1}f} GB"
 
 
 def describe_plan(name: str, plans: Sequence[StagePlan], device: str, rate: float | None = None) -> str:
@@ -375,7 +388,7 @@ def describe_plan(name: str, plans: Sequence[StagePlan], device: str, rate: floa
     reached = rate or REACHED * peak
     how = "as given" if rate else "assumed, the share that DIVA's published hours give; --rate takes another"
     cells = [_cells(plan, reached, memory * (1 - SPARE)) for plan in plans]
-    labels = dict.fromkeys(label for column in cells for label in column)
+    labels = dict.fromkeys(label for column in sorted(cells, key=len, reverse=True) for label in column)
     rows = {"": [f"stage {plan.stage}" for plan in plans]}
     rows |= {label: [column.get(label, "–") for column in cells] for label in labels}
     head = (
@@ -395,7 +408,7 @@ def _cells(plan: StagePlan, rate: float, room: float) -> dict[str, str]:
         ),
         "images in all": f"{plan.images * settings.steps / 1e6:.2f} M",
         "evaluations of the denoiser a step": f"{plan.evaluations * settings.accumulate * plan.processes}",
-        "TFLOP a micro-batch": f"{plan.flops / 1e12:.1f}",
+        "TFLOP a micro-batch": f"{plan.flops / 1e12:.2f}",
         "EFLOP in all": f"{plan.total / 1e18:.1f}",
         "GPU hours": f"{plan.hours(rate):.0f}",
         "hours on the clock": f"{plan.hours(rate) / plan.processes:.1f}",
@@ -403,20 +416,19 @@ def _cells(plan: StagePlan, rate: float, room: float) -> dict[str, str]:
         "memory: weights": gigabytes(plan.models.weights),
         "memory: optimizer and gradients": gigabytes(plan.kept),
     }
-    for rows in plan.live:
-        cells[f"memory: a micro-batch{_with_rows(plan, rows)}"] = gigabytes(plan.live[rows])
-    for rows in plan.live:
-        cells[f"memory in all{_with_rows(plan, rows)}"] = gigabytes(plan.memory(rows))
-    for rows in [rows for rows in plan.live if rows in (0, 1)]:
-        cells[f"largest batch{_with_rows(plan, rows)}"] = f"{largest_batch(plan, rows, room)}"
+    for rows, live in plan.live.items():
+        cells[f"memory: a micro-batch, {_rows(rows)}"] = gigabytes(live)
+        cells[f"memory in all, {_rows(rows)}"] = gigabytes(plan.memory(rows))
+        if rows in (0, 1):
+            cells[f"largest batch, {_rows(rows)}"] = f"{largest_batch(plan, rows, room)}"
     if 1 in plan.live:
         most = "all" if plan.memory(0) <= room else f"{largest_rows(plan, room)}"
         cells[f"largest rows at batch={settings.batch}"] = most
     return cells | {"disk of the run": gigabytes(plan.disk)}
 
 
-def _with_rows(plan: StagePlan, rows: int) -> str:
-    return "" if len(plan.live) == 1 else f", rows={rows}" if rows else ", all rows at once"
+def _rows(rows: int) -> str:
+    return f"rows={rows}" if rows else "all rows at once"
 
 
 def describe_start(plan: StagePlan, device: torch.device) -> str:

@@ -59,10 +59,9 @@ def test_all_variants_of_a_step_share_one_set_of_weights():
 
 
 def test_what_a_step_needs_is_counted_before_it_is_built_and_one_that_does_not_fit_is_refused(monkeypatch, capsys):
-    models = build_models("tiny", CPU)
-    reference = step_variants("dcr-step", "tiny", models, torch.float32, 2)["reference"]()
-    live = peak_bytes(lambda: reference.backward(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)), CPU)
-    weights, step = needed_bytes("dcr-step", "tiny", 2, torch.float32)
+    reference = step_variants("dcr-step", "small", build_models("small", CPU), torch.float32, 2)["reference"]()
+    live = peak_bytes(lambda: reference.backward(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)), CPU)
+    weights, step = needed_bytes("dcr-step", "small", 2, torch.float32)
     assert weights == weight_bytes(reference.encoder, reference.conditioner, reference.denoiser)
     assert step == pytest.approx(live, rel=0.15)
     monkeypatch.setattr(benchmark, "free_memory", lambda device: 12.34e9)
