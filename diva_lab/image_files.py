@@ -242,8 +242,8 @@ def find_tars(source: str) -> list[str]:
     have a meaning only behind them. A URL has one of the schemes of `remote.SCHEMES`.
 
     Raises:
-        FileNotFoundError: where there is none; of CC3M's it says what fetches them.
-        ValueError: for braces that cannot be understood; for another scheme.
+        FileNotFoundError: where there is none, or for another scheme; of CC3M's it says what fetches them.
+        ValueError: for braces that cannot be understood.
         ModuleNotFoundError, ConnectionError: as `remote.list_shards`.
     """
     if remote.scheme_of(source):

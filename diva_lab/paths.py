@@ -12,13 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
 
 
-def _place(variable: str) -> Path | None:
+def named_folder(variable: str) -> Path | None:
     """The absolute folder that a variable of the environment names; None where it is not set, or empty."""
     text = os.environ.get(variable, "")
     return Path(os.path.expanduser(text)).absolute() if text else None
 
 
-RUNS = _place("DIVA_LAB_RUNS") or ROOT / "runs"
+RUNS = named_folder("DIVA_LAB_RUNS") or ROOT / "runs"
 
 
 def __getattr__(name: str) -> Path:
@@ -32,7 +32,7 @@ def __getattr__(name: str) -> Path:
 def _find_cache() -> Path:
     """The folder of caches; where it cannot be written, one that is deleted when this process ends, with a warning."""
     home = Path(os.path.expanduser("~"))  # "~" itself where there is neither HOME nor a known user
-    folder = _place("DIVA_LAB_CACHE") or home / ".cache" / "diva-lab"
+    folder = named_folder("DIVA_LAB_CACHE") or home / ".cache" / "diva-lab"
     if folder.is_absolute() and not _why_not_writable(folder):
         return folder
     warnings.warn(

@@ -5,7 +5,6 @@ variable DIVA_LAB_SHARDS names a folder in which shards are kept. How many image
 cache, so that a resumed run need not fetch what it only has to count.
 """
 
-import os
 import shutil
 import tempfile
 import time
@@ -26,13 +25,15 @@ def scheme_of(source: str) -> str:
     """`s3` of `s3://bucket/0.tar`; "" of a path.
 
     Raises:
-        ValueError: for a scheme that is not one of `SCHEMES`.
+        FileNotFoundError: for a scheme that is not one of `SCHEMES`.
     """
     scheme, separator, _ = source.partition("://")
     if not separator:
         return ""
     if scheme not in SCHEMES:
-        raise ValueError(f"images={source!r}: scheme {scheme!r}; {messages.expected(scheme, SCHEMES)}, or a path")
+        raise FileNotFoundError(
+            f"images={source!r}: no such tar: scheme {scheme!r}; {messages.expected(scheme, SCHEMES)}, or a path"
+        )
     return scheme
 
 
@@ -76,12 +77,11 @@ def fetch(url: str) -> Iterator[Path]:
         FileNotFoundError: where it is not there.
         ConnectionError: where it cannot be fetched in `TRIES` tries; names the last fault.
     """
-    kept = os.environ.get("DIVA_LAB_SHARDS")
-    if not kept:
+    if (kept := paths.named_folder("DIVA_LAB_SHARDS")) is None:
         with tempfile.TemporaryDirectory(prefix="diva-lab-") as folder:
             yield _download(url, Path(folder) / "shard.tar")
         return
-    path = Path(kept).expanduser() / _key(url) / url.rpartition("/")[2]
+    path = kept / _key(url) / url.rpartition("/")[2]
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -127,15 +127,18 @@ def _key(url: str) -> str:
     return blake2b(url.encode(), digest_size=8).hexdigest()
 
 
+def _length_file(url: str) -> Path:
+    return paths.CACHE / "shards" / _key(url)
+
+
 def remember_length(url: str, images: int) -> None:
     """Keep how many images a shard holds."""
-    path = paths.CACHE / "shards" / _key(url)
-    if not path.exists():
+    if not (path := _length_file(url)).exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(str(images), encoding="ascii")
 
 
 def known_length(url: str) -> int | None:
     """How many images a shard holds, where it was read before; else None."""
-    path = paths.CACHE / "shards" / _key(url)
+    path = _length_file(url)
     return int(path.read_text(encoding="ascii")) if path.is_file() else None

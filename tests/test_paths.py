@@ -31,9 +31,9 @@ def test_where_no_cache_can_be_written_one_warning_says_so_and_what_was_kept_is_
 
 def test_an_empty_variable_names_no_folder_and_a_tilde_is_the_home(monkeypatch):
     monkeypatch.setenv("DIVA_LAB_RUNS", "")
-    assert paths._place("DIVA_LAB_RUNS") is None
+    assert paths.named_folder("DIVA_LAB_RUNS") is None
     monkeypatch.setenv("DIVA_LAB_RUNS", "~/runs")
-    assert paths._place("DIVA_LAB_RUNS") == Path.home() / "runs"
+    assert paths.named_folder("DIVA_LAB_RUNS") == Path.home() / "runs"
 
 
 @pytest.mark.parametrize("verb", ["train", "run", "evaluate", "benchmark"])

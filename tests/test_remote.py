@@ -1,14 +1,12 @@
 """Shards by URL: the same images as of files, in the same order; fetched again where a transfer fails."""
 
-import io
-import tarfile
 import tempfile
 from itertools import islice
 from pathlib import Path
 
 import fsspec
 import pytest
-from PIL import Image
+from image_writers import png, write_tar
 
 from diva_lab import image_files, paths, remote
 from diva_lab.image_files import find_tars
@@ -26,13 +24,7 @@ def shards(tmp_path, monkeypatch):
     monkeypatch.delenv("DIVA_LAB_SHARDS", raising=False)
     image_files._length.cache_clear()
     for k in range(3):
-        with tarfile.open(tmp_path / f"{k}.tar", "w") as tar:
-            for i in range(4):
-                data = io.BytesIO()
-                Image.new("RGB", (8, 8), (60 * k + 10 * i,) * 3).save(data, "png")
-                member = tarfile.TarInfo(f"{k}-{i}.png")
-                member.size = len(data.getvalue())
-                tar.addfile(member, io.BytesIO(data.getvalue()))
+        write_tar(tmp_path / f"{k}.tar", {f"{k}-{i}.png": png(4 * k + i) for i in range(4)})
         storage.pipe(f"/cc3m/{k}.tar", (tmp_path / f"{k}.tar").read_bytes())
     opened = []
     monkeypatch.setattr(storage, "open", lambda url, mode, own=storage.open: (opened.append(url), own(url, mode))[1])

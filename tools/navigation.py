@@ -12,6 +12,7 @@ from nbformat import NotebookNode
 
 from diva_lab.paths import ROOT
 from diva_lab.workbook.outputs import HEADING
+from diva_lab.workbook.report import title_of
 
 PAPERS = "[DIVA](https://arxiv.org/abs/2407.20171) and [DCR](https://arxiv.org/abs/2603.04803)"
 COSTS: dict[str, tuple[int, int, float]] = {  # of those that were measured, by papermill with one thread: minutes of a
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.parse_args(argv)
     paths = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     notebooks = {path: nbformat.read(path, as_version=4) for path in paths}
-    titles = {path.name: HEADING.search(notebook.cells[0].source)[2] for path, notebook in notebooks.items()}
+    titles = {path.name: title_of(notebook, path.name) for path, notebook in notebooks.items()}
     for path, notebook in notebooks.items():
         text = nbformat.writes(write_navigation(notebook, path.name, titles), version=nbformat.NO_CONVERT)
         path.write_text(f"{text}\n", encoding="utf-8")

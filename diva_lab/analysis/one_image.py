@@ -52,17 +52,17 @@ class ImageModels:
     @torch.no_grad()
     def conditions(self, image: Picture, caption: str = "") -> dict[str, dict[str, Tensor]]:
         """What `Denoiser.predict` reads: under the empty prompt, the caption (if there is one) and each embedding."""
-        read, zeros = {}, torch.zeros(1, 1, self.denoiser.width, device=self.denoiser.device)  # added to the prompt
+        read = {}
         for name, encoder in self.encoders.items():
             features = encoder.features(self.pixels(image))
             if self.denoiser.labelled:
                 f = features.embedding
-                read[name] = {"context": zeros, "labels": self.denoiser.labels(f, 0, torch.zeros_like(f))}
+                labels = self.denoiser.labels(f, 0, torch.zeros_like(f))
+                read[name] = {"context": self.denoiser.empty_context(1), "labels": labels}
             else:
                 read[name] = {"context": self.conditioner(features, self.denoiser.empty)}
         told = {CAPTION: {"context": self.denoiser.encode_text([caption])}} if caption and self.reads_text else {}
-        labels = {key: torch.zeros_like(value) for key, value in next(iter(read.values())).items() if key == "labels"}
-        return {EMPTY: {"context": zeros, **labels}, **told, **read}
+        return {EMPTY: self.denoiser.blank(next(iter(read.values()))), **told, **read}
 
 
 @torch.no_grad()

@@ -185,7 +185,7 @@ def own_image(
 ) -> Figure:
     """An image, what the denoiser draws from each embedding of it, and which of two statements each model prefers.
 
-    The coloured cell of a column is the statement of the larger cosine, and for the denoiser of the smaller loss, if
+    A column's dark cell is the preferred statement: of the larger cosine, and for the denoiser of the smaller loss, if
     the 95 % interval of the difference over the draws of noise does not hold zero.
 
     Args:
@@ -212,10 +212,10 @@ def own_image(
         table.text(0, 1.9 * i, f"{CIRCLED[i + 1]} {style.shorten(statement, 60)}", fontsize=8, va="center")
         for k, (name, numbers) in enumerate(columns.items()):
             chosen = preferred[name] == i
-            face, ink = (style.RIGHT, "white") if chosen else ("#F1F2F4", style.GREY)
+            face, ink = (style.INK, "white") if chosen else ("#F1F2F4", style.GREY)
             table.add_patch(plt.Rectangle((k + 0.02, 1.9 * i + 0.4), 0.96, 0.8, linewidth=0, facecolor=face))
-            number = style.minus_signs(numbers[i])
-            table.text(k + 0.5, 1.9 * i + 0.8, number, fontsize=7.5, color=ink, ha="center", va="center")
+            text = style.minus_signs(numbers[i]) + ", preferred" * chosen
+            table.text(k + 0.5, 1.9 * i + 0.8, text, fontsize=7.5, color=ink, ha="center", va="center")
     for k, name in enumerate(columns):
         table.text(k + 0.5, -0.6, name, fontsize=8, ha="center", va="center")
     if losses is not None:

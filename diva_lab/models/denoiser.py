@@ -245,8 +245,7 @@ class Denoiser(nn.Module):
             guidance: the scale of classifier-free guidance away from the empty prompt, 1 for none.
             steps: of the sampler.
         """
-        blank = {name: torch.zeros_like(value) for name, value in read.items()}
-        blank["context"] = noise.new_zeros(len(noise), 1, self.width)  # added to the empty prompt
+        blank = self.blank(read)
         last = int((self.signal > LEAST_SIGNAL).sum()) - 1
         times = torch.linspace(last, 0, steps + 1).round().long()[:, None].expand(-1, len(noise))  # [steps + 1, n]
         x = noise
@@ -258,6 +257,15 @@ class Denoiser(nn.Module):
             x0 = self.clean(x, eps, t)
             x = self.add_noise(x0, eps, following)
         return x0
+
+    def empty_context(self, n: int) -> Float[Tensor, "n 1 c2"]:
+        """n contexts of the empty prompt: one token of zeros each, which `predict` adds to the prompt's own."""
+        return torch.zeros(n, 1, self.width, device=self.device)
+
+    def blank(self, read: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `predict` reads under the empty prompt in the place of `read`: its context, and labels of zeros."""
+        zeros = {name: torch.zeros_like(value) for name, value in read.items()}
+        return zeros | {"context": self.empty_context(len(read["context"]))}
 
     def _tokens(self, context: Tensor) -> Tensor:
         """The tokens that the network reads: one token stands for the empty prompt with this token added to each."""

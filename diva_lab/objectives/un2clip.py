@@ -20,6 +20,6 @@ def un2clip(step: Step) -> dict[str, Tensor]:
         embedding = features.embedding.repeat(step.settings.draws, 1)  # [n b, d]
         noise = torch.randn(embedding.shape, generator=step.generator).to(embedding.device)
         labels = step.denoiser.labels(embedding, step.settings.embedding_noise, noise)  # [n b, 2 d]
-        return {"context": labels.new_zeros(len(labels), 1, step.denoiser.width), "labels": labels}
+        return {"context": step.denoiser.empty_context(len(labels)), "labels": labels}
 
     return reconstruct(step, "native", condition)

@@ -129,10 +129,10 @@ def noise_explorer(
         conditions = models.conditions(picture, text.strip())
         noisy, predicted = predict_clean(denoiser, models.pixels(picture), conditions, t, seed)
         drawn = sample_once(picture, text.strip(), seed, guidance)
-        captions = [f"noise at t = {t}", *(f"{label_of(n)}: loss {loss:.4f}" for n, (_, loss) in predicted.items())]
+        captions = [f"noise at t = {t}", *(f"{label_of(n)}: {loss:.4f}" for n, (_, loss) in predicted.items())]
         captions += ["the image", *(f"drawn: {label_of(name)}" for name in drawn)]
         images = [noisy, *(clean for clean, _ in predicted.values()), picture, *drawn.values()]
-        title = f"Above: the clean image as predicted. Below: drawn from noise, guidance {guidance:g}, seed {seed}"
+        title = f"Above: the clean image as predicted, with its loss. Below: drawn, guidance {guidance:g}, seed {seed}"
         return image_grid(np.stack(images), captions, len(images) // 2, title, source)
 
     last = denoiser.timesteps - 1

@@ -218,7 +218,7 @@ def resolve_images(images: str) -> str:
         FileNotFoundError, ValueError: if there is no readable image; see `diva_lab.images.open_images`.
     """
     from diva_lab.images import open_images
-    from diva_lab.remote import SCHEMES
+    from diva_lab.remote import scheme_of
 
     kind, _, rest = images.partition(":")
     if not images.strip() or (kind == "hf" and not rest.strip()):
@@ -226,7 +226,7 @@ def resolve_images(images: str) -> str:
     if kind == "hf" and Path(rest.partition(":")[0]).expanduser().is_dir():
         source = f"hf:{Path(rest).expanduser().absolute()}"
     else:
-        source = images if kind in ("world", "hf", *SCHEMES) else str(Path(images).expanduser().absolute())
+        source = images if kind in ("world", "hf") or scheme_of(images) else str(Path(images).expanduser().absolute())
     next(open_images(source, px=32, n=1, seed=0))
     return source
 

@@ -87,16 +87,16 @@ def test_patch_maps_stand_beside_their_images_on_one_scale_and_masks_have_a_colo
         figures.patch_maps(IMAGES, {"before": PATCH_MAPS["before"][:1]})
 
 
-def test_the_statement_that_each_model_prefers_is_coloured_and_none_where_the_loss_is_undecided():
+def test_the_statement_that_each_model_prefers_is_dark_and_none_where_the_loss_is_undecided():
     def coloured(losses: np.ndarray | None) -> list[tuple[int, int]]:
         table = figures.own_image(IMAGES[0, 0], ["one", "two"], SAID, {}, losses).axes[-1]
-        cells = [patch for patch in table.patches if to_hex(patch.get_facecolor()) == style.RIGHT.lower()]
+        cells = [patch for patch in table.patches if to_hex(patch.get_facecolor()) == style.INK.lower()]
         return [(int(cell.get_x()), int(cell.get_y() > 1)) for cell in cells]  # column and statement
 
     assert sorted(coloured(LOSSES)) == [(0, 0), (1, 0), (2, 0)]
     assert sorted(coloured(LOSSES[:, ::-1])) == [(0, 0), (1, 0), (2, 1)]
     assert sorted(coloured(LOSSES - LOSSES.mean(0))) == sorted(coloured(None)) == [(0, 0), (1, 0)]
-    assert {"your image", "DIVA", "−0.200", "① a photo of one"} <= set(texts(figure("own_image")))
+    assert {"your image", "DIVA", "−0.200", "0.300, preferred", "① a photo of one"} <= set(texts(figure("own_image")))
 
 
 def test_the_map_of_a_patch_is_its_row_of_the_cosines_and_a_frame_is_at_one_place_on_every_grid():

@@ -3,10 +3,11 @@ import pytest
 
 from diva_lab.paths import ROOT
 from diva_lab.workbook.outputs import HEADING
+from diva_lab.workbook.report import title_of
 from tools.navigation import COSTS, anchor_of, write_navigation
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-TITLES = {path.name: HEADING.search(nbformat.read(path, 4).cells[0].source)[2] for path in NOTEBOOKS}
+TITLES = {path.name: title_of(nbformat.read(path, 4), path.name) for path in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset, Features
 from datasets import Image as DatasetImage
+from image_writers import png, write_tar
 from one_step import pictures
 from PIL import Image
 from run_checks import same_records, same_weights
@@ -182,10 +183,8 @@ def test_the_world_shows_each_process_other_pictures():
 
 
 def test_fewer_tars_than_processes_are_shared(tmp_path):
-    for k, grey in enumerate(range(0, 240, 20)):
-        with tarfile.open(tmp_path / f"{k % 2}.tar", "a") as tar:
-            Image.new("RGB", (8, 8), (grey,) * 3).save(tmp_path / "one.png")
-            tar.add(tmp_path / "one.png", f"{k}.png")
+    for k in range(2):
+        write_tar(tmp_path / f"{k}.tar", {f"{i}.png": png(i) for i in range(k, 12, 2)})
     parts = [shown(str(tmp_path / "*.tar"), 2, rank, 3) for rank in range(3)]  # 12 pictures: 4 each
     assert all(len(set(part)) == 4 for part in parts) and len(set().union(*parts)) == 12
     again = [shown(str(tmp_path / "*.tar"), 5, rank, 3, first) for rank, first in ((0, 0), (0, 6))]
@@ -193,15 +192,9 @@ def test_fewer_tars_than_processes_are_shared(tmp_path):
 
 
 def test_64_processes_over_600_tars_show_every_image_once_an_epoch_and_go_on_where_they_were(tmp_path):
-    data = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(data, "png")
     sizes = [1 + k % 3 for k in range(600)]
     for k, size in enumerate(sizes):
-        with tarfile.open(tmp_path / f"{k:04}.tar", "w") as tar:
-            for i in range(size):
-                member = tarfile.TarInfo(f"{k}-{i}.png")
-                member.size = len(data.getvalue())
-                tar.addfile(member, io.BytesIO(data.getvalue()))
+        write_tar(tmp_path / f"{k:04}.tar", {f"{k}-{i}.png": b"not decoded" for i in range(size)})
     shards = find_tars(str(tmp_path / "{0000..0599}.tar"))
     epoch = [[sample.name for sample in read_tars(shards, 0, 0, rank, 64, epochs=1)] for rank in range(64)]
     assert sorted(chain(*epoch)) == sorted(f"{shards[k]}: {k}-{i}.png" for k in range(600) for i in range(sizes[k]))
@@ -213,8 +206,7 @@ def test_64_processes_over_600_tars_show_every_image_once_an_epoch_and_go_on_whe
 
 def test_resampled_tars_are_drawn_with_replacement_by_each_process_and_go_on_where_they_were(tmp_path):
     for k in range(8):
-        with tarfile.open(tmp_path / f"{k}.tar", "w") as tar:
-            tar.addfile(tarfile.TarInfo(f"{k}.png"))
+        write_tar(tmp_path / f"{k}.tar", {f"{k}.png": b"not decoded"})
     shards = find_tars(str(tmp_path / "*.tar"))
 
     def names(rank: int, first: int, n: int) -> list[str]:
