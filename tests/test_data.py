@@ -21,6 +21,7 @@ from diva_lab.objectives.diva import reconstruction
 from diva_lab.paths import DATA
 from diva_lab.provenance import sha256
 from diva_lab.training.build import build_conditioner
+from diva_lab.training.runs import Run
 from diva_lab.training.settings import Settings
 from diva_lab.world import ATTRIBUTES, DETAILS, PATTERNS, World, captions, draw_scenes, vocabulary, write_pairs
 from tools.pretrain import CONTEXT, save_tokenizer
@@ -61,6 +62,14 @@ def test_the_anchored_projector_is_the_one_of_its_record_and_reads_captions():
     assert record["evaluations"]["recovered"][-1] > 0.12
     conditioner = build_conditioner(Settings(projector="anchored"), load_encoder("tiny"), load_denoiser("tiny"))
     assert 0.1 < conditioner.gap.norm() < 2
+
+
+def test_the_run_of_dcr_is_the_one_on_record():
+    run = Run(DATA / "results" / "tuned" / "dcr")
+    records = [json.loads(path.read_text()) for path in (DATA / "results" / "records").glob("tune-dcr-*.json")]
+    (record,) = [each for each in records if each["row"] == "dcr/anchored" and each["settings"]["seed"] == 0]
+    assert run.done and run.settings == record["settings"]
+    assert sha256(run.folder / "checkpoint" / "weights.safetensors") == record["weights"]
 
 
 def test_the_projector_of_the_study_has_converged():

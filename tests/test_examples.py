@@ -1,10 +1,11 @@
-"""examples/ does what it says, under a scheduler that is pretended."""
+"""examples/ and docs/gpu.md do what they say, under a scheduler and an object storage that are pretended."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 from run_checks import same_records, same_weights
 
@@ -71,3 +72,29 @@ def test_a_preempted_job_is_queued_again_and_ends_with_the_same_bits(submit, tmp
 def test_a_job_that_is_cancelled_or_fails_is_not_queued_again(submit, tmp_path):
     assert submit(tmp_path / "runs", preempt=True, state="CANCELLED") == (130, "")
     assert submit(tmp_path / "runs", lr="fast") == (2, "")
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An empty bucket of an S3 that moto pretends; its address is in the environment, as papermill reads it."""
+    server = pytest.importorskip("moto.server", reason="no object storage: needs the extra `storage`")
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION"):
+        monkeypatch.setenv(f"AWS_{name}", "us-east-1")
+    pretended = server.ThreadedMotoServer(port=0)
+    pretended.start()
+    address = "http://{}:{}".format(*pretended.get_host_and_port())
+    monkeypatch.setenv("BOTO3_ENDPOINT_URL", address)
+    bucket = __import__("boto3").resource("s3", endpoint_url=address).create_bucket(Bucket="bucket")
+    yield bucket
+    pretended.stop()
+
+
+@pytest.mark.slow
+def test_papermill_writes_a_notebook_to_object_storage(bucket, tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "papermill", ROOT / "notebooks" / "11_checkpoints.ipynb", "s3://bucket/11.ipynb"],
+        cwd=tmp_path, check=True,
+    )  # fmt: skip
+    written = nbformat.reads(bucket.Object("11.ipynb").get()["Body"].read().decode(), 4)
+    assert all(cell.execution_count for cell in written.cells if cell.cell_type == "code")
+    assert not written.metadata.papermill.exception

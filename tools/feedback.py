@@ -5,7 +5,7 @@
     python -m tools.feedback run [ROW ...]            each row's seeds, on the split `measure`
     python -m tools.feedback tables                   data/results/feedback.csv, and what was tried and is missing
     python -m tools.feedback readability              the instrument on every projector -> data/results/readability.csv
-    python -m tools.feedback ship                     the first anchored projector -> data/tiny/projectors
+    python -m tools.feedback ship                     the first anchored projector, and a run of DCR for notebook 10
     python -m tools.feedback --models FOLDER PART     the same on other models, as `tools.pretrain` writes them
 
 A row is an objective after an alignment, as `diva/anchored`; `diva` or `/anchored` names several. `caption-contrast`,
@@ -15,8 +15,8 @@ record under data/results/records; a run on record is not run again. Parts may r
 The rate of a row is the one with the highest pair score among those that end within 5 points of the original's
 zero-shot accuracy; if there is none, the one with the highest sum of both. A rate at an end of its grid widens it. The
 rates are chosen after the anchored and after the image-only alignment; an unpaired row takes the anchored one's, a
-placebo the image-only one's, and a row of `RELEASED` that of the row from which it differs, unless it has a rate of its
-own. A run whose zero-shot accuracy falls below 70 % has diverged and is stopped.
+placebo the image-only one's, and a row of `RELEASED` that of the row from which it differs. DCR and its guided form
+take the paper's. A run whose zero-shot accuracy falls below 70 % has diverged and is stopped.
 
 At its end each run is measured at `MIXES` too: between the original's weights and its own (`tuned_encoder`). The row
 `diva, mixed` chooses rate and mix together: the highest pair score within 2 points of the original's zero-shot accuracy
@@ -67,19 +67,19 @@ ALIGNMENTS = {  # name -> what differs in stage 1
 NO_PROJECTOR = "none"  # the alignment of an objective that reads no projector
 RIVALS = ("un2clip", "kuea")  # objectives that learn from models of `tools.rivals`, of the shipped world alone
 DIVA = {"objective": "diva", "batch": 16, "steps": 1000, "timesteps": "high-noise"}
-DCR = {"objective": "dcr", "batch": 8, "steps": 2000, "timesteps": "high-noise"}
-OBJECTIVES = {  # name -> settings of stage 2; 16,000 images each
+DCR = {"objective": "dcr", "batch": 8, "steps": 500, "timesteps": "high-noise"}
+PUBLISHED = {"lr": 1e-5}  # DCR's rate: at 3e-5 and at 1e-4 it diverged
+OBJECTIVES = {  # name -> settings of stage 2: 16,000 images, or DCR's 4,000, which take as long
     "diva": DIVA,
-    "dcr": DCR,
+    "dcr": DCR | PUBLISHED,
     "diva, mixed": DIVA,
     "dcr, bounded": DCR | {"centre": True, "flips": False, "push_weight": 0.1},
     "naive, equal norms": DIVA | {"objective": "naive", "combine": "equal-norms"},
-    "dcr, guided": DCR | {"objective": "dcr-guidance"},
+    "dcr, guided": DCR | PUBLISHED | {"objective": "dcr-guidance"},
     "caption-contrast": {"objective": "caption-contrast", "batch": 16, "steps": 1000, "tau": 0.01},
     "un2clip": DIVA | {"objective": "un2clip", "denoiser": "unclip-tiny"},
     "kuea": {"objective": "kuea", "batch": 16, "steps": 1000},
 }
-SHORT = {"steps": 500, "lr": 1e-5}  # of DCR's rows of the released code: a quarter of the dose, at the paper's rate
 RELEASED = {  # row -> the row that it differs from, and how: in one setting of the released code
     "diva, draws 5 to 1": ("diva", {"draw_weights": "5,1"}),
     "diva, VAE input": ("diva", {"vae_input": "imagenet"}),
@@ -89,17 +89,16 @@ RELEASED = {  # row -> the row that it differs from, and how: in one setting of 
     "diva, noise in bf16": ("diva", {"noise_precision": "bf16"}),
     "diva, warm-up from 0": ("diva", {"warmup": 5, "warmup_zero": True}),
     "diva, SGD": ("diva", {"optimizer": "sgd", "lr": 6e-4, "clip": 0.1667}),  # as `5,1` at lr 1e-4
-    "dcr, short": ("dcr", SHORT),  # what the two below are compared with
-    "dcr, velocity": ("dcr", SHORT | {"target": "velocity"}),
-    "dcr, augment normalised": ("dcr", SHORT | {"augment_normalised": True}),
+    "dcr, velocity": ("dcr", {"target": "velocity"}),
+    "dcr, augment normalised": ("dcr", {"augment_normalised": True}),
 }
 OBJECTIVES |= {name: OBJECTIVES[base] | change for name, (base, change) in RELEASED.items()}
 MIXED = ("diva, mixed",)  # objectives whose mix is chosen too
 RATES = {name: (1e-4, 2e-4, 4e-4) for name in ("diva", "naive, equal norms", "caption-contrast", *RIVALS)}
-RATES |= {name: (1e-5, 3e-5, 1e-4) for name in ("dcr", "dcr, bounded", "dcr, guided")} | {
-    "diva, mixed": (4e-4, 8e-4, 1.6e-3)
-}
+RATES |= {"dcr, bounded": (3e-5, 1e-4, 3e-4), "diva, mixed": (4e-4, 8e-4, 1.6e-3)}
 MIXES = (0.15, 0.3, 0.45, 0.6, 0.8)
+WHOLE = ("diva", "diva, mixed", "caption-contrast")  # objectives of five seeds, the others have three
+CONTROLS = ("placebo", "unpaired")  # alignments of three seeds, for `WHOLE` alone
 RATE_FROM = {"unpaired": "anchored", "placebo": "image-only"}  # alignment -> whose learning rate its rows take
 RATE_SEED = 99  # of runs that choose a rate; no seed that is reported
 LOSS_ALLOWED = {"zeroshot": 0.05}  # in a run that may be chosen, from its start
@@ -135,7 +134,8 @@ class Plan:
         align_steps: of stage 1.
         dose: part of each objective's steps.
         evaluations: of a run, after the one at its start.
-        seeds: of stage 2, but for `RELEASED`; seed k starts from the projector of `align_seeds[k % len(align_seeds)]`.
+        seeds: of stage 2, of which a row takes those of `seeds_of`; seed k starts from the projector of
+            `align_seeds[k % len(align_seeds)]`.
         align_seeds: of stage 1, none that stage 2 takes: equal seeds draw equal images.
         rates: tried for each objective; None for `RATES`.
         wider: how often a grid of rates may be widened.
@@ -178,8 +178,10 @@ class Plan:
         return [row for row in rows if self.models is None or row.objective not in RIVALS]
 
     def seeds_of(self, row: "Row") -> tuple[int, ...]:
-        """Of a row of `RELEASED` the first seed alone."""
-        return self.seeds[:1] if row.objective in RELEASED else self.seeds
+        """Those of a row: fewer of a control, the first alone of `RELEASED`."""
+        if row.objective in RELEASED:
+            return self.seeds[:1]
+        return self.seeds if row.objective in WHOLE and row.alignment not in CONTROLS else self.seeds[:3]
 
     def reports(self, split: str) -> Report:
         return cache_report(partial(self.report, world=self.world, split=split))
@@ -450,6 +452,20 @@ def ship_projector(plan: Plan) -> Path:
     return path
 
 
+SHIPPED_ROW, SHIPPED_RUN = Row("dcr", "anchored"), DATA / "results" / "tuned" / "dcr"
+
+
+def ship_run(plan: Plan) -> Path:
+    """Copy DCR's run of the first seed, without its optimizer, to where notebook 10 reads it."""
+    chosen, _ = choose_trial(plan, SHIPPED_ROW)
+    run = find_run(plan.stage_2(SHIPPED_ROW, float(chosen["lr"]), plan.seeds[0]), plan.runs)
+    for name in ("settings.json", "environment.json", "done", "checkpoint/weights.safetensors"):
+        (SHIPPED_RUN / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(run.folder / name, SHIPPED_RUN / name)
+        (SHIPPED_RUN / name).chmod(0o644)
+    return SHIPPED_RUN
+
+
 # --- the command ------------------------------------------------------------------------------------------------
 
 SMALL_FOLDER = RUNS / "feedback-small"
@@ -461,8 +477,13 @@ SMALL = Plan(
 
 def all_rows() -> list[Row]:
     """Every row of the study, the more important ones first."""
-    rows = [Row(objective, alignment) for objective in ("diva", "dcr", "dcr, bounded") for alignment in ALIGNMENTS]
-    rows += [Row("diva, mixed", alignment) for alignment in ALIGNMENTS]
+    rows = [Row(objective, alignment) for objective in ("diva", "diva, mixed") for alignment in ALIGNMENTS]
+    rows += [
+        Row(name, alignment)
+        for name in ("dcr", "dcr, bounded")
+        for alignment in ALIGNMENTS
+        if alignment not in CONTROLS
+    ]
     rows += [Row(objective, NO_PROJECTOR) for objective in ("caption-contrast", *RIVALS)]
     return rows + [Row(objective, "anchored") for objective in ("naive, equal norms", "dcr, guided", *RELEASED)]
 
@@ -513,7 +534,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.part == "readability":
         measure_readability(plan)
     if args.part == "ship":
-        print(ship_projector(plan))
+        print(ship_projector(plan), ship_run(plan), sep="\n")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from diva_lab import messages
 from diva_lab.evaluation.clustering import cluster_scores
+from diva_lab.evaluation.image_sets import decode_image
 from diva_lab.evaluation.pairs import score_pairs, summarise
 from diva_lab.evaluation.probes import linear_probes
 from diva_lab.evaluation.task import Task, benchmark, score_row
 from diva_lab.evaluation.zeroshot import zeroshot_accuracy
+from diva_lab.image_files import Place
 from diva_lab.models.encoders import embed
 from diva_lab.paths import CACHE
 from diva_lab.statistics import wilson
@@ -62,6 +64,13 @@ def world_scenes(world: World, key: int) -> tuple[np.ndarray, Tensor]:
     return scenes, torch.from_numpy(world.render(scenes)).permute(0, 3, 1, 2)
 
 
+@functools.lru_cache(maxsize=4)
+def _images_of(files: tuple[Path, ...]) -> Tensor:
+    """The images of pairs that `world_pairs` wrote, uint8 [n, 3, px, px]; kept, since every report shows them."""
+    images = [decode_image(Place(str(file)), np.array) for file in files]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
 def world_report(
     encoder, world: World = WORLD, split: str = "measure", seed: int = 0, cache: Path = CACHE
 ) -> dict[str, float]:
@@ -78,7 +87,8 @@ def world_report(
         "pairs/<detail>" and "pairs/mean", each with "/low" and "/high" (95 %); "probe/<detail>" and "probe/mean";
         "zeroshot"; "nmi", "acc", "ari".
     """
-    pairs = score_pairs(encoder, world_pairs(world, split, cache))
+    folder = world_pairs(world, split, cache)
+    pairs = score_pairs(encoder, folder, lambda files: embed(encoder, _images_of(tuple(files))))
     detail_of = {pattern: detail for detail, pattern in PATTERNS.items()}
     summary = summarise(pairs.assign(pattern=pairs["pattern"].map(detail_of)), seed=seed)
     names = [f"{name}{end}" for name in (*DETAILS, "mean") for end in ("", "/low", "/high")]
