@@ -265,6 +265,23 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
+# --- soup -------------------------------------------------------------------------------------------------------
+
+
+def add_soup(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of finished runs of stage 2")
+    parser.add_argument("--out", type=Path, default=RUNS, help="where the new run's folder is made")
+
+
+def soup(args: argparse.Namespace) -> int:
+    from diva_lab.training.runs import Run
+    from diva_lab.training.soup import soup
+
+    check_writable(args.out)
+    print(soup([Run(folder) for folder in args.runs], args.out).folder)
+    return 0
+
+
 # --- blind-pairs ------------------------------------------------------------------------------------------------
 
 
@@ -426,6 +443,7 @@ VERBS: dict[str, tuple[str, Callable, Callable]] = {  # name -> what it does, it
         referee,
     ),
     "export": ("write a tuned encoder as open_clip and transformers folders, with a model card", add_export, export),
+    "soup": ("average the weights of several runs into one that is read as a run", add_soup, soup),
     "blind-pairs": ("find pairs of images that an encoder takes for the same", add_blind_pairs, blind_pairs),
     "llava": ("make, train and ask language models that see through an encoder", add_llava, llava),
     "benchmark": ("how fast and how small a step is, against a plain one", add_benchmark, benchmark),

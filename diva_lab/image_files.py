@@ -590,12 +590,15 @@ def dataset_cell(row: dict) -> bytes | Place | ValueError:
     return data or (Place(path) if path else ValueError("no image in this row"))
 
 
+def byte_hashes(places: Sequence[Place]) -> list[bytes]:
+    """A hash of the bytes of each image."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda place: blake2b(place.read(), digest_size=16).digest(), places))
+
+
 def content_hash(places: Sequence[Place]) -> str:
     """A hash of all images' bytes, in their order, and of the part of each that is meant."""
     whole = blake2b(digest_size=16)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for place, part in zip(
-            places, pool.map(lambda p: blake2b(p.read(), digest_size=16).digest(), places), strict=True
-        ):
-            whole.update(part + (str(place.box).encode() if place.box else b""))
+    for place, part in zip(places, byte_hashes(places), strict=True):
+        whole.update(part + (str(place.box).encode() if place.box else b""))
     return whole.hexdigest()

@@ -137,6 +137,18 @@ def paired_shares(gained: int, lost: int, n: int, level: float = 0.95) -> tuple[
     return (gained - lost) / n, float(max(up - down - half, -1)), float(min(up - down + half, 1))
 
 
+def mcnemar_p(gained: int, lost: int) -> float:
+    """McNemar's exact two-sided p: are gains and losses a fair coin's? 1 where nothing changed."""
+    return float(stats.binomtest(gained, gained + lost).pvalue) if gained or lost else 1.0
+
+
+def interval_p(difference: float, low: float, high: float, level: float = 0.95) -> float:
+    """Two-sided p of no difference, by the normal test that agrees with the difference's interval at `level`."""
+    to_zero = difference - low if difference > 0 else high - difference
+    z = abs(difference) / to_zero * stats.norm.ppf((1 + level) / 2) if to_zero > 0 else np.inf if difference else 0.0
+    return float(2 * stats.norm.sf(z))
+
+
 def independent_difference(
     before: tuple[float, float, float], after: tuple[float, float, float], level: float = 0.95
 ) -> tuple[float, float, float, float]:
@@ -144,14 +156,13 @@ def independent_difference(
 
     Each is (value, low, high) at `level`. The squared distances of the ends are added (Newcombe, Stat. Med. 17, 1998;
     Zou and Donner, Stat. Med. 27, 2008), as for independent samples: two encoders on the same items mostly agree, so
-    that a paired interval would be narrower. p is the normal one whose test agrees with the interval.
+    that a paired interval would be narrower. p is `interval_p`.
     """
     (a, a_low, a_high), (b, b_low, b_high) = before, after
     difference = b - a
-    down, up = np.hypot(b - b_low, a_high - a), np.hypot(b_high - b, a - a_low)
-    to_zero = down if difference > 0 else up
-    z = abs(difference) / to_zero * stats.norm.ppf((1 + level) / 2) if to_zero > 0 else np.inf if difference else 0.0
-    return difference, float(difference - down), float(difference + up), float(2 * stats.norm.sf(z))
+    low = float(difference - np.hypot(b - b_low, a_high - a))
+    high = float(difference + np.hypot(b_high - b, a - a_low))
+    return difference, low, high, interval_p(difference, low, high, level)
 
 
 def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:

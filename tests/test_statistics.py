@@ -18,6 +18,7 @@ from diva_lab.statistics import (
     conflict_rate,
     holm,
     independent_difference,
+    interval_p,
     mcnemar_pairs,
     nested_t,
     paired_differences,
@@ -314,6 +315,12 @@ def test_an_interval_of_independent_shares_is_newcombes():
     assert independent_difference(two, one)[:3] == pytest.approx((-0.2, -0.3339, -0.0524), abs=5e-5)
     assert independent_difference(two, one)[3] == pytest.approx(p)
     assert independent_difference(one, one)[3] == 1 and independent_difference((0.5,) * 3, (0.6,) * 3)[3] == 0
+
+
+def test_p_of_an_interval_is_a_twentieth_where_the_interval_ends_at_zero():
+    assert interval_p(0.2, 0.0, 0.3) == interval_p(-0.2, -0.5, 0.0) == pytest.approx(0.05)
+    assert interval_p(0.2, 0.1, 0.3) == pytest.approx(2 * stats.norm.sf(2 * stats.norm.ppf(0.975)))
+    assert interval_p(0.0, 0.0, 0.0) == 1 and interval_p(0.2, 0.2, 0.2) == 0
 
 
 def test_p_of_independent_scores_is_below_a_twentieth_where_the_interval_excludes_zero():

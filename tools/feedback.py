@@ -5,6 +5,7 @@
     python -m tools.feedback run [ROW ...]            each row's seeds, on the split `measure`
     python -m tools.feedback tables                   data/results/feedback.csv, and what was tried and is missing
     python -m tools.feedback readability              the instrument on every projector -> data/results/readability.csv
+    python -m tools.feedback soup                     the mean of the mixed row's runs -> data/results/feedback_soup.csv
     python -m tools.feedback ship                     the first anchored projector, and a run of DCR for notebook 10
     python -m tools.feedback --models FOLDER PART     the same on other models, as `tools.pretrain` writes them
 
@@ -12,11 +13,12 @@ A row is an objective after an alignment, as `diva/anchored`; `diva` or `/anchor
 `un2clip` and `kuea` read no projector: their rows are `caption-contrast/none` and so on. Every finished run is put on
 record under data/results/records; a run on record is not run again. Parts may run side by side on rows of their own.
 
-The rate of a row is the one with the highest pair score among those that end within 5 points of the original's
-zero-shot accuracy; if there is none, the one with the highest sum of both. A rate at an end of its grid widens it. The
-rates are chosen after the anchored and after the image-only alignment; an unpaired row takes the anchored one's, a
-placebo the image-only one's, and a row of `RELEASED` that of the row from which it differs. DCR and its guided form
-take the paper's. A run whose zero-shot accuracy falls below 70 % has diverged and is stopped.
+The rate of a row is the one with the highest pair score among those that end within 5 points of the original's zero-
+shot accuracy; if there is none, the one with the highest sum of both. A rate at an end of its grid widens it, but for
+un2clip and kuea, which at no rate raise the score: they would always ask for a smaller one. The rates are chosen after
+the anchored and after the image-only alignment; an unpaired row takes the anchored one's, a placebo the image-only
+one's, and a row of `RELEASED` that of the row from which it differs. DCR and its guided form take the paper's. A run
+whose zero-shot accuracy falls below 70 % has diverged and is stopped.
 
 At its end each run is measured at `MIXES` too: between the original's weights and its own (`tuned_encoder`). The row
 `diva, mixed` chooses rate and mix together: the highest pair score within 2 points of the original's zero-shot accuracy
@@ -49,6 +51,7 @@ from diva_lab.training.build import build_conditioner, tuned_encoder
 from diva_lab.training.controls import perturb
 from diva_lab.training.runs import Run
 from diva_lab.training.settings import SHIPPED, Settings
+from diva_lab.training.soup import soup
 from diva_lab.training.stages import align, find_run, tune
 from diva_lab.world import World
 from tools.records import DIGITS, read_record, write_record
@@ -96,6 +99,7 @@ OBJECTIVES |= {name: OBJECTIVES[base] | change for name, (base, change) in RELEA
 MIXED = ("diva, mixed",)  # objectives whose mix is chosen too
 RATES = {name: (1e-4, 2e-4, 4e-4) for name in ("diva", "naive, equal norms", "caption-contrast", *RIVALS)}
 RATES |= {"dcr, bounded": (3e-5, 1e-4, 3e-4), "diva, mixed": (4e-4, 8e-4, 1.6e-3)}
+SOUP_MIXES = (0.0, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 1.0)
 MIXES = (0.15, 0.3, 0.45, 0.6, 0.8)
 WHOLE = ("diva", "diva, mixed", "caption-contrast")  # objectives of five seeds, the others have three
 CONTROLS = ("placebo", "unpaired")  # alignments of three seeds, for `WHOLE` alone
@@ -310,7 +314,7 @@ def choose_trial(plan: Plan, row: Row, report: Report | None = None) -> tuple[pd
         return pd.Series({"lr": own, "mix": 1.0}), pd.DataFrame()
     row = rate_row(row)
     grid, chosen = sorted(plan.rates or RATES[row.objective]), None
-    for _ in range(plan.wider + 1):
+    for _ in range(1 if row.objective in RIVALS else plan.wider + 1):
         trials = trial_rows(plan, row, grid, report)
         if trials is None:
             return None, pd.DataFrame()
@@ -442,6 +446,28 @@ def measure_readability(plan: Plan) -> None:
         print(f"{name}: {whole.round(3).to_dict()}", flush=True)
 
 
+def measure_soup(plan: Plan) -> None:
+    """The mean of the runs of `diva, mixed/anchored` that are here, at `SOUP_MIXES` on both splits.
+
+    The mix is chosen on `choose`, by the rule of the row.
+    """
+    row, tables = Row("diva, mixed", "anchored"), []
+    chosen, _ = choose_trial(plan, row)
+    runs = [find_run(plan.stage_2(row, float(chosen["lr"]), seed), plan.runs) for seed in plan.seeds]
+    made = soup([run for run in runs if run.done], plan.runs)
+    for split in WORLD_SPLITS:
+        report = plan.reports(split)
+        lines = [{"mix": mix} | report(tuned_encoder(made, default_device(), mix)) for mix in SOUP_MIXES]
+        table = pd.DataFrame(lines).assign(split=split, runs=made.settings["runs"], git=environment()["git"])
+        within = [table[name] >= table[name][0] - loss for name, loss in MIX_ALLOWED.items()]
+        table["within"] = pd.concat(within, axis=1).all(axis=1)
+        tables.append(table)
+    choose = next(table for table in tables if table["split"].eq("choose").all())
+    best = choose["pairs/mean"].where(choose["within"]).idxmax()
+    tables = [table.assign(chosen=table.index == best) for table in tables]
+    pd.concat(tables).to_csv(plan.results / "feedback_soup.csv", index=False, float_format="%.5g")
+
+
 def ship_projector(plan: Plan) -> Path:
     """Copy the first anchored projector to where `projector="anchored"` looks for it, with its record."""
     record = plan.record(plan.stage_1("anchored", plan.align_seeds[0]), "align")
@@ -504,7 +530,7 @@ def read_rows(names: Sequence[str]) -> Iterator[Row]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.feedback", description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=("align", "rates", "run", "tables", "readability", "ship", "all"))
+    parser.add_argument("part", choices=("align", "rates", "run", "tables", "readability", "soup", "ship", "all"))
     parser.add_argument("names", nargs="*", metavar="NAME", help="alignments, or rows as OBJECTIVE/ALIGNMENT")
     parser.add_argument("--models", type=Path, metavar="FOLDER", help="models of `tools.pretrain`")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these; for align of stage 1")
@@ -533,6 +559,8 @@ def main(argv: list[str] | None = None) -> None:
         write_tables(plan)
     if args.part == "readability":
         measure_readability(plan)
+    if args.part == "soup":
+        measure_soup(plan)
     if args.part == "ship":
         print(ship_projector(plan), ship_run(plan), sep="\n")
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from diva_lab.evaluation.choices import Choice, accuracy_row, answer, read_choices
+from diva_lab.evaluation.choices import Choice, Score, answer, choice_benchmark, part_scores, read_choices
 from diva_lab.evaluation.row_files import find_file, find_parts
-from diva_lab.evaluation.task import Task, benchmark
+from diva_lab.evaluation.task import Task
 
 FILES = {"relation": "visual_genome_relation", "attribution": "visual_genome_attribution"}  # part -> file
 ORDERS = {"coco order": "coco-order", "flickr order": "flickr-order"}  # part -> in the folder's name
@@ -58,8 +58,8 @@ def is_here(folder: Path) -> bool:
     return whole or (order_of(folder) is not None and bool(find_parts(folder, "test")))
 
 
-def boxed_choices(path: Path, part: str) -> Iterator[tuple[str, Choice]]:
-    """The group of each row, a relation or a pair of attributes, and its choice."""
+def boxed_choices(path: Path, part: str) -> Iterator[Choice]:
+    """The choice of each row, whose group is a relation or a pair of attributes."""
     column = "relation_name" if part == "relation" else "attributes"
     captions = ("true_caption", "false_caption")
     for k, (row, choice) in enumerate(read_choices([path], "image_path", captions, [*BOX, column], part=part), 1):
@@ -69,7 +69,7 @@ def boxed_choices(path: Path, part: str) -> Iterator[tuple[str, Choice]]:
                 f"{path}, row {k}: box {x}, {y}, {w}, {h}; expected whole numbers, width and height from 1"
             )
         group = row[column] if part == "relation" else "_".join(map(str, row[column][:2]))
-        yield group, replace(choice, box=(x, y, x + w, y + h))
+        yield replace(choice, group=group, box=(x, y, x + w, y + h))
 
 
 def counted_in_macro(answers: pd.DataFrame) -> pd.DataFrame:
@@ -79,19 +79,22 @@ def counted_in_macro(answers: pd.DataFrame) -> pd.DataFrame:
     return answers[relation | ((answers["part"] == "attribution") & (sizes >= ENOUGH))]
 
 
-@benchmark(data="own", is_here=is_here)
-def aro(task: Task) -> Iterator[dict]:
+def scores(answers: pd.DataFrame) -> Iterator[Score]:
     """`accuracy` of each part that is there, `macro accuracy` of relation and attribution, and the mean of these."""
-    files = {part: path for part, stem in FILES.items() if (path := find_file(task.folder, stem))}
-    found = [pair for part, path in files.items() for pair in boxed_choices(path, part)]
-    if (part := order_of(task.folder)) and (parts := find_parts(task.folder, "test")):
-        captions = ["correct_caption", *(f"hard_text_{k}" for k in (1, 2, 3, 4))]
-        found += [("", choice) for _, choice in read_choices(parts, "images", captions, part=part, tie=True)]
-    answers = answer(task, [choice for _, choice in found]).assign(group=[group for group, _ in found])
-    for name, own in answers.groupby("part", sort=False):
-        yield accuracy_row(own, category=name, seed=task.seed)
+    yield from part_scores(answers)
     macro = counted_in_macro(answers)
     for name, own in macro.groupby("part", sort=False):
-        yield accuracy_row(own, "macro accuracy", name, ["group"], task.seed)
+        yield Score(own, "macro accuracy", name, ("group",))
     if set(FILES) <= set(macro["part"]):
-        yield accuracy_row(macro, "macro accuracy", by=["part", "group"], seed=task.seed)
+        yield Score(macro, "macro accuracy", by=("part", "group"))
+
+
+@choice_benchmark(is_here, scores)
+def aro(task: Task) -> pd.DataFrame:
+    """Relation, attribution and order, as far as they are there."""
+    files = {part: path for part, stem in FILES.items() if (path := find_file(task.folder, stem))}
+    choices = [choice for part, path in files.items() for choice in boxed_choices(path, part)]
+    if (part := order_of(task.folder)) and (parts := find_parts(task.folder, "test")):
+        captions = ["correct_caption", *(f"hard_text_{k}" for k in (1, 2, 3, 4))]
+        choices += [choice for _, choice in read_choices(parts, "images", captions, part=part, tie=True)]
+    return answer(task, choices)

@@ -2,12 +2,18 @@
 
 What published benchmarks of perception share. Captions are read as they are, without a prompt around them. Images lie
 anywhere below the benchmark's folder and are found by their names.
+
+A benchmark is a table of one encoder's answers (`ITEM`, right, chance) and the scores that are counted of it. So the
+paired difference of two encoders is counted as the scores are, of the same items, where right is after - before.
 """
 
+import functools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,9 +22,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diva_lab.evaluation.row_files import image_of, read_parts
-from diva_lab.evaluation.task import Task, score_row
-from diva_lab.image_files import Place, find_images
-from diva_lab.statistics import bootstrap_counts, wilson
+from diva_lab.evaluation.task import Task, benchmark, paired_rows, score_row
+from diva_lab.image_files import Place, byte_hashes, find_images
+from diva_lab.statistics import bootstrap_counts, interval_p, wilson
+
+ITEM = ["item", "metric", "part", "group", "unit"]  # of an answer, the same for every encoder; item is a hash
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Choice:
         unit: choices of one unit are no independent samples; "" where the image is the unit.
         box: the part of the image that is meant, as in `Place`.
         tie: whether it counts as right where a wrong caption is exactly as near as the right one.
+        group: of a mean over groups within a part.
     """
 
     image: str | bytes
@@ -40,6 +49,7 @@ class Choice:
     unit: str = ""
     box: tuple[int, ...] = ()
     tie: bool = False
+    group: str = ""
 
 
 def caption_cells(row: dict, columns: Sequence[str], where: str) -> tuple[str, ...]:
@@ -112,8 +122,16 @@ def cosines(image: Float[Tensor, " d"], texts: Float[Tensor, "m d"]) -> Float[np
     return (texts * image).sum(1).numpy()
 
 
+def hash_items(items: Sequence[tuple[Sequence[Place], Sequence[str]]]) -> list[str]:
+    """A hash of each item: of the bytes and boxes of its images, and of its captions."""
+    whole = list(dict.fromkeys(place._replace(box=()) for places, _ in items for place in places))
+    contents = dict(zip(whole, byte_hashes(whole), strict=True))
+    facts = (([(contents[p._replace(box=())], p.box) for p in places], *captions) for places, captions in items)
+    return [blake2b(repr(one).encode(), digest_size=8).hexdigest() for one in facts]
+
+
 def answer(task: Task, choices: Sequence[Choice]) -> pd.DataFrame:
-    """A row each choice: right, part, unit (a number) and chance, the share of right answers among random ones."""
+    """A row each choice: `ITEM` (unit is a number), right, and chance, the share of right answers among random ones."""
     if not choices:
         raise ValueError(f"{task.folder}: no question in it that counts; expected some")
     places = find_places(task.folder, [choice.image for choice in choices])
@@ -125,52 +143,112 @@ def answer(task: Task, choices: Sequence[Choice]) -> pd.DataFrame:
         right.append(first >= max(others) if choice.tie else first > max(others))
     units = {unit: k for k, unit in enumerate(dict.fromkeys(c.unit or p for c, p in zip(choices, places, strict=True)))}
     return pd.DataFrame({
-        "right": np.array(right, dtype=bool),
+        "item": hash_items([([place], choice.captions) for place, choice in zip(meant, choices, strict=True)]),
+        "metric": "accuracy",
         "part": [choice.part for choice in choices],
+        "group": [choice.group for choice in choices],
         "unit": [units[choice.unit or place] for choice, place in zip(choices, places, strict=True)],
+        "right": np.array(right, dtype=bool),
         "chance": [1 / len(choice.captions) for choice in choices],
     })  # fmt: skip
 
 
-def accuracy_row(
-    answers: pd.DataFrame, metric: str = "accuracy", category: str = "all", by: Sequence[str] = (), seed: int = 0
-) -> dict:
+class Score(NamedTuple):
     """The share of right answers, or the mean of the shares in groups.
 
-    The interval is Wilson's where every answer is a unit of its own and there are no groups. Else units are resampled
-    with all of their answers; a group that a sample lacks does not count in it.
-
-    Args:
+    Attributes:
         answers: columns right, unit, chance and `by`, as of `answer`.
+        metric, category: of the row.
         by: a column that makes the groups; of two columns the groups of the second are averaged within the first's.
     """
-    n, right = len(answers), answers["right"].to_numpy()
-    if not by and answers["unit"].is_unique:
-        interval = wilson(int(right.sum()), n)
-        return score_row(metric, float(right.mean()), n, *interval, float(answers["chance"].mean()), category)
-    columns = answers[list(by)] if by else pd.DataFrame({"all": np.zeros(n)}, answers.index)
-    group = columns.groupby(list(columns)).ngroup().to_numpy()
-    outer = columns.iloc[:, 0].groupby(group).first()
-    weights = (1 / outer.map(outer.value_counts()) / outer.nunique()).to_numpy(float)  # [groups]
-    units = pd.factorize(answers["unit"])[0]
-    counts = np.zeros((units.max() + 1, len(weights), 2))
-    np.add.at(counts, (units, group), np.stack([right, np.ones(n)], 1))
 
-    def rate(sums: np.ndarray) -> np.ndarray:
-        shares, there = sums[..., 0] / np.maximum(sums[..., 1], 1), sums[..., 1] > 0
-        return (shares * weights).sum(-1) / (there * weights).sum(-1)
+    answers: pd.DataFrame
+    metric: str = "accuracy"
+    category: str = "all"
+    by: Sequence[str] = ()
 
-    value, low, high = bootstrap_counts(counts, rate, seed=seed)
-    chance = float((answers["chance"].groupby(group).mean() * weights).sum())
-    return score_row(metric, value, n, low, high, chance, category)
+    def each_is_a_unit(self) -> bool:
+        return not self.by and self.answers["unit"].is_unique
+
+    def resample(self, seed: int) -> tuple[tuple[float, float, float], float]:
+        """(value, low, high) and chance: units are resampled with all of their answers.
+
+        A group that a sample lacks does not count in it.
+        """
+        n, answers = len(self.answers), self.answers
+        columns = answers[list(self.by)] if self.by else pd.DataFrame({"all": np.zeros(n)}, answers.index)
+        group = columns.groupby(list(columns)).ngroup().to_numpy()
+        outer = columns.iloc[:, 0].groupby(group).first()
+        weights = (1 / outer.map(outer.value_counts()) / outer.nunique()).to_numpy(float)  # [groups]
+        units = pd.factorize(answers["unit"])[0]
+        counts = np.zeros((units.max() + 1, len(weights), 2))
+        np.add.at(counts, (units, group), np.stack([answers["right"].to_numpy(), np.ones(n)], 1))
+
+        def rate(sums: np.ndarray) -> np.ndarray:
+            shares, there = sums[..., 0] / np.maximum(sums[..., 1], 1), sums[..., 1] > 0
+            return (shares * weights).sum(-1) / (there * weights).sum(-1)
+
+        chance = float((answers["chance"].groupby(group).mean() * weights).sum())
+        return bootstrap_counts(counts, rate, seed=seed), chance
 
 
-def part_rows(answers: pd.DataFrame, parts: Sequence[str], seed: int, metric: str = "accuracy") -> Iterator[dict]:
-    """The accuracy of each part, and where all of `parts` are there, their mean as the category `all`."""
-    for part, own in answers.groupby("part", sort=False):
-        yield accuracy_row(own, metric, part, seed=seed)
-    if set(parts) <= set(answers["part"]):
-        yield accuracy_row(answers[answers["part"].isin(parts)], metric, by=["part"], seed=seed)
+def accuracy_row(score: Score, seed: int = 0) -> dict:
+    """A score; its interval is Wilson's where every answer is a unit of its own and there are no groups."""
+    n, right = len(score.answers), score.answers["right"].to_numpy()
+    if score.each_is_a_unit():
+        interval, chance = wilson(int(right.sum()), n), float(score.answers["chance"].mean())
+        return score_row(score.metric, float(right.mean()), n, *interval, chance, score.category)
+    (value, low, high), chance = score.resample(seed)
+    return score_row(score.metric, value, n, low, high, chance, score.category)
+
+
+def difference_rows(score: Score, seed: int = 0) -> list[dict]:
+    """Rows of the difference of two scores, as `paired_rows`, from answers whose right is after - before: -1, 0 or 1.
+
+    Where not every answer is a unit of its own, units are resampled as for the scores, p is `interval_p`, and there
+    are no `gained` and `lost`.
+    """
+    n, right = len(score.answers), score.answers["right"].to_numpy()
+    if score.each_is_a_unit():
+        return paired_rows(score.metric, int((right > 0).sum()), int((right < 0).sum()), n, score.category)
+    interval, _ = score.resample(seed)
+    p = score_row(f"{score.metric}, p", interval_p(*interval), n, category=score.category)
+    return [score_row(score.metric, interval[0], n, *interval[1:], category=score.category), p]
+
+
+def choice_benchmark(is_here: Callable[[Path], bool], scores: Callable[[pd.DataFrame], Iterator[Score]]) -> Callable:
+    """A decorator for a function from a `Task` to answers: a benchmark whose rows are those of `scores`."""
+
+    def compare(before: pd.DataFrame, after: pd.DataFrame, seed: int) -> tuple[list[dict], None]:
+        if not np.array_equal(before[ITEM].astype(str), after[ITEM].astype(str)):
+            raise ValueError(
+                "its items are not those that the first encoder answered; expected the same folder for both: where it "
+                "was changed since, measure all encoders anew, with another --out"
+            )
+        changes = after.assign(right=after["right"].astype(int) - before["right"].astype(int))
+        return [row for score in scores(changes) for row in difference_rows(score, seed)], None
+
+    def mark(function: Callable[[Task], pd.DataFrame]) -> Callable[[Task], Iterator[dict]]:
+        @benchmark(data="own", is_here=is_here, compare=compare)
+        @functools.wraps(function)
+        def rows(task: Task):
+            task.answers.append(function(task))
+            for score in scores(task.answers[-1]):
+                yield accuracy_row(score, task.seed)
+
+        return rows
+
+    return mark
+
+
+def part_scores(answers: pd.DataFrame, means: Mapping[str, Sequence[str]] | None = None) -> Iterator[Score]:
+    """Each metric of each part, and of `means` (name -> parts) the mean accuracy of those whose parts are all there."""
+    for (metric, part), own in answers.groupby(["metric", "part"], sort=False):
+        yield Score(own, metric, part)
+    single = answers[answers["metric"] == "accuracy"]
+    for name, parts in (means or {}).items():
+        if set(parts) <= set(single["part"]):
+            yield Score(single[single["part"].isin(parts)], category=name, by=("part",))
 
 
 def square_decisions(similarity: Float[np.ndarray, "n 2 2"]) -> dict[str, Bool[np.ndarray, " n"]]:
@@ -185,19 +263,23 @@ def square_decisions(similarity: Float[np.ndarray, "n 2 2"]) -> dict[str, Bool[n
     return {"text": text, "image": image, "group": text & image}
 
 
-def square_rows(task: Task, parts: Sequence[Path], images: Sequence[str], captions: Sequence[str]) -> Iterator[dict]:
-    """Rows of the text, image and group score. `images`, `captions`: two columns each, those of one number belong."""
+def answer_squares(task: Task, parts: Sequence[Path], images: Sequence[str], captions: Sequence[str]) -> pd.DataFrame:
+    """The text, the image and the group answers. `images`, `captions`: two columns, those of one number belong."""
     rows = list(enumerate(read_parts(parts, [*images, *captions]), 1))
     texts = [caption_cells(row, captions, f"{parts[0]}, row {k}") for k, row in rows]
     named = [image_cell(row, column, f"{parts[0]}, row {k}") for k, row in rows for column in images]
     places = find_places(task.folder, named)
     by_place, by_text = embed_once(task, places, [text for pair in texts for text in pair])
+    squares = list(zip(zip(places[::2], places[1::2], strict=True), texts, strict=True))
     similarity = np.stack(
         [
             np.stack([cosines(by_place[place], torch.stack([by_text[text] for text in pair])) for place in two], 1)
-            for two, pair in zip(zip(places[::2], places[1::2], strict=True), texts, strict=True)
+            for two, pair in squares
         ]
     )  # fmt: skip  [n, captions, images]
-    for name, right in square_decisions(similarity).items():
-        yield score_row(name, float(right.mean()), len(right), *wilson(int(right.sum()), len(right)),
-                        1 / 6 if name == "group" else 1 / 4)  # fmt: skip
+    items = {"item": hash_items(squares), "part": "all", "group": "", "unit": range(len(squares))}
+    tables = [
+        pd.DataFrame(items | {"metric": name, "right": right, "chance": 1 / 6 if name == "group" else 1 / 4})
+        for name, right in square_decisions(similarity).items()
+    ]
+    return pd.concat(tables, ignore_index=True)

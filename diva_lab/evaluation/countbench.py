@@ -9,12 +9,13 @@ left out, and their count is told: n says how many are scored.
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-from diva_lab.evaluation.choices import Choice, accuracy_row, answer, caption_cells, image_cell
+import pandas as pd
+
+from diva_lab.evaluation.choices import Choice, answer, caption_cells, choice_benchmark, image_cell, part_scores
 from diva_lab.evaluation.row_files import find_parts, read_parts
-from diva_lab.evaluation.task import Task, benchmark
+from diva_lab.evaluation.task import Task
 from diva_lab.image_files import LeftOut
 
 STEMS = ("train", "countbench", "CountBench")
@@ -35,8 +36,8 @@ def replace_number(text: str, number: int) -> tuple[str, ...]:
     return text, *(text[: found.start()] + other + text[found.end() :] for other in others)
 
 
-@benchmark(data="own", is_here=is_here)
-def countbench(task: Task) -> Iterator[dict]:
+@choice_benchmark(is_here, part_scores)
+def countbench(task: Task) -> pd.DataFrame:
     """The share of images whose number is chosen, among nine."""
     parts = find_parts(task.folder, *STEMS)
     if not parts:
@@ -53,4 +54,4 @@ def countbench(task: Task) -> Iterator[dict]:
         else:
             choices.append(Choice(image_cell(row, "image", where), captions))
     task.tell_left_out(left_out)
-    yield accuracy_row(answer(task, choices), seed=task.seed)
+    return answer(task, choices)

@@ -17,14 +17,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from scipy.stats import binomtest
 from torch import Tensor
 
 from diva_lab.evaluation.image_sets import IMAGE_FOLDERS, canonical_name, decode_image
-from diva_lab.evaluation.task import Task, benchmark, score_row
+from diva_lab.evaluation.task import Task, benchmark, paired_rows, score_row
 from diva_lab.image_files import Place
 from diva_lab.models.encoders import embed
-from diva_lab.statistics import bootstrap_mean, wilson
+from diva_lab.statistics import bootstrap_mean, mcnemar_p, wilson
 from diva_lab.world import PATTERNS
 
 csv.field_size_limit(2**31 - 1)  # Python's own limit, 128 kB, ends in an error that names no file
@@ -376,8 +375,6 @@ def summarise(scores: pd.DataFrame, level: float = 0.95, seed: int = 0) -> dict[
 def compare_pairs(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, list[int] | float]:
     """Two encoders on the same pairs: "gained" and "lost" (the pairs' odd ids), and "p" of McNemar's exact test.
 
-    The test asks whether gains and losses are a fair coin's: two-sided, binomial, 1 where nothing changed.
-
     Raises:
         ValueError: where the pairs are not the same.
     """
@@ -385,8 +382,15 @@ def compare_pairs(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, list[i
         raise ValueError("these are scores of different pairs; expected two encoders on one folder")
     old, new = before["correct"].to_numpy(), after["correct"].to_numpy()
     gained, lost = before["id_1"][new & ~old].tolist(), before["id_1"][old & ~new].tolist()
-    p = binomtest(len(gained), len(gained) + len(lost)).pvalue if gained or lost else 1.0
-    return {"gained": gained, "lost": lost, "p": float(p)}
+    return {"gained": gained, "lost": lost, "p": mcnemar_p(len(gained), len(lost))}
+
+
+def pair_changes(before: pd.DataFrame, after: pd.DataFrame, seed: int) -> tuple[list[dict], list[dict]]:
+    """Rows of the difference of the share of all pairs, and the pairs that were gained or lost."""
+    ids = compare_pairs(before, after)
+    listed = after[["pattern", "id_1", "id_2"]].to_dict("records")
+    changed = [pair | {"change": name} for name in ("gained", "lost") for pair in listed if pair["id_1"] in ids[name]]
+    return paired_rows("pairs", len(ids["gained"]), len(ids["lost"]), len(after)), changed
 
 
 def _correct_again(scores: pd.DataFrame, file: Path, labels: Mapping[int, int]) -> Bool[np.ndarray, " n"]:
@@ -397,11 +401,11 @@ def _correct_again(scores: pd.DataFrame, file: Path, labels: Mapping[int, int]) 
         raise ValueError(f"{file}: {error}") from error
 
 
-@benchmark(data="pairs", heeds=("strict",))
+@benchmark(data="pairs", heeds=("strict",), compare=pair_changes)
 def mmvp_vlm(task: Task) -> Iterator[dict]:
     """The official score and each pattern's; beside it image to text, the group score, ties, and corrected labels."""
     scores = score_pairs(task.encoder, task.folder, task.embed_files, task.strict)
-    task.scores.append(scores)
+    task.answers.append(scores)
     report = summarise(scores, seed=task.seed)
     for name, group in [("all", scores), *scores.groupby("pattern", sort=False)]:
         key = "mean" if name == "all" else name

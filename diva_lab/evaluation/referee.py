@@ -65,7 +65,9 @@ CHECKS: dict[str, tuple[Callable[[str], bool], str]] = {  # column -> check of a
     "n": _number(1, 1e9, whole=True),
     "gained": _number(0, 1e9, whole=True),  # items, against the original
     "lost": _number(0, 1e9, whole=True),
-    "p": _number(0, 1),  # exact McNemar
+    "difference_low": _PERCENT,  # 95 % interval of the paired difference to the original, in points
+    "difference_high": _PERCENT,
+    "p": _number(0, 1),  # of the paired difference
     "seed": _number(0, 2**32 - 1, whole=True),
     "weights": _ANY,  # a hash
     "finding": _ANY,  # in words
@@ -73,7 +75,8 @@ CHECKS: dict[str, tuple[Callable[[str], bool], str]] = {  # column -> check of a
     "commit": _ANY,
     "command": _ANY,
 }
-FRACTIONS = ("percent", "low", "high", "chance", "p")
+OPTIONAL = ("difference_low", "difference_high")  # columns that older tables lack
+FRACTIONS = ("percent", "low", "high", "chance", *OPTIONAL, "p")
 NUMBERS = (*FRACTIONS, "n", "gained", "lost", "seed")
 KEY = ["benchmark", "set", "metric", "category", "backbone", "method", "seed", "source"]  # of one measurement
 
@@ -85,14 +88,15 @@ def read_results(path: str | Path) -> pd.DataFrame:
         ValueError: for other columns; else lists each row that is wrong: file, row, column, what was expected.
     """
     path = Path(path)
-    rows = read_csv(path, list(CHECKS))
+    rows = read_csv(path, [name for name in CHECKS if name not in OPTIONAL])
     if extra := [name for name in rows if name not in CHECKS]:
         raise ValueError(f"{path}: column {extra[0]!r}; expected {', '.join(CHECKS)} alone")
+    rows = rows.reindex(columns=list(CHECKS), fill_value="")
     texts = enumerate(rows.to_dict("records"), 1)
     if wrong := [f"{path}, row {k}, {message}" for k, row in texts if (message := _wrong_cell(row))]:
         raise ValueError(wrong[0] if len(wrong) == 1 else "\n- ".join([f"{len(wrong)} rows are wrong:", *wrong]))
     numbers = {name: pd.to_numeric(rows[name].replace("", np.nan)).astype(float) for name in NUMBERS}
-    return rows.assign(**numbers)[list(CHECKS)]
+    return rows.assign(**numbers)
 
 
 def _wrong_cell(row: dict[str, str]) -> str:
@@ -102,8 +106,10 @@ def _wrong_cell(row: dict[str, str]) -> str:
             return f"column {name}: {row[name]!r}; expected {expected}"
     if not row["percent"] and not row["finding"]:
         return "column percent: ''; expected a number, or what was found in words under finding"
-    if bool(row["low"]) != bool(row["high"]) or (row["low"] and float(row["low"]) > float(row["high"])):
-        return f"column low: {row['low']!r}; expected both ends of an interval, low and high ({row['high']!r}), or none"
+    for low, high in (("low", "high"), OPTIONAL):
+        if bool(row[low]) != bool(row[high]) or (row[low] and float(row[low]) > float(row[high])):
+            ends = f"{low} and {high} ({row[high]!r})"
+            return f"column {low}: {row[low]!r}; expected both ends of an interval, {ends}, or none"
     changed, n = sum(float(row[name] or 0) for name in ("gained", "lost")), row["n"]
     if changed > float(n or 0):
         return f"column n: {n!r}; expected at least gained + lost, {changed:g}"
@@ -115,14 +121,15 @@ def write_results(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
     table = rows.reindex(columns=list(CHECKS))
     for name in NUMBERS:
         table[name] = [f"{value:.6g}" if name in FRACTIONS else f"{value:.0f}" for value in table[name]]
-    update_csv(path, table.replace("nan", ""), KEY)
+    update_csv(path, table.replace("nan", ""), KEY, optional=OPTIONAL)
     return read_results(path)
 
 
 def measured_rows(table: pd.DataFrame, encoders: dict[str, str], command: str) -> pd.DataFrame:
     """Rows in the schema of what `evaluate` measured: one for each encoder, benchmark, set and metric.
 
-    Items gained and lost, and McNemar's p, stand with the first metric of their benchmark.
+    Beside a score that was compared with the original's on the same items stand the interval of the paired difference,
+    its p, and the items gained and lost where each is a unit.
 
     Args:
         table: of `evaluate`.
@@ -132,17 +139,24 @@ def measured_rows(table: pd.DataFrame, encoders: dict[str, str], command: str) -
     original = encoders["none"]
     rows = []
     for (encoder, benchmark, label), cell in table.groupby(["encoder", "benchmark", "set"], sort=False):
-        against = cell[cell["category"] == f"against {original}"].set_index("metric")["value"]
-        for k, row in enumerate(cell[cell["category"] == "all"].to_dict("records")):
+        against = cell[cell["category"] == f"against {original}"].set_index("metric")
+        for row in cell[cell["category"] == "all"].to_dict("records"):
             found = {name: 100 * row[name] for name in ("low", "high", "chance")} | {"percent": 100 * row["value"]}
             found |= {"benchmark": benchmark, "set": label, "metric": row["metric"], "category": "all"}
             found |= {"backbone": original, "method": methods[encoder], "n": row["n"], "seed": row["seed"]}
             found |= {"weights": row["weights"], "source": OWN, "commit": row["git"], "command": command}
-            if k == 0 and len(against):
-                found |= {name: round(against[name] * row["n"]) for name in ("gained", "lost")}
-                found["p"] = against["mcnemar p"]
-            rows.append(found)
+            rows.append(found | _paired_columns(against, row["metric"]))
     return pd.DataFrame(rows, columns=list(CHECKS))
+
+
+def _paired_columns(against: pd.DataFrame, metric: str) -> dict[str, float]:
+    """The columns of a paired difference, from the rows of its comparison; none where there was no comparison."""
+    if metric not in against.index:
+        return {}
+    difference, values = against.loc[metric], against["value"]
+    columns = {f"difference_{end}": 100 * difference[end] for end in ("low", "high")} | {"p": values[f"{metric}, p"]}
+    shares = {name: values.get(f"{metric}, {name}") for name in ("gained", "lost")}
+    return columns | {name: round(share * difference["n"]) for name, share in shares.items() if share is not None}
 
 
 # --- what is measured ---------------------------------------------------------------------------------------------
@@ -229,7 +243,7 @@ def _open_table(path: Path, original: str) -> None:
     Raises:
         ValueError: for a table with wrong rows, or one that was measured for another original.
     """
-    check_columns(path, list(CHECKS))
+    check_columns(path, list(CHECKS), OPTIONAL)
     if not path.exists():
         known = read_results(DATA / "published" / "replications.csv")
         if len(known := known[known["backbone"] == original]):

@@ -5,12 +5,14 @@ Hsieh et al. (arXiv 2306.14610). The folder holds the seven files of the authors
 the caption is nearer than the negative one; a tie is wrong. `all`, ours, is the mean of the seven.
 """
 
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from diva_lab.evaluation.choices import answer, part_rows, read_choices
+import pandas as pd
+
+from diva_lab.evaluation.choices import answer, choice_benchmark, part_scores, read_choices
 from diva_lab.evaluation.row_files import find_file
-from diva_lab.evaluation.task import Task, benchmark
+from diva_lab.evaluation.task import Task
 
 SUBSETS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 CAPTIONS = ("caption", "negative_caption")
@@ -20,12 +22,12 @@ def is_here(folder: Path) -> bool:
     return any(find_file(folder, name) for name in SUBSETS)
 
 
-@benchmark(data="own", is_here=is_here)
-def sugarcrepe(task: Task) -> Iterator[dict]:
+@choice_benchmark(is_here, partial(part_scores, means={"all": SUBSETS}))
+def sugarcrepe(task: Task) -> pd.DataFrame:
     """The accuracy of each subset that is there, and their mean."""
     files = {name: find_file(task.folder, name) for name in SUBSETS}
     choices = [
         choice for name, path in files.items() if path
         for _, choice in read_choices([path], "filename", CAPTIONS, part=name)
     ]  # fmt: skip
-    yield from part_rows(answer(task, choices), SUBSETS, task.seed)
+    return answer(task, choices)

@@ -40,7 +40,7 @@ from diva_lab.evaluation.image_sets import (
 )
 from diva_lab.evaluation.knn import knn_benchmark
 from diva_lab.evaluation.mask_sets import is_masks
-from diva_lab.evaluation.pairs import compare_pairs, is_pairs, mmvp_vlm, read_corrections
+from diva_lab.evaluation.pairs import is_pairs, mmvp_vlm, read_corrections
 from diva_lab.evaluation.patch_probe import patch_probe
 from diva_lab.evaluation.probes import linear_probe
 from diva_lab.evaluation.results import COLUMNS, FACTS, ResultFiles, versions_and_git
@@ -118,9 +118,11 @@ def evaluate(
 ) -> pd.DataFrame:
     """One row for each encoder, benchmark, set, metric and category: `COLUMNS` and `FACTS`.
 
-    Of a second encoder on, mmvp-vlm has rows `gained`, `lost` (shares of the pairs) and `mcnemar p` (exact, two-sided)
-    of the category `against FIRST`. Averages are rows of the set `27 sets` or `6 sets`, where this call measured all of
-    them; n is their number. A set of `CLASSIFICATION_SETS` that lacks classes says so in `set`, and does not count.
+    Of a second encoder on, mmvp-vlm and the benchmarks of captions have rows of paired differences, of the category
+    `against FIRST` or `against FIRST, PART`: METRIC and `METRIC, p`; where every item is a unit also `METRIC, gained`
+    and `METRIC, lost` (shares of the items), and p is McNemar's exact one. Averages are rows of the set `27 sets` or
+    `6 sets`, where this call measured all of them; n is their number. A set of `CLASSIFICATION_SETS` that lacks classes
+    says so in `set`, and does not count.
 
     Args:
         encoders: see `open_encoder`.
@@ -159,7 +161,7 @@ def evaluate(
 
 
 class _Session:
-    """One call of `evaluate`: the rows so far, what failed, and the first encoder's pairs.
+    """One call of `evaluate`: the rows so far, what failed, and the first encoder's answers.
 
     Args:
         files: where rows go as they come.
@@ -175,7 +177,7 @@ class _Session:
         self.rows: list[dict] = []
         self.failures: list[str] = []
         self.failed_tasks = 0
-        self.first_scores: dict[Path, tuple[str, pd.DataFrame]] = {}  # folder -> first encoder, its pairs
+        self.first: dict[tuple[str, Path], tuple[str, pd.DataFrame]] = {}  # benchmark, folder -> encoder, its answers
         self.provenance = versions_and_git()
 
     def run(self, encoders: Sequence[str | Path], open_store: Callable[[Encoder], FeatureStore]) -> pd.DataFrame:
@@ -208,32 +210,35 @@ class _Session:
             reads = reads_of(BENCHMARKS[benchmark])
             facts = self._facts(store, task.kind, reads)
             how = f" through {task.projector}" if reads.feedback else f", layer {task.layer}" if reads.layer else ""
-            if rows := self._take_finished(name, benchmark, folder, label, how, facts):
+            rows, answers = self._find_finished(name, benchmark, folder, label, how, facts)
+            if rows and not reads.compare:
+                self.rows += rows
                 own += rows
                 continue
             try:
-                measured = _measure_draws(benchmark, task)
+                if answers is None:
+                    measured = _measure_draws(benchmark, task)
+                    place = {"encoder": name, "benchmark": benchmark, "set": _label(label, task.classes) + how}
+                    rows = [{**place, **row, **facts} for row in measured]
+                for answers in task.answers:
+                    self.files.add_answers(answers, rows[0])
+                if answers is not None:
+                    rows += self._compare_with_first(rows[0], folder, label, answers, facts)
             except (ValueError, OSError) as error:
                 self.failed(1, f"{name}, {benchmark}, {label}: {error}")
                 continue
-            place = {"encoder": name, "benchmark": benchmark, "set": _label(label, task.classes) + how}
-            for scores in task.scores:
-                self.files.add_answers(scores, place, facts)
-                measured += self._compare_with_first(name, folder, label, scores, facts)
-            own += self._add([{**place, **row, **facts} for row in measured])
+            own += self._add(rows)
         self._add(average_rows(own) + perception_row(own))
         self._report_speed(name, store, options["kind"])
 
-    def _take_finished(self, name: str, benchmark: str, folder: Path, label: str, how: str, facts: dict) -> list[dict]:
-        """The rows of a cell that the files hold from an earlier call; none where it is to be measured."""
+    def _find_finished(
+        self, name: str, benchmark: str, folder: Path, label: str, how: str, facts: dict
+    ) -> tuple[list[dict], pd.DataFrame | None]:
+        """The rows and answers of a cell that the files hold from an earlier call; none where it is to be measured."""
         if not self.files.resume or folder in self.corrections:
-            return []
+            return [], None
         sets = rf"{re.escape(label)}( \(\d+ of \d+ classes\))?{re.escape(how)}"
-        rows, answers = self.files.find_cell(name, benchmark, sets, facts)
-        if rows and len(answers):
-            self.first_scores.setdefault(folder, (name, answers))
-        self.rows += rows
-        return rows
+        return self.files.find_cell(name, benchmark, sets, facts)
 
     def _facts(self, store: FeatureStore, kind: str, reads: Reads | None = None) -> dict:
         """What a row says of how it was measured; options that its benchmark does not heed are at their default."""
@@ -248,14 +253,19 @@ class _Session:
         self.files.add_rows(rows)
         return rows
 
-    def _compare_with_first(self, name: str, folder: Path, label: str, scores: pd.DataFrame, facts: dict) -> list[dict]:
-        """Rows of what changed against the first encoder on the same pairs; the first has none."""
-        first, before = self.first_scores.setdefault(folder, (name, scores))
+    def _compare_with_first(
+        self, row: dict, folder: Path, label: str, answers: pd.DataFrame, facts: dict
+    ) -> list[dict]:
+        """Rows of what changed against the first encoder on the same items, else as `row`; the first has none."""
+        name, benchmark = row["encoder"], row["benchmark"]
+        first, before = self.first.setdefault((benchmark, folder), (name, answers))
         if first == name:
             return []
-        rows, pairs = _compare(before, scores, first)
-        self.files.add_pairs(pairs, {"encoder": name, "against": first, "set": label} | facts)
-        return rows
+        changes, pairs = reads_of(BENCHMARKS[benchmark]).compare(before, answers, self.options["seed"])
+        if pairs is not None:
+            self.files.add_pairs(pairs, {"encoder": name, "against": first, "set": label} | facts)
+        parts = ("" if one["category"] == "all" else f", {one['category']}" for one in changes)
+        return [row | one | {"category": f"against {first}{part}"} for one, part in zip(changes, parts, strict=True)]
 
     def _report_speed(self, name: str, store: FeatureStore, kind: str) -> None:
         if not store.images:
@@ -273,7 +283,7 @@ def _measure_draws(benchmark: str, task: Task) -> list[dict]:
     function = BENCHMARKS[benchmark]
     rows = list(function(task))
     count = 0 if "features" in reads_of(function).fixed else DRAWS.get(task.kind, 0)
-    others = [list(function(replace(task, draw=k, scores=[], classes=[]))) for k in range(1, count)]
+    others = [list(function(replace(task, draw=k, answers=[], classes=[]))) for k in range(1, count)]
     return rows + (spread_rows([rows, *others]) if others else [])
 
 
@@ -391,16 +401,6 @@ def _work(root: Path, benchmarks: Sequence[str]) -> list[tuple[str, Path, str]]:
         taken.add((benchmark, label))
         work.append((benchmark, folder, label))
     return work
-
-
-def _compare(before: pd.DataFrame, after: pd.DataFrame, first: str) -> tuple[list[dict], list[dict]]:
-    """Rows of gains, losses and McNemar's p, and the pairs that were gained or lost."""
-    found, n = compare_pairs(before, after), len(after)
-    values = {"gained": len(found["gained"]) / n, "lost": len(found["lost"]) / n, "mcnemar p": found["p"]}
-    rows = [score_row(metric, value, n, category=f"against {first}") for metric, value in values.items()]
-    listed = after[["pattern", "id_1", "id_2"]].to_dict("records")
-    changes = [(pair, change) for change in ("gained", "lost") for pair in listed if pair["id_1"] in found[change]]
-    return rows, [pair | {"change": change} for pair, change in changes]
 
 
 def average_rows(rows: Sequence[dict]) -> list[dict]:

@@ -13,6 +13,7 @@ from diva_lab.evaluation.features import FeatureStore
 from diva_lab.evaluation.image_sets import ImageSet, read_set
 from diva_lab.image_files import LeftOut, Place
 from diva_lab.models.encoders import Encoder
+from diva_lab.statistics import mcnemar_p, paired_shares
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Reads:
         fixed: what its rows say of `features` and `precision` whatever the options are.
         feedback: whether it reads a projector and a denoiser.
         layer: whether it reads the patch tokens of a layer.
+        compare: two encoders' answers (those of `Task.answers`, the first encoder's first) and the seed -> rows of what
+            changed, and the changed pairs where it is of pairs; ValueError where the items are not the same. None where
+            no answers are kept.
     """
 
     data: str = "classes"
@@ -35,6 +39,7 @@ class Reads:
     fixed: dict[str, str] = field(default_factory=dict)
     feedback: bool = False
     layer: bool = False
+    compare: Callable[[pd.DataFrame, pd.DataFrame, int], tuple[list[dict], list[dict] | None]] | None = None
 
 
 def benchmark(**reads: object) -> Callable:
@@ -68,7 +73,7 @@ class Task:
         layer: whose patch tokens are read, as in `Encoder.tokens`.
         projector, denoiser: through which feedback reaches the encoder, as in `Settings`.
         corrections: file of labels and what it says of this set: id -> label; see `pairs.read_corrections`.
-        scores: of pairs; a benchmark leaves them here to have encoders compared.
+        answers: to each item; a benchmark with `compare` leaves a table of them here.
         classes: how many classes each set has that was read.
     """
 
@@ -84,7 +89,7 @@ class Task:
     projector: str = "shipped"
     denoiser: str = "tiny"
     corrections: tuple[Path, dict[int, int]] | None = None
-    scores: list[pd.DataFrame] = field(default_factory=list)
+    answers: list[pd.DataFrame] = field(default_factory=list)
     classes: list[int] = field(default_factory=list)
 
     def read(self, split: str = "test") -> ImageSet:
@@ -115,6 +120,17 @@ def score_row(metric: str, value: float, n: int, low=np.nan, high=np.nan, chance
     note = "not above chance" if low <= chance else ""
     return {"metric": metric, "category": category, "n": n, "value": value, "low": low, "high": high, "chance": chance,
             "note": note}  # fmt: skip
+
+
+def paired_rows(metric: str, gained: int, lost: int, n: int, category: str = "all") -> list[dict]:
+    """Rows of a difference of paired shares: METRIC, and `METRIC, gained`, `METRIC, lost` (shares), `METRIC, p`.
+
+    The interval is `paired_shares`', p is McNemar's exact one.
+    """
+    difference, *interval = paired_shares(gained, lost, n)
+    beside = {"gained": gained / n, "lost": lost / n, "p": mcnemar_p(gained, lost)}
+    rows = [score_row(f"{metric}, {name}", value, n, category=category) for name, value in beside.items()]
+    return [score_row(metric, difference, n, *interval, category=category), *rows]
 
 
 def spread_rows(draws: Sequence[Sequence[dict]]) -> list[dict]:

@@ -8,11 +8,14 @@ eleven files; whether the paper weighs them alike could not be verified.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from diva_lab.evaluation.choices import Choice, answer, part_rows, read_choices
+import pandas as pd
+
+from diva_lab.evaluation.choices import Choice, answer, choice_benchmark, part_scores, read_choices
 from diva_lab.evaluation.row_files import find_file
-from diva_lab.evaluation.task import Task, benchmark
+from diva_lab.evaluation.task import Task
 
 INSTRUMENTS = (
     "existence", "plurals", "counting-hard", "counting-small-quant", "counting-adversarial", "relations",
@@ -35,9 +38,8 @@ def valid_choices(path: Path) -> Iterator[Choice]:
             yield choice
 
 
-@benchmark(data="own", is_here=is_here)
-def valse(task: Task) -> Iterator[dict]:
+@choice_benchmark(is_here, partial(part_scores, means={"all": INSTRUMENTS}))
+def valse(task: Task) -> pd.DataFrame:
     """The pairwise accuracy of each file that is there, and their mean."""
     files = [path for name in INSTRUMENTS if (path := find_file(task.folder, name))]
-    choices = [choice for path in files for choice in valid_choices(path)]
-    yield from part_rows(answer(task, choices), INSTRUMENTS, task.seed)
+    return answer(task, [choice for path in files for choice in valid_choices(path)])

@@ -1,8 +1,9 @@
 """What a referee's table says: differences to the original, tests, and a ruling on each published claim.
 
-Where every item was compared (pairs), the difference is of paired shares and its p is McNemar's exact one. Else both
-scores have their own intervals, and the difference is taken as of independent samples, which is wider than need be. All
-tests of the table are corrected together, by Holm; each set of a benchmark is one test of each encoder.
+Where answers to the same items were compared (pairs and captions), the difference is paired: of shares, with McNemar's
+exact p, where every item is a unit, else by resampling units. Where no answers are kept, both scores have their own
+intervals, and the difference is taken as of independent samples, which is wider than need be. All tests of the table
+are corrected together, by Holm; each set of a benchmark is one test of each encoder.
 """
 
 import re
@@ -10,7 +11,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from diva_lab.evaluation.referee import OWN, PUBLISHED
+from diva_lab.evaluation.referee import OPTIONAL, OWN, PUBLISHED
 from diva_lab.evaluation.table import BENCHMARKS, PERCEPTION
 from diva_lab.statistics import holm, independent_difference, mcnemar_pairs, paired_shares, percent
 
@@ -78,6 +79,9 @@ def _difference(before: dict, after: dict) -> dict:
     if np.isfinite(after["p"]) and np.isfinite([after["gained"], after["lost"]]).all():
         change = paired_shares(int(after["gained"]), int(after["lost"]), int(after["n"]))
         found |= {"how": "paired", "p": after["p"]}
+    elif np.isfinite(paired := [after[name] for name in (*OPTIONAL, "p")]).all():
+        change = ends[1][0] - ends[0][0], paired[0] / 100, paired[1] / 100
+        found |= {"how": "paired", "p": after["p"]}
     elif np.isfinite(ends).all():
         *change, found["p"] = independent_difference(*map(tuple, ends))
         found["how"] = "independent"
@@ -114,7 +118,7 @@ def claims(results: pd.DataFrame, backbone: str, published: pd.DataFrame = PUBLI
     Returns:
         `CLAIMS`: what was published, in percent and points; what was measured, as `differences`, NaN where it was not;
         the `verdict`; `pairs`: how many would decide, at the published difference and the share of pairs that were
-        seen to change, with a power of 80 % (NaN where no pair was compared); and `elsewhere`: rows of the table from
+        seen to change, with a power of 80 % (NaN where pairs were not counted); and `elsewhere`: rows of the table from
         other sources, in words.
     """
     theirs = published[(published["backbone"] == backbone) & published["benchmark"].isin(list(BENCHMARKS))]
@@ -146,7 +150,7 @@ def _measured_change(changes: pd.DataFrame, row: dict) -> dict:
 
 
 def _deciding_pairs(claim: dict) -> float:
-    if claim["how"] != "paired" or round(claim["published"], 6) == 0:
+    if not np.isfinite(claim["gained"]) or round(claim["published"], 6) == 0:
         return np.nan
     return float(mcnemar_pairs(claim["published"] / 100, (claim["gained"] + claim["lost"]) / claim["n"], POWER, LEVEL))
 

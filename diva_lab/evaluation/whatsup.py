@@ -12,14 +12,15 @@ right where all of its images are. `A and B`, COCO and GQA are means of two part
 of all six.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
-from diva_lab.evaluation.choices import Choice, accuracy_row, answer, caption_cells, image_cell
+from diva_lab.evaluation.choices import Choice, answer, caption_cells, choice_benchmark, image_cell, part_scores
 from diva_lab.evaluation.row_files import find_file, read_rows
-from diva_lab.evaluation.task import Task, benchmark
+from diva_lab.evaluation.task import Task
 
 CONTROLLED = {"A": "controlled_images_dataset", "B": "controlled_clevr_dataset"}  # part -> file
 SPATIAL = {"COCO one": "coco_qa_one_obj", "COCO two": "coco_qa_two_obj", "GQA one": "vg_qa_one_obj",
@@ -68,17 +69,17 @@ def spatial_choices(path: Path, part: str) -> Iterator[Choice]:
         yield Choice(f"{name}.jpg", caption_cells(row, COLUMNS[1:], f"{path}, row {k}"), part, tie=True)
 
 
-def set_rows(answers: pd.DataFrame, part: str, seed: int) -> Iterator[dict]:
-    """The pair and the set accuracy of A or B, from answers with a column `relation`."""
-    sets = answers.pivot(index="unit", columns="relation", values="right")
+def set_answers(answers: pd.DataFrame, relations: Sequence[str], part: str) -> Iterator[pd.DataFrame]:
+    """The answers of A or B, an item each pair and then each set; `relations` are those of the images."""
+    sets = answers.assign(relation=relations).pivot(index="unit", columns="relation", values="right")
     pairs = pd.concat([sets[list(pair)].all(axis=1) for pair in PAIRS[part]])
     for metric, right, images in (("pairs", pairs, 2), ("sets", sets.all(axis=1), 4)):
-        table = pd.DataFrame({"right": right.to_numpy(bool), "unit": right.index, "chance": 0.25**images})
-        yield accuracy_row(table, metric, part, seed=seed)
+        items = {"item": "", "metric": metric, "part": part, "group": "", "unit": right.index}
+        yield pd.DataFrame(items | {"right": right.to_numpy(bool), "chance": 0.25**images})
 
 
-@benchmark(data="own", is_here=is_here)
-def whatsup(task: Task) -> Iterator[dict]:
+@choice_benchmark(is_here, partial(part_scores, means=MEANS))
+def whatsup(task: Task) -> pd.DataFrame:
     """The accuracy of each part that is there and of `MEANS`; of A and B the pair and set accuracy, too."""
     files = {part: path for part, stem in PARTS.items() if (path := find_file(task.folder, stem))}
     choices = [
@@ -86,11 +87,8 @@ def whatsup(task: Task) -> Iterator[dict]:
         for choice in (controlled_choices if part in CONTROLLED else spatial_choices)(path, part)
     ]  # fmt: skip
     answers = answer(task, choices)
-    for part, own in answers.groupby("part", sort=False):
-        yield accuracy_row(own, category=part, seed=task.seed)
-        if part in CONTROLLED:
-            named = [relation_in(choice.image) for choice in choices if choice.part == part]
-            yield from set_rows(own.assign(relation=named), part, task.seed)
-    for name, parts in MEANS.items():
-        if set(parts) <= set(files):
-            yield accuracy_row(answers[answers["part"].isin(parts)], category=name, by=["part"], seed=task.seed)
+    tables = [answers]
+    for part in filter(files.get, CONTROLLED):
+        relations = [relation_in(choice.image) for choice in choices if choice.part == part]
+        tables += set_answers(answers[answers["part"] == part], relations, part)
+    return pd.concat(tables, ignore_index=True)

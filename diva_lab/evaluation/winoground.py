@@ -6,12 +6,13 @@ three scores are the authors'; a tie is wrong. By chance, where the four similar
 and group is 1/6.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from diva_lab.evaluation.choices import square_rows
+import pandas as pd
+
+from diva_lab.evaluation.choices import answer_squares, choice_benchmark, part_scores
 from diva_lab.evaluation.row_files import find_parts
-from diva_lab.evaluation.task import Task, benchmark
+from diva_lab.evaluation.task import Task
 
 STEMS = ("examples", "test")
 
@@ -20,10 +21,10 @@ def is_here(folder: Path) -> bool:
     return "winoground" in folder.name.lower() and bool(find_parts(folder, *STEMS))
 
 
-@benchmark(data="own", is_here=is_here)
-def winoground(task: Task) -> Iterator[dict]:
+@choice_benchmark(is_here, part_scores)
+def winoground(task: Task) -> pd.DataFrame:
     """The text, image and group score."""
     parts = find_parts(task.folder, *STEMS)
     if not parts:
         raise FileNotFoundError(f"{task.folder}: no examples.jsonl and no test*.parquet; expected one of them")
-    yield from square_rows(task, parts, ("image_0", "image_1"), ("caption_0", "caption_1"))
+    return answer_squares(task, parts, ("image_0", "image_1"), ("caption_0", "caption_1"))

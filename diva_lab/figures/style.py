@@ -33,8 +33,9 @@ COLOURS = {
     "caption-contrast": "#D55E00",
     "un2clip": "#1B3A6B",
     "kuea": "#8A8D00",
+    "soup": "#8C4A2F",
 }
-MARKERS = dict(zip(COLOURS, "oXDp^vsP*h<>", strict=True))
+MARKERS = dict(zip(COLOURS, "oXDp^vsP*h<>8", strict=True))
 # a term of a loss has the colour of an objective: its own, or for DCR's parts one that pulls alike
 TERMS = {"loss": "none", "rec": "diva", "con": "contrastive", "dcr": "dcr", "cap": "caption-contrast"}
 TERMS |= {"truth": "diva", "view": "contrastive", "push": "naive", "kernel": "kuea", "keep": "un2clip"}
@@ -50,6 +51,7 @@ LABELS = {
     "genhancer": "GenHancer",
     "un2clip": "un2CLIP",
     "kuea": "KUEA",
+    "soup": "soup of runs",
     "dcr-guidance": "DCR, guided (ours)",
     "caption-contrast": "CLIP's loss on captions",
     "truth": "pull to the truth",

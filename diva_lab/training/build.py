@@ -214,7 +214,7 @@ def split_mix(name: str | Path) -> tuple[Path, float]:
 
 
 def tuned_encoder(run: Run, device: torch.device | str = "cpu", mix: float = 1.0) -> Encoder:
-    """The encoder that a run of `tune` or `perturb` made, frozen, its LoRA merged; `mix` as in `mix_weights`.
+    """The encoder that a run of `tune`, `perturb` or `soup` made, frozen, its LoRA merged; `mix` as in `mix_weights`.
 
     Raises:
         ValueError: where the run's checkpoint lacks a weight that it trained, has another, or one that is not finite;
@@ -229,7 +229,7 @@ def tuned_encoder(run: Run, device: torch.device | str = "cpu", mix: float = 1.0
         weights = {n.removeprefix("encoder."): w for n, w in run.weights().items() if n.startswith("encoder.")}
     else:
         encoder = load_encoder(settings.encoder, device)
-        names = list(visual_weights(encoder)) if stage == "perturb" else []
+        names = list(visual_weights(encoder)) if stage in ("perturb", "soup") else []
         weights = run.weights() if names else {}
     load_weights(encoder, weights, f"checkpoint of run {run.id}", names)
     encoder = merge_lora(encoder).eval().requires_grad_(False)

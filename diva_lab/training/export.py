@@ -95,7 +95,7 @@ def model_card(
     """Markdown: by which recipe the encoder was trained, on what, by which run, and what it scored.
 
     Args:
-        run: of `tune` or `perturb`; what it was evaluated on in training is on the card.
+        run: of `tune`, `perturb` or `soup`; what it was evaluated on in training is on the card.
         formats: that lie beside the card.
         measured: rows of `read_scores`.
         mix: how far the weights lie from the original to the run's; what the run scored in training is of mix 1.
@@ -134,7 +134,7 @@ def model_card(
 
 
 def export(run: Run, folder: str | Path, scores: str | Path | None = None, mix: float = 1.0) -> Path:
-    """Write the encoder of a finished run of `tune` or `perturb`, both formats and the card.
+    """Write the encoder of a finished run of `tune`, `perturb` or `soup`, both formats and the card.
 
     Args:
         run: see above.
@@ -146,8 +146,8 @@ def export(run: Run, folder: str | Path, scores: str | Path | None = None, mix: 
         ValueError: for a run that is not finished, or of stage 1; for a csv without a row of it; for a wrong mix.
         FileExistsError: where `folder` holds something already.
     """
-    if not run.done or run.settings.get("stage") not in ("tune", "perturb"):
-        raise ValueError(f"{run.folder}: expected the folder of a finished run of tune() or perturb()")
+    if not run.done or run.settings.get("stage") not in ("tune", "perturb", "soup"):
+        raise ValueError(f"{run.folder}: expected the folder of a finished run of tune(), perturb() or soup()")
     folder = new_folder(Path(folder))
     measured = read_scores(run, scores, mix) if scores else None
     encoder = tuned_encoder(run, mix=mix)

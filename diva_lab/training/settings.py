@@ -193,7 +193,7 @@ SCHEDULES = {  # name -> part of lr as a function of the part of the steps that 
     "constant": lambda done: 1.0,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
 }
-CONTROLS = ("none", "perturb-norm", "perturb-drift")  # rows beside the objectives: untouched, or moved at random
+CONTROLS = ("none", "perturb-norm", "perturb-drift", "soup")  # beside objectives: untouched, moved at random, a mean
 CHOICES: dict[str, Callable[[], Iterable[str]]] = {  # setting -> its values; registries may grow, so they are read late
     "objective": lambda: (*OBJECTIVES, *CONTROLS),
     "condition": lambda: CONDITIONS,

@@ -114,6 +114,7 @@ def state_slope(slope: tuple[float, float, float], runs: int, x: str, y: str) ->
 def state_claim(claim: Mapping[str, object]) -> str:
     """The ruling on a published claim and what it rests on: a row of `evaluation.verdicts.claims`."""
     score = f"{claim['benchmark']}, {claim['set']} ({claim['metric']})"
+    items = "pairs" if claim["metric"] == "pairs" else "items"
     text = (
         f"**{claim['verdict']}**: {label_of(claim['method'])} on {score}. Published: {claim['published']:+.1f} points, "
         f"from {claim['published_before']:g} to {percent(claim['published_after'] / 100, digits=None)}. "
@@ -125,14 +126,14 @@ def state_claim(claim: Mapping[str, object]) -> str:
         text += f"Measured: {claim['difference']:+.1f} points, from {claim['before']:.1f} to {after}"
         has_interval = np.isfinite([claim["low"], claim["high"]]).all()
         text += f", 95 % interval {claim['low']:+.1f} to {claim['high']:+.1f}" if has_interval else ", no interval"
-        if claim["how"] == "paired":
-            text += f"; of {claim['n']:.0f} pairs {claim['gained']:.0f} gained and {claim['lost']:.0f} lost"
+        if np.isfinite(claim["gained"]):
+            text += f"; of {claim['n']:.0f} {items} {claim['gained']:.0f} gained and {claim['lost']:.0f} lost"
         text += f"; p = {claim['p']:.2g}" if np.isfinite(claim["p"]) else ""
         text += f", {claim['holm']:.2g} after Holm's correction." if np.isfinite(claim["holm"]) else "."
         if has_interval and not min(0, claim["low"]) <= claim["published"] <= max(0, claim["high"]):
             text += " The published difference lies outside the interval."
     if claim["verdict"] == "undecided" and np.isfinite(claim["pairs"]):
-        text += f" {claim['pairs']:.0f} pairs would decide it, if as many change; these are {claim['n']:.0f}."
+        text += f" {claim['pairs']:.0f} {items} would decide it, if as many change; these are {claim['n']:.0f}."
     return text + (f" Elsewhere: {claim['elsewhere']}." if claim["elsewhere"] else "")
 
 

@@ -83,8 +83,9 @@ def write_referee_page(path: Path, referee: Referee) -> None:
 {_section("What could not be measured", referee.failures.splitlines())}
 <h2>Differences to the original</h2>
 <p>In points, with 95 % intervals. Holm's correction is over {tests} tests: one for each method, benchmark and set, by
-its first metric ({escape(first)}). <em>Paired</em>: of the same items, p by McNemar's exact test. <em>Independent</em>:
-from the intervals of both scores, which is wider than a paired comparison.</p>
+its first metric ({escape(first)}). <em>Paired</em>: of the same items; p by McNemar's exact test where items gained and
+lost are counted, else by resampling images. <em>Independent</em>: from the intervals of both scores, which is wider
+than a paired comparison.</p>
 {table_html(changes[list(SHOWN)].rename(columns=SHOWN))}
 {"".join(drawn)}
 <h2>Numbers from elsewhere</h2>{table_html(elsewhere) if len(elsewhere) else "<p>None.</p>"}

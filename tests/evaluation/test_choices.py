@@ -7,6 +7,7 @@ The stub encoder's space is colour: an image is its mean colour, a caption the s
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +19,23 @@ from PIL import Image
 from torch import nn
 
 from diva_lab.cli import main
+from diva_lab.evaluation import table as table_module
 from diva_lab.evaluation.aro import SYMMETRIC, aro
-from diva_lab.evaluation.choices import accuracy_row, square_decisions
+from diva_lab.evaluation.choices import Score, accuracy_row, square_decisions
 from diva_lab.evaluation.colorswap import colorswap
 from diva_lab.evaluation.countbench import WORDS, countbench, replace_number
 from diva_lab.evaluation.features import FeatureStore
+from diva_lab.evaluation.referee import measured_rows
 from diva_lab.evaluation.row_files import find_parts, read_parts, read_rows
 from diva_lab.evaluation.sugarcrepe import SUBSETS, sugarcrepe
 from diva_lab.evaluation.table import PERCEPTION, benchmark_folders, count_sets, evaluate, perception_row
 from diva_lab.evaluation.task import Task
 from diva_lab.evaluation.valse import INSTRUMENTS, valse
+from diva_lab.evaluation.verdicts import differences
 from diva_lab.evaluation.whatsup import whatsup
 from diva_lab.evaluation.winoground import winoground
-from diva_lab.models.encoders import Encoder, Features
-from diva_lab.statistics import wilson
+from diva_lab.models.encoders import Encoder, Features, load_encoder
+from diva_lab.statistics import independent_difference, paired_shares, wilson
 from diva_lab.world import World, write_pairs
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -82,8 +86,8 @@ def write_parquet(path: Path, rows: list[dict]) -> None:
     pd.DataFrame(rows).to_parquet(path)
 
 
-def task_on(folder: Path) -> Task:
-    encoder = Colours()
+def task_on(folder: Path, encoder: Encoder | None = None) -> Task:
+    encoder = encoder or Colours()
     return Task(encoder, FeatureStore(encoder, None), folder)
 
 
@@ -378,19 +382,138 @@ def table_of(right, unit, **columns) -> pd.DataFrame:
 
 def test_the_interval_is_wilsons_where_answers_are_independent_and_wider_where_they_share_an_image():
     right = [1, 0] * 50
-    alone = accuracy_row(table_of(right, range(100)))
-    shared = accuracy_row(table_of(np.repeat([1, 0] * 10, 5), np.repeat(range(20), 5)))
+    alone = accuracy_row(Score(table_of(right, range(100))))
+    shared = accuracy_row(Score(table_of(np.repeat([1, 0] * 10, 5), np.repeat(range(20), 5))))
     assert (alone["low"], alone["high"]) == wilson(50, 100) and shared["value"] == alone["value"] == 0.5
     assert shared["high"] - shared["low"] > 1.5 * (alone["high"] - alone["low"])
 
 
 def test_groups_count_alike_and_inner_groups_within_outer_ones():
     answers = table_of([1, 1, 1, 0, 0, 1], range(6), part=list("aaabbb"), group=list("xxyxyy"))
-    assert accuracy_row(answers, by=["part"])["value"] == pytest.approx((1 + 1 / 3) / 2)
-    assert accuracy_row(answers, by=["part", "group"])["value"] == pytest.approx((1 + (0 + 1 / 2) / 2) / 2)
+    assert accuracy_row(Score(answers, by=["part"]))["value"] == pytest.approx((1 + 1 / 3) / 2)
+    assert accuracy_row(Score(answers, by=["part", "group"]))["value"] == pytest.approx((1 + (0 + 1 / 2) / 2) / 2)
     rare = table_of([1] * 30 + [0], range(31), group=["x"] * 30 + ["y"])
-    assert accuracy_row(rare, by=["group"])["value"] == 0.5  # a third of the samples lack y, and none is lost
-    assert accuracy_row(rare, by=["group"])["high"] == 1
+    row = accuracy_row(Score(rare, by=["group"]))
+    assert row["value"] == 0.5 and row["high"] == 1  # a third of the samples lack y, and none is lost
+
+
+# --- paired differences -----------------------------------------------------------------------------------------
+
+
+class Guesses(Colours):
+    """Embeds each caption at a place that its letters and a seed decide."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.seed = seed
+
+    def encode_text(self, texts):
+        draws = [np.random.default_rng([self.seed, *text.encode()]).normal(size=3) for text in texts]
+        return F.normalize(torch.tensor(np.array(draws), dtype=torch.float), dim=-1)
+
+
+def answers_of(benchmark, folder: Path, encoder: Encoder | None = None) -> tuple[pd.DataFrame, dict]:
+    """The answers, and (metric, category) -> value."""
+    task = task_on(folder, encoder)
+    found = {(row["metric"], row["category"]): row["value"] for row in benchmark(task)}
+    return task.answers[0], found
+
+
+def differences_of(benchmark, before: pd.DataFrame, after: pd.DataFrame) -> dict[tuple[str, str], dict]:
+    rows, pairs = benchmark.reads.compare(before, after, 0)
+    assert pairs is None
+    return {(row["metric"], row["category"]): row for row in rows}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_difference_is_that_of_both_scores_and_no_change_is_zero(name, tmp_path):
+    benchmark, writer = LAYOUTS[name]
+    folder = writer(tmp_path / name)
+    before, old = answers_of(benchmark, folder)
+    others = (answers_of(benchmark, folder, Guesses(seed)) for seed in range(20))
+    after, new = next(found for found in others if found[1] != old)
+    found, same = differences_of(benchmark, before, after), differences_of(benchmark, after, after)
+    assert {key for key in found if ", " not in key[0]} == old.keys()
+    for key, value in new.items():
+        assert found[key]["value"] == pytest.approx(value - old[key], abs=1e-12)
+        assert found[key]["low"] <= found[key]["value"] <= found[key]["high"]
+        assert same[key]["value"] == 0 and same[f"{key[0]}, p", key[1]]["value"] == 1
+        resampled = (f"{key[0]}, gained", key[1]) not in found
+        assert (same[key]["low"], same[key]["high"]) == (
+            (0, 0) if resampled else paired_shares(0, 0, same[key]["n"])[1:]
+        )
+
+
+def answer_table(*columns: tuple, **same) -> pd.DataFrame:
+    """Answers from columns of (name, values); units are all their own unless given."""
+    table = pd.DataFrame(dict(columns)).assign(**{name: value for name, value in same.items()})
+    blank = {"item": "", "metric": "accuracy", "part": "all", "group": "", "unit": table.index, "chance": 0.5}
+    return table.assign(**{name: value for name, value in blank.items() if name not in table})
+
+
+def with_right(table: pd.DataFrame, right) -> pd.DataFrame:
+    return table.assign(right=np.array(right, bool))
+
+
+def test_the_differences_of_aro_sugarcrepe_and_winoground_by_hand():
+    """ARO: `on` 1/3 up, `wearing` down, `near` does not count; `old red` 1/5 up, `new red` of 24 does not count."""
+    groups = ["on"] * 3 + ["wearing", "near"] + ["old_red"] * 25 + ["new_red"] * 24
+    table = answer_table(("group", groups), ("part", ["relation"] * 5 + ["attribution"] * 49))
+    before, after = [1, 0, 0, 1, 0] + [0] * 49, [1, 1, 0, 0, 1] + [1] * 5 + [0] * 20 + [1] * 24
+    found = differences_of(aro, with_right(table, before), with_right(table, after))
+    assert found["macro accuracy", "relation"]["value"] == pytest.approx((1 / 3 - 1) / 2)
+    assert found["macro accuracy", "attribution"]["value"] == pytest.approx(1 / 5)
+    assert found["macro accuracy", "all"]["value"] == pytest.approx((-1 / 3 + 1 / 5) / 2)
+    assert found["accuracy, gained", "relation"]["value"] == 2 / 5  # each row is a unit here: paired shares
+    assert ("macro accuracy, gained", "all") not in found
+
+    table = answer_table(("part", [*SUBSETS, *[SUBSETS[0]] * 3]))  # one item of each subset, four of the first
+    before, after = [1] * 7 + [0] * 3, [1] * 6 + [0, 1, 0, 0]  # one of four is gained, one of one is lost
+    found = differences_of(sugarcrepe, with_right(table, before), with_right(table, after))
+    assert found["accuracy", "all"]["value"] == pytest.approx((1 / 4 - 1) / 7)
+
+    table = pd.concat([answer_table(("unit", range(10)), metric=name) for name in ("text", "group")], ignore_index=True)
+    before, after = [0] * 20, [0] * 10 + [1] * 3 + [0] * 7
+    found = differences_of(winoground, with_right(table, before).assign(right=[False] * 19 + [True]),
+                           with_right(table, after))  # fmt: skip
+    row = found["group", "all"]
+    assert (row["value"], row["low"], row["high"]) == paired_shares(3, 1, 10) and row["n"] == 10
+    assert found["group, p", "all"]["value"] == pytest.approx(10 / 16)  # 2 (1 + 4) / 2^4
+    assert [found[f"group, {name}", "all"]["value"] for name in ("gained", "lost")] == [0.3, 0.1]
+
+
+def test_a_paired_interval_is_narrower_than_an_independent_one_where_encoders_mostly_agree():
+    rng = np.random.default_rng(0)
+    table = answer_table(("part", list(SUBSETS) * 200), ("unit", np.arange(1400) // 4))
+    before = rng.random(1400) < 0.7
+    after = before ^ (rng.random(1400) < 0.05)
+    tables = with_right(table, before), with_right(table, after)
+    row = differences_of(sugarcrepe, *tables)["accuracy", "all"]
+    scores = [[one[name] for name in ("value", "low", "high")] for one in
+              (accuracy_row(Score(each, by=("part",))) for each in tables)]  # fmt: skip
+    difference, low, high, _ = independent_difference(*map(tuple, scores))
+    assert row["value"] == pytest.approx(difference) and row["high"] - row["low"] < 0.5 * (high - low)
+
+
+CHANGES = {
+    "rows in another order": lambda rows: dict(reversed(rows.items())),
+    "another caption": lambda rows: rows | {"0": rows["0"] | {"caption": "a red hat"}},
+    "one item less": lambda rows: {key: row for key, row in rows.items() if key != "3"},
+}
+
+
+@pytest.mark.parametrize("kind", [*CHANGES, "another image of the same name"])
+def test_answers_to_other_items_are_not_compared(kind, tmp_path):
+    folder = write_sugarcrepe(tmp_path)
+    before, _ = answers_of(sugarcrepe, folder)
+    path = folder / "data" / "add_att.json"
+    if kind in CHANGES:
+        write(path, CHANGES[kind](json.loads(path.read_text())))
+    else:
+        paint(folder / "val2017" / "000000000001.jpg", "blue")
+    after, _ = answers_of(sugarcrepe, folder)
+    with pytest.raises(ValueError, match=r"^its items are not those that the first encoder answered; expected"):
+        sugarcrepe.reads.compare(before, after, 0)
 
 
 # --- bad input, before anything is embedded ---------------------------------------------------------------------
@@ -553,3 +676,75 @@ def test_a_second_evaluation_reads_the_embeddings_of_the_first(root, tmp_path, m
         second = evaluate(["tiny"], [benchmark], root, cache=tmp_path / "cache")
         monkeypatch.undo()
         pd.testing.assert_frame_equal(first, second)
+
+
+# --- resumed and compared ---------------------------------------------------------------------------------------
+
+PAIRED = ["mmvp-vlm", "winoground", "aro:ARO"]
+
+
+@pytest.fixture
+def two_encoders(monkeypatch):
+    """`a` is the tiny CLIP, `b` is it with other weights; returns the cells that are measured."""
+    measured = []
+
+    def opened(name, device):
+        encoder = load_encoder("tiny")
+        with torch.no_grad():
+            weight = encoder.proj.weight
+            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+            weight.add_((name == "b") * weight.std() * noise)
+        return encoder
+
+    def measure(benchmark, task, inner=table_module._measure_draws):
+        measured.append((benchmark, task.store.fingerprint))
+        return inner(benchmark, task)
+
+    monkeypatch.setattr(table_module, "open_encoder", opened)
+    monkeypatch.setattr(table_module, "_measure_draws", measure)
+    return measured
+
+
+def test_an_original_of_an_earlier_call_is_compared_item_by_item_and_the_referee_says_paired(
+    root, tmp_path, two_encoders
+):
+    out, cache = tmp_path / "r.csv", tmp_path / "cache"
+    whole = evaluate(["a", "b"], PAIRED, root, cache=cache)
+    evaluate(["a"], PAIRED, root, out, cache=cache, resume=True)
+    two_encoders.clear()
+    resumed = evaluate(["a", "b"], PAIRED, root, out, cache=cache, resume=True)
+    assert len(two_encoders) == len({*two_encoders}) == len(PAIRED), "each cell of b, none of a"
+    pd.testing.assert_frame_equal(resumed, whole, atol=1e-6)
+    shutil.rmtree(tmp_path / "r.answers")  # as an earlier version, which kept no such answers
+    pd.testing.assert_frame_equal(evaluate(["a", "b"], PAIRED, root, out, cache=cache, resume=True), whole, atol=1e-6)
+    assert len(two_encoders) == 3 * len(PAIRED)
+
+    changes = differences(measured_rows(whole, {"none": "a", "b": "b"}, ""), "a")
+    tested = changes[[PERCEPTION[row.benchmark] == row.metric for row in changes.itertuples()]].set_index("benchmark")
+    assert tested["how"].eq("paired").all() and tested["holm"].notna().all() and len(tested) == 3
+    assert tested.index[tested["gained"].isna()].tolist() == ["aro"], "it alone is a mean over groups"
+    captions = tested.loc[["winoground", "aro"]]
+    np.testing.assert_allclose(captions["difference"], captions["after"] - captions["before"], atol=1e-9)
+
+
+def test_a_folder_that_was_changed_between_two_calls_is_one_error_and_the_rest_stands(tmp_path, two_encoders):
+    write_winoground(tmp_path / "data" / "winoground")
+    path = write_sugarcrepe(tmp_path / "data" / "s") / "data" / "add_att.json"
+    names, out = ["sugarcrepe", "winoground"], tmp_path / "r.csv"
+    evaluate(["a"], names, tmp_path / "data", out, cache=None, resume=True)
+    write(path, CHANGES["rows in another order"](json.loads(path.read_text())))
+    for _ in range(2):  # also when it is asked again
+        with pytest.raises(ValueError, match="1 of 4 failed:\n- b, sugarcrepe, s: its items are not those") as error:
+            evaluate(["a", "b"], names, tmp_path / "data", out, cache=None, resume=True)
+        assert set(error.value.table.query("encoder == 'b'")["benchmark"]) == {"winoground"}
+    assert pd.read_csv(out).query("encoder == 'b'")["benchmark"].eq("winoground").all()
+
+
+def test_a_comparison_is_made_anew_when_the_first_encoder_is_another(root, tmp_path, two_encoders):
+    out, names = tmp_path / "r.csv", ["winoground", "mmvp-vlm"]
+    evaluate(["a", "b"], names, root, out, cache=None, resume=True)
+    measured = len(two_encoders)
+    table = evaluate(["b", "a"], names, root, out, cache=None, resume=True)
+    assert len(two_encoders) == measured
+    pd.testing.assert_frame_equal(table, evaluate(["b", "a"], names, root, cache=None), atol=1e-6)
+    assert not pd.read_csv(out)["category"].eq("against a").any()

@@ -653,9 +653,10 @@ def test_later_encoders_are_compared_with_the_first_pair_by_pair(tmp_path, monke
     a, b = (score_pairs(opened(name, None), folder)["correct"].to_numpy() for name in "ab")
     gained, lost = (~a & b).sum(), (a & ~b).sum()
     assert gained + lost > 0 and set(own.index) == {"b", "c"}
-    assert own.loc["b", "gained"] == gained / 45 and own.loc["b", "lost"] == lost / 45
-    assert own.loc["b", "mcnemar p"] == pytest.approx(binomtest(int(gained), int(gained + lost)).pvalue)
-    assert own.loc["c"].to_dict() == {"gained": 0, "lost": 0, "mcnemar p": 1}
+    assert own.loc["b", "pairs, gained"] == gained / 45 and own.loc["b", "pairs, lost"] == lost / 45
+    assert own.loc["b", "pairs"] == pytest.approx((gained - lost) / 45)
+    assert own.loc["b", "pairs, p"] == pytest.approx(binomtest(int(gained), int(gained + lost)).pvalue)
+    assert own.loc["c"].to_dict() == {"pairs": 0, "pairs, gained": 0, "pairs, lost": 0, "pairs, p": 1}
     listed = pd.read_csv(tmp_path / "r.pairs.csv")
     assert set(listed.encoder) == {"b"} and set(listed.against) == {"a"}
     ids = {change: sorted(rows.id_1) for change, rows in listed.groupby("change")}

@@ -17,6 +17,7 @@ from diva_lab.evaluation import referee as module
 from diva_lab.evaluation.referee import (
     CHECKS,
     NUMBERS,
+    OPTIONAL,
     OWN,
     find_benchmarks,
     gather_encoders,
@@ -145,7 +146,7 @@ def test_an_encoder_that_comes_later_is_compared_without_measuring_the_original_
     (row,) = found.results.query("method == @run.name and metric == 'pairs'").to_dict("records")
     values = fresh.set_index("metric")["value"]
     assert (row["gained"] / row["n"], row["lost"] / row["n"], row["p"]) == pytest.approx(
-        tuple(values[name] for name in ("gained", "lost", "mcnemar p")), abs=1e-6
+        tuple(values[f"pairs, {name}"] for name in ("gained", "lost", "p")), abs=1e-6
     )
 
 
@@ -266,6 +267,7 @@ def test_a_row_that_somebody_adds_stays_and_is_shown_with_its_claim(original, ro
         ({"percent": ""}, "column percent: ''; expected a number, or what was found in words under finding"),
         ({"low": "20"}, "column low: '20'; expected both ends of an interval"),
         ({"low": "20", "high": "10"}, r"column low: '20'; expected both ends of an interval, low and high \('10'\)"),
+        ({"difference_low": "2"}, "column difference_low: '2'; expected both ends of an interval, difference_low and "),
         ({"n": "13.5"}, "column n: '13.5'; expected a whole number of at least 1, or nothing"),
         ({"n": "0"}, "column n: '0'; expected a whole number"),
         ({"gained": "100", "lost": "36"}, r"column n: '135'; expected at least gained \+ lost, 136"),
@@ -295,6 +297,17 @@ def test_a_table_of_other_columns_is_refused(original, root, tmp_path):
     path = write_rows(tmp_path / "more.csv", ROW | {"mood": "good"})
     with pytest.raises(ValueError, match=r"more.csv: column 'mood'; expected benchmark, set"):
         read_results(path)
+
+
+def test_a_table_from_before_the_paired_differences_is_read_and_gets_their_columns(tmp_path):
+    older = {name: value for name, value in ROW.items() if name not in OPTIONAL}
+    path = write_rows(tmp_path / "results.csv", older, older | {"seed": "4"})
+    rows = read_results(path)
+    assert list(rows.columns) == list(CHECKS) and rows[list(OPTIONAL)].isna().all(axis=None)
+    module._open_table(path, "openai-l14")
+    table = module.write_results(path, rows[:1].assign(seed=5.0, difference_low=-1.5, difference_high=2.5))
+    pd.testing.assert_frame_equal(table.iloc[:2], rows)
+    assert table.iloc[2][[*OPTIONAL, "seed"]].tolist() == [-1.5, 2.5, 5]
 
 
 def test_a_number_survives_writing_and_reading(tmp_path):

@@ -70,6 +70,12 @@ def test_a_difference_is_paired_where_items_were_compared_and_else_of_independen
     assert one["difference"] == pytest.approx(100 * 7 / 135) and one["low"] < one["difference"] < one["high"]
     one = of(changes, method="diva", metric="score")
     assert one["how"] == "independent" and one["difference"] == pytest.approx(20) and one["p"] < 0.05
+    captions = ("aro", "ARO", "macro accuracy")
+    resampled = {"difference_low": -0.5, "difference_high": 4.5, "p": 0.1}
+    rows = [row("none", *captions, 60.0, 55, 65), row("diva", *captions, 62.0, 57, 67, **resampled)]
+    (one,) = differences(pd.DataFrame(rows), "b").to_dict("records")
+    assert (one["how"], one["difference"], one["low"], one["high"]) == ("paired", pytest.approx(2), -0.5, 4.5)
+    assert one["p"] == one["holm"] == 0.1 and np.isnan(one["gained"])
     one = of(changes, method="dcr", metric="nmi")
     assert one["how"] == "" and one["difference"] == pytest.approx(5) and np.isnan([one["low"], one["p"]]).all()
     assert dict(zip(changes["metric"], changes["ability"], strict=True)) == {
@@ -162,6 +168,16 @@ def test_a_claim_is_stated_with_its_ruling_numbers_and_the_pairs_that_would_deci
     assert "The published difference lies outside the interval." in state_claim(
         of(claims(small, "b", PUBLISHED), method="diva")
     )
+
+
+def test_a_claim_whose_items_were_resampled_is_ruled_on_without_a_number_of_pairs():
+    captions = ("aro", "ARO", "macro accuracy")
+    resampled = {"difference_low": -0.5, "difference_high": 4.5, "p": 0.1}
+    rows = [row("none", *captions, 60.0, 55, 65), row("diva", *captions, 62.0, 57, 67, **resampled)]
+    said = [(*captions, "b", method, value) for method, value in (("none", 59.0), ("diva", 62.0))]
+    (claim,) = claims(pd.DataFrame(rows), "b", pd.DataFrame(said, columns=PUBLISHED.columns)).to_dict("records")
+    assert claim["verdict"] == "undecided" and np.isnan(claim["pairs"])
+    assert state_claim(claim).endswith("95 % interval -0.5 to +4.5; p = 0.1, 0.1 after Holm's correction.")
 
 
 def test_claims_of_real_backbones_are_stated_before_anything_is_measured():
