@@ -15,10 +15,10 @@ NBSTRIPOUT := --keep-output --keep-count --keep-id --extra-keys \
 SITE := python -m sphinx -q -W --keep-going -c docs -d build/doctrees .
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab site figures pretrain study clean
+.PHONY: help run test lab site figures pretrain study gpu-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 run: $(INSTALLED) ## run all notebooks; writes runs/ID/report.html and summary.csv [IMAGES=folder_or_tars SEEDS=3 STEPS=n]
 	@$(BIN)/diva-lab run \
@@ -61,6 +61,9 @@ study: $(INSTALLED) ## run the study in two worlds, write data/results: hours, c
 	    $(BIN)/python -m tools.pretrain models --world 1 --out runs/world-1; \
 	    $(BIN)/python -m tools.study --models runs/world-1; \
 	    $(BIN)/python -m tools.tables --models runs/world-1; }
+
+gpu-check: $(INSTALLED) ## on a GPU, 25 minutes: its tests, a step at real size, evaluation; records and a page [OUT=out/gpu]
+	@$(BIN)/python -m tools.gpu_check $(OUT)
 
 clean: ## remove .venv and caches, but not runs/
 	rm -rf $(VENV) *.egg-info build dist .pytest_cache .ruff_cache

@@ -5,8 +5,9 @@
 
 `reference` is the step of the papers' released code: eager, one call for all evaluations, the empty prompt encoded for
 every image, images augmented one by one, all activations kept. `exact` is this project's training step. All variants
-run in one process, in turn, on the same inputs; medians are over the rounds. Weights are random except at the scale
-`tiny`: speed does not depend on them. The scale `l14` is a CLIP of ViT-L/14's size without a denoiser, for `evaluate`.
+run in one process, in turn, on the same inputs and weights; medians are over the rounds. Weights are random except at
+the scale `tiny`: speed does not depend on them. The scale `l14` is a CLIP of ViT-L/14's size without a denoiser, for
+`evaluate`.
 """
 
 import copy
@@ -29,9 +30,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from open_clip import CLIP
 from PIL import Image
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from diva_lab import messages
@@ -40,7 +42,7 @@ from diva_lab.evaluation.world import world_report
 from diva_lab.gradients import combine, measure, term_gradients
 from diva_lab.image_files import Place
 from diva_lab.images import augment, open_images
-from diva_lab.machine import default_device, fast_bf16, generator
+from diva_lab.machine import default_device, fast_bf16, free_memory, generator
 from diva_lab.models.conditions import Conditioner
 from diva_lab.models.denoiser import Denoiser
 from diva_lab.models.diffusion import StableDiffusion
@@ -61,7 +63,15 @@ from diva_lab.training.settings import Settings
 COMPONENTS = ("vae", "network", "text_encoder", "tokenizer", "scheduler")
 PHOTO = (375, 500)  # rows and columns of the JPEGs that `evaluate` reads
 PHOTO_FILES = 256  # the most different JPEGs; more images read them again
+COMPARED = {"sd21": 2}  # scale -> images whose gradients are compared in float32, of the others all
 COMPILED = ("exact", "exact, row by row", "exact, two rows at a time", "sampled, K = 4")  # variants to compile too
+
+ATTENTION = {  # torch counts the fused attention of GPUs, not the CPU's; shapes -> FLOPs
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -116,24 +126,32 @@ def open_encoder(name: str) -> Encoder:
     return load_encoder("tiny") if SCALES[name] is None else Encoder(build_clip(name), None)
 
 
+def build_parts(scale: Scale, words: int) -> dict[str, nn.Module]:
+    """VAE, UNet and text encoder of a random Stable Diffusion whose tokenizer has so many words."""
+    blocks, text = len(scale.vae), {"vocab_size": words, "max_position_embeddings": scale.tokens}
+    return {
+        "vae": AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
+            block_out_channels=scale.vae, layers_per_block=2, latent_channels=4,
+        ),
+        "network": UNet2DConditionModel(**scale.unet),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**text | scale.text)),
+    }  # fmt: skip
+
+
+def build_scheduler() -> DDPMScheduler:
+    """Stable Diffusion's, of 1000 timesteps."""
+    return DDPMScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
 def build_models(name: str, device: torch.device) -> tuple[Encoder, Denoiser]:
     """A CLIP and a denoiser without any lever, of the named scale."""
     encoder = open_encoder(name)
     if (scale := SCALES[name]) is None:
         return encoder.to(device), load_denoiser("tiny", device, levers=())
     tokenizer = AutoTokenizer.from_pretrained(DENOISERS["tiny"], subfolder="tokenizer", model_max_length=scale.tokens)
-    blocks = len(scale.vae)
-    parts = (
-        AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
-            block_out_channels=scale.vae, layers_per_block=2, latent_channels=4,
-        ),
-        UNet2DConditionModel(**scale.unet),
-        CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=scale.tokens, **scale.text)),
-        tokenizer,
-        DDPMScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-    )  # fmt: skip
-    return encoder.to(device), StableDiffusion(*parts, levers=()).to(device)
+    parts = build_parts(scale, len(tokenizer)) | {"tokenizer": tokenizer, "scheduler": build_scheduler()}
+    return encoder.to(device), StableDiffusion(**parts, levers=()).to(device)
 
 
 @dataclass
@@ -232,6 +250,36 @@ def plain_diva(variant: Variant, images: Tensor) -> Tensor:
     return sum(losses) / settings.draws
 
 
+class Weightless(FakeTensorMode):
+    """A context of tensors that have a shape and no values, as if on the CPU; a number that is read out of one is 1.
+
+    DCR reads whether its three weights are 1, which they are unless a setting changes them.
+    """
+
+    def dispatch(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1
+        return super().dispatch(func, types, args, kwargs)
+
+    def drop_weights(self, module: nn.Module) -> nn.Module:
+        """`module`, with a tensor of this context in place of each parameter and buffer."""
+        for part in module.modules():
+            for name, buffer in part._buffers.items():
+                part._buffers[name] = buffer if buffer is None else self._empty(buffer)
+            for name, p in part._parameters.items():
+                part._parameters[name] = p if p is None else nn.Parameter(self._empty(p), p.requires_grad)
+        return module
+
+    def _empty(self, like: Tensor) -> Tensor:
+        with self:
+            return torch.empty(like.shape, dtype=like.dtype, device="cpu")
+
+
+def weight_bytes(*modules: nn.Module) -> int:
+    """Bytes of the modules' parameters."""
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts bytes of tensors that are created under it: `now` alive, and `peak`, the most alive at one time."""
 
@@ -313,7 +361,7 @@ def compare_calls(
     times = time_in_turns(calls, rounds, device)
     rows: dict[str, dict[str, float]] = {}
     for name, call in calls.items():
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
             call()
         row = rows[name] = quartiles(times[name]) | {"flop": counter.get_total_flops()}
         first = next(iter(rows.values()))
@@ -324,14 +372,21 @@ def compare_calls(
     return rows
 
 
+def share(module: nn.Module) -> nn.Module:
+    """A copy of `module` with the same parameters and buffers: the tensors themselves."""
+    return copy.deepcopy(module, {id(x): x for x in (*module.parameters(), *module.buffers())})
+
+
 def step_variants(
-    what: str, scale: str, device: torch.device, dtype: torch.dtype, batch: int
+    what: str, scale: str, models: tuple[Encoder, Denoiser], dtype: torch.dtype, batch: int
 ) -> dict[str, Callable[[], Variant]]:
     """Name -> function that builds the reference, or one of our variants, of the step `what`.
 
-    Each variant has its own copy of the same models, which compute in `dtype`.
+    They share the weights of `models`, as of `build_models`, which compute in `dtype`; a network whose weights are laid
+    out otherwise in memory has its own.
     """
-    encoder, denoiser = build_models(scale, device)
+    encoder, denoiser = models
+    device = denoiser.device
     objective = {"dcr-step": "dcr", "conflict-step": "naive"}.get(what, "diva")
     projector = "shipped" if scale == "tiny" else "new"
     settings = Settings(objective=objective, batch=batch, lora_dropout=0.0, projector=projector)
@@ -343,13 +398,18 @@ def step_variants(
             if "lora_B" in name:
                 nn.init.normal_(p, std=0.02)  # LoRA's own zeros would make half of the gradients zero
     encoder.to(device)
+    nn.Module.to(denoiser.network, dtype)
+    networks = {False: denoiser.network}  # whether it is laid out by a lever -> its weights
 
     def build(loss: Callable, levers: Sequence[str] = tuple(LEVERS), fused: bool = True, **changes) -> Variant:
-        trained = [copy.deepcopy(module) for module in (encoder, conditioner)]
+        trained = share(encoder), share(conditioner)
         trained[0].model.visual.set_grad_checkpointing(changes.get("rows", 0) > 0)  # as in training
-        parts = {part: copy.deepcopy(getattr(denoiser, part)) for part in COMPONENTS}
+        laid = "layout" in levers and device.type == "cuda"
+        if laid not in networks:
+            networks[laid] = copy.deepcopy(denoiser.network)
+        parts = {part: share(getattr(denoiser, part)) for part in ("vae", "text_encoder")}
+        parts |= {"network": share(networks[laid]), "tokenizer": denoiser.tokenizer, "scheduler": denoiser.scheduler}
         frozen = StableDiffusion(**parts, levers=levers).to(device)
-        nn.Module.to(frozen.network, dtype)
         if changes.get("compile"):
             frozen.network.compile(dynamic=False)
         return Variant(*trained, frozen, replace(settings, **changes), loss, fused, dtype is torch.bfloat16)
@@ -380,27 +440,58 @@ def relative_differences(one: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor
     return {name: ((a - b).norm() / b.norm()).item() for name, a, b in pairs}
 
 
+def needed_bytes(what: str, scale: str, batch: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of a step's models, and the most that its reference holds beside them; counted without any of them."""
+    mode, meta = Weightless(), torch.device("meta")
+    with meta:
+        variant = step_variants(what, scale, build_models(scale, meta), dtype, batch)["reference"]()
+    parts = variant.encoder, variant.conditioner, variant.denoiser
+    for part in parts:
+        mode.drop_weights(part)
+    px = variant.encoder.px
+    with mode, LiveBytes() as live:
+        replace(variant).backward(torch.empty(batch, 3, px, px, dtype=torch.uint8))
+    return weight_bytes(*parts), live.peak
+
+
+def require_memory(what: str, scale: str, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError where a step at real size does not fit into what is free on the device; the others always do."""
+    if scale != "sd21":
+        return
+    weights, step = needed_bytes(what, scale, batch, dtype)
+    if weights + step > (free := free_memory(device)):
+        raise ValueError(
+            f"{what} --scale {scale} --batch {batch}: the models take {weights / 1e9:.1f} GB and the reference's step "
+            f"{step / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {device.type}; expected a smaller --batch, or a "
+            "device with more memory"
+        )
+
+
 def measure_step(
     what: str, scale: str, batch: int, rounds: int, precision: str, compiled: bool, names: Sequence[str] = ()
 ) -> dict:
     """Seconds, memory, FLOPs and ratios to the reference of each variant of a step, and differences of its gradients.
 
-    `names` are the variants to measure beside the reference, all if empty. Raises ValueError for an unknown one.
+    `names` are the variants to measure beside the reference, all if empty. Raises ValueError for an unknown one, and
+    where the memory does not suffice.
     """
     device = default_device()
     half = precision == "bf16" or (precision == "auto" and fast_bf16(device))
     dtype = torch.bfloat16 if half else torch.float32
-    builders = step_variants(what, scale, device, dtype, batch)
+    require_memory(what, scale, batch, dtype, device)
+    builders = step_variants(what, scale, build_models(scale, device), dtype, batch)
     if unknown := set(names) - set(builders):
         raise ValueError(f"no variant {', '.join(unknown)}; expected some of: {'; '.join(builders)}")
     chosen = {"reference", *names} if names else set(builders)
     chosen = [name for name in builders if name in chosen and (compiled or not name.endswith("compiled"))]
     variants = {name: builders[name]() for name in chosen}
+    del builders
     px = variants["reference"].encoder.px
     world = next(open_images("world", 32, batch, 0))
     images = F.interpolate(world.float(), (px, px)).round().byte().to(device)
     calls = {name: partial(variant.step, images) for name, variant in variants.items()}
     rows = compare_calls(calls, rounds, device, [name for name in chosen if name.endswith("compiled")])
+    del calls
     ceiling = matmul_ceiling(device, dtype)
     for row in rows.values():
         row["of_ceiling"] = row["flop"] / row["median"] / ceiling
@@ -408,15 +499,18 @@ def measure_step(
     if what == "align-step":  # its reference minimises another loss
         return record
     exact = [name for name in chosen if name == "reference" or name.startswith("exact")]
-    builders = step_variants(what, scale, device, torch.float32, batch)
-    truth = builders["reference"]().gradients(images)
+    images = images[: COMPARED.get(scale, batch)]
+    rounded = {name: variants[name].gradients(images) for name in exact} if half else {}
+    if half:
+        del variants  # before the same in float32 takes memory
+        builders = step_variants(what, scale, build_models(scale, device), torch.float32, batch)
+        variants = {name: builders[name]() for name in exact if "compiled" not in name}
+    truth = variants["reference"].gradients(images)
     record["apart_float32"] = {
-        name: relative_differences(builders[name]().gradients(images), truth)
-        for name in exact
-        if "compiled" not in name
+        name: relative_differences(variants[name].gradients(images), truth) for name in exact if "compiled" not in name
     }
     if half:
-        record["apart_bfloat16"] = {n: relative_differences(variants[n].gradients(images), truth) for n in exact}
+        record["apart_bfloat16"] = {name: relative_differences(found, truth) for name, found in rounded.items()}
     return record
 
 
@@ -426,7 +520,7 @@ def measure_input(source: str, scale: str, batch: int, rounds: int) -> dict:
     dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
     rows = {}
     for what in ("diva-step", "dcr-step"):
-        variant = step_variants(what, scale, device, dtype, batch)["exact"]()
+        variant = step_variants(what, scale, build_models(scale, device), dtype, batch)["exact"]()
         batches = open_images(source, variant.encoder.px, batch, 0)
         images = next(batches).to(device)
         variant.step(images)

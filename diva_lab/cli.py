@@ -99,11 +99,52 @@ def train(args: argparse.Namespace) -> int:
 
     check_writable(args.out)
     both = ({} if args.shards is None else {"images": args.shards}) | parse_changes(args.set)
+    announce(args, both)
     if args.align_only:
         print(align(preset_settings(args.preset, count_processes(), {1: both})[1], args.out).folder)
         return 0
     projector = {} if args.projector is None else {"projector": args.projector}
     print(tune(align_preset(args.preset, args.out, count_processes(), both, both | projector), args.out).folder)
+    return 0
+
+
+def announce(args: argparse.Namespace, changes: dict[str, object]) -> None:
+    """Print what each stage of `train` costs, where its models are the preset's."""
+    from diva_lab.machine import count_processes, default_device, is_main_process
+    from diva_lab.training.presets import preset, stages
+    from diva_lab.training.stages import preset_settings
+
+    wanted = [1] if args.align_only else stages(args.preset) if args.projector is None else [2]
+    chosen = preset_settings(args.preset, count_processes(), dict.fromkeys(wanted, changes))
+    models = {(preset(args.preset, stage).encoder, preset(args.preset, stage).denoiser) for stage in wanted}
+    if is_main_process() and {(settings.encoder, settings.denoiser) for settings in chosen.values()} == models:
+        from diva_lab.plan import describe_start, plan_stage
+
+        for stage, settings in chosen.items():
+            print(describe_start(plan_stage(settings, stage, count_processes()), default_device()), flush=True)
+
+
+# --- plan -------------------------------------------------------------------------------------------------------
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("preset", metavar="NAME", help="BACKBONE-RECIPE; `diva-lab presets` lists them")
+    parser.add_argument("--processes", type=whole(1, 100_000), default=1, help="as many as will train together")
+    parser.add_argument("--device", default="A100", help="A100, A100-40GB, H100, H200, L40S or RTX4090")
+    parser.add_argument("--rate", help="TFLOP/s of one, or the json of a benchmark there (default: 21 %% of its peak)")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings of both stages to change"
+    )
+
+
+def plan(args: argparse.Namespace) -> int:
+    from diva_lab.plan import describe_plan, plan_preset, read_device, read_rate
+    from diva_lab.training.presets import parse_changes
+
+    read_device(args.device)
+    rate = None if args.rate is None else read_rate(args.rate)
+    plans = plan_preset(args.preset, args.processes, parse_changes(args.set), rows=(0, 1, 4))
+    print(describe_plan(args.preset, plans, args.device, rate))
     return 0
 
 
@@ -394,6 +435,7 @@ def presets(args: argparse.Namespace) -> int:
 VERBS: dict[str, tuple[str, Callable, Callable]] = {  # name -> what it does, its arguments, the function
     "run": ("run the notebooks and gather what came out: runs/ID/report.html, summary.csv", add_run, run),
     "train": ("train by a preset, both stages, on one GPU or many", add_train, train),
+    "plan": ("what a preset costs before it starts: FLOPs, hours, memory, the largest batch", add_plan, plan),
     "evaluate": ("score any encoders on any benchmarks, into one csv", add_evaluate, evaluate),
     "referee": (
         "score an encoder and its published improved versions alike, and rule on the claims",

@@ -1,6 +1,7 @@
 """The machine: its device, bfloat16, random generators, and models from the Hugging Face hub."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import torch
@@ -20,6 +21,12 @@ def count_processes() -> int:
     return PartialState(cpu=default_device().type == "cpu").num_processes
 
 
+def is_main_process() -> bool:
+    """Whether this process is the first one of those that train together, which speaks for all."""
+    count_processes()
+    return PartialState().is_main_process
+
+
 def fast_bf16(device: torch.device | str) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware (a CPU needs AVX512-BF16 or AMX)."""
     if torch.device(device).type == "cuda":
@@ -31,6 +38,15 @@ def fast_bf16(device: torch.device | str) -> bool:
 def autocast(device: torch.device | str = "cpu") -> torch.autocast:
     """A context with bfloat16 autocast where `fast_bf16(device)`, without any autocast elsewhere."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast_bf16(device))
+
+
+def free_memory(device: torch.device) -> int | float:
+    """Bytes that a process may still take: on a GPU, or of main memory; infinite where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    facts = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: +(\d+) kB", facts.read_text(encoding="utf-8")) if facts.is_file() else None
+    return int(found[1]) * 1024 if found else float("inf")
 
 
 def fetch_command(repository: str, part: str = "") -> str:

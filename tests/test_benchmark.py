@@ -3,8 +3,19 @@ import json
 import pytest
 import torch
 
-from diva_lab.benchmark import LiveBytes, measure_evaluate
+from diva_lab import benchmark
+from diva_lab.benchmark import (
+    LiveBytes,
+    build_models,
+    measure_evaluate,
+    needed_bytes,
+    peak_bytes,
+    step_variants,
+    weight_bytes,
+)
 from diva_lab.cli import main
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("what", ["dcr-step", "diva-step"])
@@ -37,6 +48,28 @@ def test_some_variants_are_chosen_by_name(tmp_path, capsys):
     assert list(json.loads((tmp_path / "out.json").read_text())["variants"]) == ["reference", "exact"]
     assert main(["benchmark", *arguments, "fast"]) == 2
     assert "no variant fast; expected some of: reference; exact" in capsys.readouterr().err
+
+
+def test_all_variants_of_a_step_share_one_set_of_weights():
+    builders = step_variants("dcr-step", "tiny", build_models("tiny", CPU), torch.float32, 2)
+    variants = [builders[name]() for name in ("reference", "exact", "exact, row by row", "exact without layout")]
+    for part in ("encoder", "conditioner", "denoiser"):
+        places = [{p.data_ptr() for p in getattr(variant, part).parameters()} for variant in variants]
+        assert places[0] and all(place == places[0] for place in places)
+
+
+def test_what_a_step_needs_is_counted_before_it_is_built_and_one_that_does_not_fit_is_refused(monkeypatch, capsys):
+    reference = step_variants("dcr-step", "small", build_models("small", CPU), torch.float32, 2)["reference"]()
+    live = peak_bytes(lambda: reference.backward(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)), CPU)
+    weights, step = needed_bytes("dcr-step", "small", 2, torch.float32)
+    assert weights == weight_bytes(reference.encoder, reference.conditioner, reference.denoiser)
+    assert step == pytest.approx(live, rel=0.15)
+    monkeypatch.setattr(benchmark, "free_memory", lambda device: 12.34e9)
+    monkeypatch.setattr(benchmark, "needed_bytes", lambda *words: (5.6e9, 78.9e9))
+    assert main(["benchmark", "dcr-step", "--scale", "sd21"]) == 2
+    said = capsys.readouterr().err
+    assert "--scale sd21 --batch 8: the models take 5.6 GB and the reference's step 78.9 GB" in said
+    assert "12.3 GB are free on" in said and "expected a smaller --batch" in said
 
 
 def test_evaluation_gives_the_embeddings_of_a_bare_loop_and_measures_how_long_it_waits_for_files(tmp_path, capsys):

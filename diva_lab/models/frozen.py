@@ -49,10 +49,14 @@ class BiasedAttention:
     Args:
         empty: () -> the context u of the empty prompt, [l, c].
         repeats: () -> the number of consecutive rows with equal queries; more than 1 only in the first cross-attention.
+
+    Attributes:
+        attend: the function of (q, k, v) that it calls.
     """
 
     def __init__(self, empty: Callable[[], Tensor], repeats: Callable[[], int] = lambda: 1):
         self.empty, self.repeats, self._constants = empty, repeats, None
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend
 
     def constants(self, attn: Attention, like: Tensor) -> tuple[Tensor, Tensor]:
         """K_u and V_u, [1, heads, l, d] each, with the dtype and on the device of `like`."""
@@ -73,7 +77,7 @@ class BiasedAttention:
         else:
             context = x if encoder_hidden_states is None else encoder_hidden_states
             k, v = (_heads(layer(context), attn.heads) for layer in (attn.to_k, attn.to_v))  # [b, heads, l, d]
-        x = attend(q, k, v).transpose(1, 2).flatten(2)  # [b, n, c]
+        x = self.attend(q, k, v).transpose(1, 2).flatten(2)  # [b, n, c]
         if one:
             x = x.repeat_interleave(n, 0) + attn.to_v(encoder_hidden_states)
         return attn.to_out[0](x)

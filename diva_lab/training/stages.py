@@ -49,7 +49,7 @@ def align(settings: Settings, root: str | Path = RUNS, evaluate: Evaluate | None
     Raises:
         ValueError, OSError, FloatingPointError, RuntimeError, KeyboardInterrupt: as `tune`.
     """
-    settings = _stage_one(settings)
+    settings = stage_one(settings)
     with open_run(settings, root, "align") as run:
         if run.done:
             return run
@@ -86,7 +86,7 @@ def tune(
         RuntimeError: where the device's memory is too small; where another process trains the run.
         KeyboardInterrupt: where it was asked to stop; it is saved before.
     """
-    settings = _stage_two(settings)
+    settings = stage_two(settings)
     if settings.objective not in (*OBJECTIVES, "none"):
         raise ValueError(f"objective {settings.objective!r} trains nothing; see diva_lab.training.controls.perturb")
     with open_run(settings, root, "tune") as run:
@@ -167,7 +167,7 @@ def find_run(settings: Settings, root: str | Path = RUNS, stage: str = "tune") -
     weights. So a replaced model never passes for the old one, and every id on record stays as it is; a run without
     hashes, of a version before, is taken as it is.
     """
-    kept = _stage_one(settings) if stage == "align" else _stage_two(settings)
+    kept = stage_one(settings) if stage == "align" else stage_two(settings)
     return _locate(settings, Run.at({**portable(kept), "stage": stage}, root))
 
 
@@ -255,14 +255,14 @@ def objective_of(settings: Settings) -> Callable | None:
     return anchored if settings.anchored else OBJECTIVES.get(settings.objective)
 
 
-def _stage_two(settings: Settings) -> Settings:
+def stage_two(settings: Settings) -> Settings:
     """Settings of stage 2 as its run keeps them: nothing is anchored, and only some objectives read captions."""
     bare = replace(settings, anchor=ADDED["anchor"])
     kept = CAPTIONS if bare.reads_captions else ()
     return replace(bare, **{name: ADDED[name] for name in CAPTIONED if name not in kept})
 
 
-def _stage_one(settings: Settings) -> Settings:
+def stage_one(settings: Settings) -> Settings:
     """Settings of stage 1 as its run keeps them: its own objective, and no LoRA."""
     by_dcr = settings.align_by == "dcr" and settings.objective != "genhancer"
     objective = "genhancer" if settings.objective == "genhancer" else "dcr" if by_dcr else "diva"
