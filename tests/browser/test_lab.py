@@ -81,7 +81,9 @@ def check_saved(page, git, name: str) -> nbformat.NotebookNode:
 
 def photograph_both(page, photograph, name: str, part) -> None:
     """Photograph JupyterLab, a part of it in sight, in its light and its dark theme."""
-    part.scroll_into_view_if_needed()
+    for _ in range(2):  # cells above it get their height only when they come into sight
+        part.scroll_into_view_if_needed()
+        page.wait_for_timeout(1000)
     photograph(page, f"lab-{name}-light")
     choose(page, "Settings", "Theme", "JupyterLab Dark")
     page.wait_for_selector("body[data-jp-theme-light='false']", state="attached")
