@@ -95,9 +95,7 @@ def keep_numbers_whole(app: Sphinx, doctree: nodes.document) -> None:
     for cell in doctree.findall(nodes.entry):
         for text in list(cell.findall(nodes.Text)):
             if not isinstance(text.parent, nodes.literal | nodes.math):
-                whole = re.sub(
-                    r" ?\[[^\[\]]*\d, [^\[\]]*\d\]", lambda part: part[0].replace(" ", "\xa0"), text.astext()
-                )
+                whole = re.sub(r"\[[^\[\]]*\d, [^\[\]]*\d\]", lambda part: part[0].replace(" ", "\xa0"), text.astext())
                 text.parent.replace(text, nodes.Text(minus_signs(whole)))
 
 

@@ -139,7 +139,7 @@ def _difference_cell(row: pd.Series) -> str:
         return "–"
     if not np.isfinite([low, high]).all():
         return minus_signs(f"{value:+.1f}")
-    text = minus_signs(f"{value:+.1f} [{low:+.1f}, {high:+.1f}]")
+    text = minus_signs(f"{value:+.1f}<br>[{low:+.1f}, {high:+.1f}]")
     return text if low <= 0 <= high else f"<b>{text}</b>"
 
 
