@@ -48,9 +48,9 @@ def state_cost(number: str) -> str:
     if number not in COSTS:
         return ""
     minutes, after, memory = COSTS[number]
-    took = f"{minutes} minute{'s' if minutes > 1 else ''} of one processor"
+    took = f"about {minutes} minute{'s' if minutes > 1 else ''}" if minutes else "less than a minute"
     shared = f" ({after} where notebook 02 ran before)" if after < minutes else ""
-    return f"It takes about {took}{shared} and {memory:g} GB of memory. "
+    return f"It takes {took} of one processor{shared} and {memory:g} GB of memory. "
 
 
 def write_navigation(notebook: NotebookNode, name: str, titles: dict[str, str]) -> NotebookNode:

@@ -185,12 +185,12 @@ def test_prints_beside_lines_of_training_stay_in_sight_and_in_order(tmp_path):
 def test_formulas_of_outputs_are_mathml_and_widgets_and_warnings_are_left_out(tmp_path):
     outputs = [
         nbformat.v4.new_output("display_data", {"text/latex": r"$$\frac{1}{2}$$", "text/plain": "half"}),
-        nbformat.v4.new_output("display_data", {"text/markdown": "**$x$** and `$y`"}),
+        nbformat.v4.new_output("display_data", {"text/markdown": "**$x$** and `$y`, zero-shot -0.5"}),
         nbformat.v4.new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "Box()"}),
         nbformat.v4.new_output("stream", name="stderr", text="a warning"),
     ]
     page = report_on(tmp_path, *outputs)
-    assert page.count("<math") == 2 and "<mfrac>" in page and "<code>$y</code>" in page
+    assert page.count("<math") == 2 and "<mfrac>" in page and "<code>$y</code>, zero-shot −0.5" in page
     assert "Box()" not in page and '&lt;a id="x"&gt;' in page and "a warning" not in page
 
 
