@@ -14,6 +14,7 @@ from docutils import nodes
 from mdit_py_plugins.anchors.index import slugify
 from sphinx.application import Sphinx
 
+from diva_lab.figures.style import minus_signs
 from diva_lab.workbook.page import formula_html
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,6 +90,15 @@ def add_parts(app: Sphinx, docname: str, source: list[str]) -> None:
             source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{pages}\n```\n"
 
 
+def keep_numbers_whole(app: Sphinx, doctree: nodes.document) -> None:
+    """In tables, write minus signs, and let no line end within an interval: `+0.1 [-1.2, +1.4]`."""
+    for cell in doctree.findall(nodes.entry):
+        for text in list(cell.findall(nodes.Text)):
+            if not isinstance(text.parent, nodes.literal | nodes.math):
+                whole = re.sub(r"\[[^\[\]]*\d, [^\[\]]*\d\]", lambda part: part[0].replace(" ", "\xa0"), text.astext())
+                text.parent.replace(text, nodes.Text(minus_signs(whole)))
+
+
 def visit_formula(translator: nodes.NodeVisitor, node: nodes.math | nodes.math_block) -> None:
     """Write a formula as MathML."""
     translator.body.append(formula_html(node.astext(), isinstance(node, nodes.math_block)))
@@ -105,5 +115,6 @@ def lead_to_front_page(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     """Sphinx calls this once."""
     app.connect("source-read", add_parts)
+    app.connect("doctree-read", keep_numbers_whole)
     app.connect("build-finished", lead_to_front_page)
     app.add_html_math_renderer("mathml", (visit_formula, None), (visit_formula, None))

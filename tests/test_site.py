@@ -134,6 +134,12 @@ def test_formulas_are_mathml_and_no_dollar_is_left(site, pages):
         assert (site / f"{name}.html").read_text().count("<math") > 10
 
 
+def test_no_line_of_a_table_ends_within_an_interval(site):
+    cells = re.findall(r"<td>(.*?)</td>", (site / "docs" / "results.html").read_text(), flags=re.DOTALL)
+    held = [cell for cell in cells if re.search(r"\[\D?[\d.]+, ", cell.replace("\xa0", " "))]
+    assert held and not [cell for cell in held if re.search(r"\[[^\]]* |-\d", cell)]
+
+
 def test_every_image_of_a_notebook_is_shown_with_an_alternative_text(site, pages):
     for path in NOTEBOOKS:
         outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]

@@ -16,9 +16,10 @@ from diva_lab.workbook.report import title_of
 
 PAPERS = "[DIVA](https://arxiv.org/abs/2407.20171) and [DCR](https://arxiv.org/abs/2603.04803)"
 COSTS: dict[str, tuple[int, int, float]] = {  # of those that were measured, by papermill with one thread: minutes of a
-    # processor, the same where notebook 02 ran before (its run is shared), and peak memory in GB. Of the 500 steps of
-    # DIVA 25 were run, and a step was timed.
+    # processor (0: less than one), the same where notebook 02 ran before (its run is shared), and peak memory in GB. Of
+    # the 500 steps of DIVA 25 were run, and a step was timed.
     "00": (1, 1, 1.2), "01": (2, 2, 1.2), "02": (8, 8, 1.3), "03": (2, 2, 1.5), "04": (8, 1, 1.2), "05": (1, 1, 1.4),
+    "06": (0, 0, 1.1), "07": (8, 1, 1.3), "08": (1, 1, 1.2), "11": (0, 0, 1.1),
 }  # fmt: skip
 ENDS = ("contents", "next")  # of the ids of both cells
 
@@ -48,9 +49,9 @@ def state_cost(number: str) -> str:
     if number not in COSTS:
         return ""
     minutes, after, memory = COSTS[number]
-    took = f"{minutes} minute{'s' if minutes > 1 else ''} of one processor"
+    took = f"about {minutes} minute{'s' if minutes > 1 else ''}" if minutes else "less than a minute"
     shared = f" ({after} where notebook 02 ran before)" if after < minutes else ""
-    return f"It takes about {took}{shared} and {memory:g} GB of memory. "
+    return f"It takes {took} of one processor{shared} and {memory:g} GB of memory. "
 
 
 def write_navigation(notebook: NotebookNode, name: str, titles: dict[str, str]) -> NotebookNode:

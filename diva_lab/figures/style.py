@@ -1,6 +1,7 @@
 """The look of all figures: colours, markers, names, and the helpers that several figures share."""
 
 import functools
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
@@ -44,6 +45,8 @@ LABELS = {
     "none": "none (original)",
     "perturb-norm": "perturbed, DCR's norms",
     "perturb-drift": "perturbed, DCR's drift",
+    "perturb-norm, own": "random push, same norms",  # matched to a run of any objective; those above to DCR's
+    "perturb-drift, own": "random push, same drift",
     "diva": "DIVA",
     "contrastive": "contrastive",
     "naive": "naive sum",
@@ -170,8 +173,8 @@ def require_columns(record: pd.DataFrame, columns: Iterable[str]) -> None:
 
 
 def minus_signs(text: str) -> str:
-    """`text` with minus signs in place of hyphens, as matplotlib writes its own numbers."""
-    return text.replace("-", "\N{MINUS SIGN}")
+    """`text` with minus signs in place of the hyphens of its numbers, as matplotlib writes its own."""
+    return re.sub(r"(?:(?<!\w)|(?<=\de))-(?=[.\d])", "\N{MINUS SIGN}", text)
 
 
 def shorten(text: object, most: int = 120) -> str:

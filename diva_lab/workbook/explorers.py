@@ -36,6 +36,7 @@ from diva_lab.training.runs import Run
 from diva_lab.training.settings import Settings
 from diva_lab.workbook.display import show_figure
 
+WIDE = {"width": "36rem"}  # of a field for a path or a whole sentence
 Controls = list[tuple[type[Widget], dict]]  # a widget's class and its options
 
 
@@ -137,7 +138,7 @@ def noise_explorer(
 
     last = denoiser.timesteps - 1
     controls = [
-        (Text, {"value": caption, "description": "caption"}),
+        (Text, {"value": caption, "description": "caption", "layout": WIDE}),
         (IntSlider, {"value": 7 * last // 10, "max": last, "description": "timestep"}),
         (IntSlider, {"value": 0, "max": 99, "description": "seed"}),
         (FloatSlider, {"value": 3.0, "min": 1, "max": 10, "step": 0.5, "description": "guidance"}),
@@ -213,7 +214,7 @@ def _explore(
         return draw(open_square(image, px), *(options["value"] for _, options in controls))
     widgets = [kind(**options, continuous_update=False) for kind, options in controls]
     upload = ipywidgets.FileUpload(accept="image/*", description="your image")
-    path = Text(str(image), description="or its path", continuous_update=False)
+    path = Text(str(image), description="or its path", continuous_update=False, layout=WIDE)
     told, screen = ipywidgets.HTML(), ipywidgets.Output()
 
     def read() -> Picture:
@@ -235,9 +236,16 @@ def _explore(
         with screen:
             show_figure(fig)
 
-    upload.observe(lambda _: setattr(path, "value", ""), "value")
+    def take_upload(_: object) -> None:
+        if path.value:
+            path.value = ""  # draws, unless a button does
+        elif not start:
+            redraw()
+
     start = [ipywidgets.Button(description=button)] if button else []
-    for widget in start or [upload, path, *widgets]:
+    upload.observe(take_upload, "value")
+    for widget in start or [path, *widgets]:
         widget.on_click(redraw) if start else widget.observe(redraw, "value")
     redraw()
-    return ipywidgets.VBox([ipywidgets.HBox([upload, path, *start]), ipywidgets.HBox(widgets), told, screen])
+    rows = [ipywidgets.HBox(row, layout={"flex_flow": "row wrap"}) for row in ([upload, path, *start], widgets)]
+    return ipywidgets.VBox([*rows, told, screen])

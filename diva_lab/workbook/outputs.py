@@ -6,6 +6,7 @@ from html import escape
 import nbformat
 from nbformat import NotebookNode
 
+from diva_lab.figures.style import minus_signs
 from diva_lab.workbook.page import image_html
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -50,8 +51,8 @@ def _image(output: NotebookNode, heading: str, number: int) -> NotebookNode:
 def prepare_outputs(notebook: NotebookNode) -> NotebookNode:
     """A notebook, changed in place, whose outputs are ready for a page.
 
-    Without widgets and warnings; neighbouring prints are one text, lines of progress folded; formulas are Markdown;
-    images are HTML, with an alternative text.
+    Without widgets and warnings; neighbouring prints are one text, lines of progress folded; sentences have minus
+    signs; formulas are Markdown; images are HTML, with an alternative text.
     """
     heading, shown = "", 0
     for cell in notebook.cells:
@@ -79,6 +80,8 @@ def _prepare_cell(cell: NotebookNode, heading: str, shown: int) -> int:
             output = _image(output, heading, shown)
         elif "text/latex" in data and "text/html" not in data:
             output = nbformat.v4.new_output("display_data", {"text/markdown": data["text/latex"]})
+        elif "text/markdown" in data:
+            output = nbformat.v4.new_output("display_data", {"text/markdown": minus_signs(data["text/markdown"])})
         outputs.append(output)
     cell.outputs = outputs
     return shown

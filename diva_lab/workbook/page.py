@@ -52,10 +52,11 @@ a[href]:hover { text-decoration: underline; } .faint { color: var(--faint); font
 .figure img { display: block; height: auto; max-width: 100%; }
 @media (max-width: 48rem) { .figure img { max-width: max(100%, min(40rem, 180vw)); } }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .65rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
-thead th { border-bottom: 2px solid var(--faint); font-weight: 600; }
-@media (max-width: 48rem) { th:first-child, td:first-child { white-space: normal; max-width: 9rem; } }
+th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { white-space: normal; min-width: 7rem; text-align: left; position: sticky; left: 0;
+  background: var(--back); }
+thead th { border-bottom: 2px solid var(--faint); font-weight: 600; white-space: normal; vertical-align: bottom; }
+@media (max-width: 48rem) { th:first-child, td:first-child { max-width: 9rem; } }
 summary { cursor: pointer; color: var(--link); }
 pre, code { font: .85rem/1.5 ui-monospace, Menlo, Consolas, monospace; } code { background: var(--soft); }
 pre { background: var(--soft); border-radius: 4px; padding: .6rem .9rem; overflow-x: auto; }
@@ -175,6 +176,7 @@ def write_page(path: Path, title: str, body: str) -> None:
         entries.append(f'<li><a href="#{name}">{words}</a></li>')
         return f'<h2 id="{name}">{heading[2]}</h2>'
 
+    body = re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", body)
     body = re.sub(r'<h2(?: id="([^"]*)"| [^>]*)?>(.*?)</h2>', mark, body, flags=re.DOTALL)
     contents = f"<ol>{''.join(entries)}</ol>"
     page = f"""<!doctype html>

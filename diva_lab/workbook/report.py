@@ -26,6 +26,7 @@ from diva_lab.workbook.page import bold_html, clean_html, figure_html, table_htm
 
 EMOJI = ("emoji/mean", "emoji-match/mean")
 SCORES = (*figures.MEASURES, *EMOJI, "conflict_rate")  # fractions; the other columns of the first table follow
+PUSHES = {name: f"{name}, own" for name in ("perturb-norm", "perturb-drift")}  # matched to a run here, not to DCR's
 REPORT_COLUMNS = ("objective", "seed", *SCORES, "seconds_per_step", "steps", "note")
 
 
@@ -138,7 +139,7 @@ def _difference_cell(row: pd.Series) -> str:
         return "–"
     if not np.isfinite([low, high]).all():
         return minus_signs(f"{value:+.1f}")
-    text = minus_signs(f"{value:+.1f} [{low:+.1f}, {high:+.1f}]")
+    text = minus_signs(f"{value:+.1f}<br>[{low:+.1f}, {high:+.1f}]")
     return text if low <= 0 <= high else f"<b>{text}</b>"
 
 
@@ -176,6 +177,7 @@ def _result(summary: pd.DataFrame, source: str) -> str:
     """The first part of the page: the result, its figure, the differences, and all scores."""
     if summary.empty:
         return '<h2>Result</h2><p class="result">No run of stage 2 has finished, so nothing can be compared.</p>'
+    summary = summary.replace({"objective": PUSHES})
     changes = original_differences(summary)
     drawn, table = "", '<p class="faint">There is no run of the original encoder (objective none).</p>'
     if len(changes):
@@ -183,10 +185,11 @@ def _result(summary: pd.DataFrame, source: str) -> str:
         chosen = chosen if chosen["seeds"].max() > 1 else chosen.drop(columns="seeds")  # intervals over test images
         expected = dict.fromkeys(chosen["measure"], 0)
         texts = [state_row(changes, name, expected).replace("*", "") for name in dict.fromkeys(chosen["objective"])]
-        drawn = figure_html(figures.objective_differences(chosen, source), f"Against the original. {' '.join(texts)}")
+        text = minus_signs(f"Against the original. {' '.join(texts)}")
+        drawn = figure_html(figures.objective_differences(chosen, source), text)
         table = _difference_table(changes)
     return f"""<h2>Result</h2>
-<p class="result">{bold_html(state_result(changes))}</p>
+<p class="result">{bold_html(minus_signs(state_result(changes)))}</p>
 {drawn}
 <p class="faint">P, perception: details that the embedding keeps, by pairs of images that differ in one. D,
 discrimination: how well it separates classes. A gain that a random push of the weights has too is no result.</p>

@@ -89,7 +89,7 @@ def _controls(
     changed = ipywidgets.Checkbox(description="only changed pairs", indent=False, layout={"width": "auto"})
     number = ipywidgets.BoundedIntText(1, 1, len(pairs), description="pair", layout={"width": "11rem"})
     back, on = (ipywidgets.Button(description=text, layout={"width": "auto"}) for text in ("previous", "next"))
-    told, screen = ipywidgets.Label(), ipywidgets.Output()
+    told, screen = ipywidgets.Label(layout={"margin": "2px 2px 2px 1.5rem"}), ipywidgets.Output()
 
     def choose() -> np.ndarray:
         rows = pairs["pattern"].eq(pattern.value).to_numpy() | (pattern.value == ALL)

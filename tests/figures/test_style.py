@@ -67,6 +67,10 @@ def test_a_long_text_is_cut_between_words_where_it_has_words(text, short):
     assert style.shorten(text, 7) == short
 
 
+def test_minus_signs_stand_before_numbers_and_hyphens_stay_within_words():
+    assert style.minus_signs("zero-shot -0.5 [-1, -.2] 1e-05 2-3") == "zero-shot −0.5 [−1, −.2] 1e−05 2-3"
+
+
 @pytest.mark.parametrize("name", DRAWN)
 def test_marks_are_hollow_only_where_an_interval_shows_no_effect(name):
     for ax in figure(name).axes:

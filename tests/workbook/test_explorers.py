@@ -100,6 +100,7 @@ def test_an_upload_takes_the_place_of_the_path_and_is_named_where_it_is_no_image
         upload = {"name": file.name, "type": "image/png", "size": 1, "content": file.read_bytes()}
         live.fields["your image"].value = [upload | {"last_modified": datetime(2026, 1, 1)}]
         assert live.path.value == "" and live.told.value.startswith(words) and np.array_equal(shown(live)[0], OTHER)
+        assert len(live.drawn) == 2  # each change draws once
 
 
 def test_the_timestep_changes_the_prediction_alone_and_seed_and_guidance_what_is_drawn(start):

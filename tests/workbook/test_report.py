@@ -69,10 +69,14 @@ def test_the_report_is_one_valid_file_without_scripts_and_network(page):
 
 def test_the_result_comes_first_then_its_figure_the_differences_and_the_notebooks_in_order(page):
     main = page.partition("<main>")[2]
-    assert "<b>28.0 %</b> against 18.0 % of the original: <b>+10.0 points" in main and "as expected." in main
+    assert "<b>28.0\xa0%</b> against 18.0\xa0% of the original: <b>+10.0 points" in main and "as expected." in main
     titles = ["Result", "Differences to the original"]
     titles += [nbformat.read(file, 4).cells[0].source.partition("\n")[0].lstrip("# ") for file in NOTEBOOKS]
     assert re.findall(r'<h2 id="[^"]+">(.*?)</h2>', main) == titles
+    beside = main[: main.index("<h2", 5 + main.index("Differences to"))]
+    assert "(D) is <b>95.5\xa0%</b>" in beside and "<b>−0.5 points" in beside
+    assert not re.search(r">-\d|[ \[]-\d", beside)
+    assert '<th scope="row">random push, same norms</th>' in main  # as far as DIVA's, in this summary
     marks = [main.index(mark) for mark in ('class="result"', "<img", "[+7.2, +12.8]</b></td>", 'id="notebook-0"')]
     assert marks == sorted(marks)
 
@@ -181,12 +185,12 @@ def test_prints_beside_lines_of_training_stay_in_sight_and_in_order(tmp_path):
 def test_formulas_of_outputs_are_mathml_and_widgets_and_warnings_are_left_out(tmp_path):
     outputs = [
         nbformat.v4.new_output("display_data", {"text/latex": r"$$\frac{1}{2}$$", "text/plain": "half"}),
-        nbformat.v4.new_output("display_data", {"text/markdown": "**$x$** and `$y`"}),
+        nbformat.v4.new_output("display_data", {"text/markdown": "**$x$** and `$y`, zero-shot -0.5"}),
         nbformat.v4.new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "Box()"}),
         nbformat.v4.new_output("stream", name="stderr", text="a warning"),
     ]
     page = report_on(tmp_path, *outputs)
-    assert page.count("<math") == 2 and "<mfrac>" in page and "<code>$y</code>" in page
+    assert page.count("<math") == 2 and "<mfrac>" in page and "<code>$y</code>, zero-shot −0.5" in page
     assert "Box()" not in page and '&lt;a id="x"&gt;' in page and "a warning" not in page
 
 
