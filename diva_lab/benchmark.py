@@ -256,6 +256,12 @@ class Weightless(FakeTensorMode):
     DCR reads whether its three weights are 1, which they are unless a setting changes them.
     """
 
+    def __init__(self):
+        # Autograd's first backward pass starts a thread for each device that torch knows of, and FakeTensorMode makes
+        # it know a GPU: a process with such a thread could not fork one that trains.
+        torch.ones(1, requires_grad=True).sum().backward()
+        super().__init__()
+
     def dispatch(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1

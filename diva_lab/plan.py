@@ -36,6 +36,7 @@ from diva_lab.models.flow import Light
 from diva_lab.models.frozen import BiasedAttention
 from diva_lab.models.lora import make_trainable
 from diva_lab.models.registry import LIGHT
+from diva_lab.statistics import percent
 from diva_lab.training.build import make_step
 from diva_lab.training.presets import preset, replace_settings, stages
 from diva_lab.training.settings import Settings
@@ -393,7 +394,7 @@ def describe_plan(name: str, plans: Sequence[StagePlan], device: str, rate: floa
     rows |= {label: [column.get(label, "–") for column in cells] for label in labels}
     head = (
         f"{name} on {plans[0].processes} x {device} of {gigabytes(memory)} at {reached / 1e12:.0f} TFLOP/s each: "
-        f"{100 * reached / peak:.0f} % of its bfloat16 peak, {how}"
+        f"{percent(reached / peak, digits=0)} of its bfloat16 peak, {how}"
     )
     return "\n".join([head, *(f"{label:44}" + "".join(f"{cell:>18}" for cell in row) for label, row in rows.items())])
 

@@ -210,7 +210,9 @@ def _once(folder: Path, write: Callable[[Path], Path]) -> Path:
 
 
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.real_size", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("preset", choices=CASES, metavar="PRESET", help=f"a backbone and one of {', '.join(RECIPES)}")
     parser.add_argument("--models", type=Path, required=True, help="folder for the models with random weights")
     parser.add_argument("--record", type=Path, help="csv whose row of this preset is written")
