@@ -235,13 +235,15 @@ def align_all(plan: Plan, alignments: Sequence[str]) -> None:
             print(f"{name}, seed {seed}: recovered {run.evaluations()['recovered'].iloc[-1]:.3f}", flush=True)
 
 
-def measure_mixes(plan: Plan, settings: Settings, report: Report) -> dict[str, list[float]]:
-    """What `report` finds at each of `plan.mixes`, in columns."""
-    device, lines = default_device(), []
-    for mix in plan.mixes:
-        mixed = tuned_encoder(find_run(settings, plan.runs), device, mix)
-        lines.append({"mix": mix} | {name: round(value, DIGITS) for name, value in report(mixed).items()})
-    return pd.DataFrame(lines).to_dict("list")
+def score_mixes(run: Run, mixes: Sequence[float], report: Report) -> pd.DataFrame:
+    """A line for each mix: what `report` finds of the run's encoder there."""
+    device = default_device()
+    return pd.DataFrame([{"mix": mix} | report(tuned_encoder(run, device, mix)) for mix in mixes])
+
+
+def is_within(table: pd.DataFrame, start: pd.Series, allowed: dict[str, float]) -> pd.Series:
+    """Whether each line loses no more against `start` than is allowed of each measure."""
+    return pd.DataFrame({name: table[name] >= start[name] - loss for name, loss in allowed.items()}).all(axis=1)
 
 
 def measure_pushes(plan: Plan, run: Run, report: Report) -> dict[str, dict[str, float]]:
@@ -265,7 +267,8 @@ def run_once(plan: Plan, settings: Settings, report: Report, **facts: object) ->
     try:
         run = tune(settings, plan.runs, watch)
         if facts["row"].rpartition("/")[0] not in RELEASED:
-            facts["mixes"] = measure_mixes(plan, settings, report)
+            mixes = score_mixes(run, plan.mixes, report)
+            facts["mixes"] = mixes.map(lambda value: round(value, DIGITS)).to_dict("list")
             if facts["split"] == "measure":
                 facts["pushes"] = measure_pushes(plan, run, report)
         device = default_device()
@@ -293,8 +296,7 @@ def trial_rows(plan: Plan, row: Row, grid: Sequence[float], report: Report | Non
         ends, start = record["evaluations"].iloc[[-1]].assign(mix=1.0), record["evaluations"].iloc[0]
         if mixed:
             ends = pd.concat([pd.DataFrame(record["mixes"]), ends])
-        allowed = MIX_ALLOWED if mixed else LOSS_ALLOWED
-        within = pd.DataFrame({name: ends[name] >= start[name] - loss for name, loss in allowed.items()}).all(axis=1)
+        within = is_within(ends, start, MIX_ALLOWED if mixed else LOSS_ALLOWED)
         tables.append(ends.assign(lr=lr, pairs=ends["pairs/mean"], within=within))
     return pd.concat(tables)[TRIED].reset_index(drop=True) if tables else pd.DataFrame(columns=TRIED)
 
@@ -451,21 +453,18 @@ def measure_soup(plan: Plan) -> None:
 
     The mix is chosen on `choose`, by the rule of the row.
     """
-    row, tables = Row("diva, mixed", "anchored"), []
+    row = Row("diva, mixed", "anchored")
     chosen, _ = choose_trial(plan, row)
     runs = [find_run(plan.stage_2(row, float(chosen["lr"]), seed), plan.runs) for seed in plan.seeds]
     made = soup([run for run in runs if run.done], plan.runs)
-    for split in WORLD_SPLITS:
-        report = plan.reports(split)
-        lines = [{"mix": mix} | report(tuned_encoder(made, default_device(), mix)) for mix in SOUP_MIXES]
-        table = pd.DataFrame(lines).assign(split=split, runs=made.settings["runs"], git=environment()["git"])
-        within = [table[name] >= table[name][0] - loss for name, loss in MIX_ALLOWED.items()]
-        table["within"] = pd.concat(within, axis=1).all(axis=1)
-        tables.append(table)
-    choose = next(table for table in tables if table["split"].eq("choose").all())
-    best = choose["pairs/mean"].where(choose["within"]).idxmax()
-    tables = [table.assign(chosen=table.index == best) for table in tables]
-    pd.concat(tables).to_csv(plan.results / "feedback_soup.csv", index=False, float_format="%.5g")
+    tables = {split: score_mixes(made, SOUP_MIXES, plan.reports(split)) for split in WORLD_SPLITS}
+    within = {split: is_within(table, table.iloc[0], MIX_ALLOWED) for split, table in tables.items()}
+    best = tables["choose"]["pairs/mean"].where(within["choose"]).idxmax()
+    facts = {"runs": made.settings["runs"], "git": environment()["git"]}
+    pd.concat(
+        table.assign(split=split, **facts, within=within[split], chosen=table.index == best)
+        for split, table in tables.items()
+    ).to_csv(plan.results / "feedback_soup.csv", index=False, float_format="%.5g")
 
 
 def ship_projector(plan: Plan) -> Path:
