@@ -1,5 +1,9 @@
-"""One of two processes that train together: `torchrun --nproc-per-node 2 two_processes.py OUT IMAGES|die|stop`."""
+"""One of two processes that train together: `torchrun --nproc-per-node 2 two_processes.py OUT IMAGES|die|stop`.
 
+Behind IMAGES may stand other settings than `SETTINGS`, as JSON.
+"""
+
+import json
 import os
 import signal
 import sys
@@ -70,6 +74,6 @@ if __name__ == "__main__":
         if os.environ["RANK"] == "1":
             batches.open_images = dying
     else:
-        settings = replace(SETTINGS, images=sys.argv[2])
+        settings = replace(SETTINGS, images=sys.argv[2], **json.loads("".join(sys.argv[3:]) or "{}"))
     run = tune(settings, sys.argv[1], evaluate=lambda encoder: {"rank": int(os.environ["RANK"])})
     print(run.id, run.done)

@@ -36,7 +36,7 @@ from diva_lab.paths import ROOT, RUNS
 from diva_lab.provenance import sha256
 from diva_lab.training.loop import Trainer, train
 from diva_lab.training.presets import parse_changes
-from diva_lab.training.runs import Run
+from diva_lab.training.runs import Run, begun_settings
 from diva_lab.training.settings import read_setting
 
 RUNGS = {
@@ -165,7 +165,7 @@ class Talk:
             position, rank, processes,
         )  # fmt: skip
 
-    def leaves(self) -> dict[str, Tensor]:
+    def leaves(self, parts: int) -> dict[str, Tensor]:
         return {}
 
     def terms(self, batch: dict[str, Tensor], random: torch.Generator, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -228,6 +228,7 @@ def _open(settings: LlavaSettings, records: int, root: str | Path) -> Iterator[t
         yield run, settings
         return
     kept |= {"weights_sha256": fingerprint(Path(settings.llava)), "data_sha256": sha256(settings.data)[:12]}
+    kept = begun_settings(kept, state.num_processes, root)
     runs = [run := Run.at(kept, root)]
     with run.lock():
         if run.done:

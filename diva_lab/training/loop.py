@@ -76,8 +76,8 @@ class Work(Protocol):
     def open_batches(self, position: int, number: int, rank: int, processes: int) -> Iterator:
         """Endless micro-batches, with `position` and `skipped` as `Batches` has them."""
 
-    def leaves(self) -> dict[str, Tensor]:
-        """Tensors of zeros, [accumulate, ...], whose gradients are measured too and belong to no parameter."""
+    def leaves(self, parts: int) -> dict[str, Tensor]:
+        """Tensors of zeros, [parts, ...], whose gradients are measured too and belong to no parameter."""
 
     def terms(self, batch: object, random: torch.Generator, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss's terms of a micro-batch, each per example, from its draws and its part of the leaves."""
@@ -136,8 +136,8 @@ class Feedback:
     def open_batches(self, position: int, number: int, rank: int, processes: int) -> Batches:
         return Batches(self.settings, self.px, position, number, rank, processes)
 
-    def leaves(self) -> dict[str, Tensor]:
-        shape = (self.settings.accumulate, self.settings.batch, self.encoder.dim)
+    def leaves(self, parts: int) -> dict[str, Tensor]:
+        shape = (parts, self.settings.batch, self.encoder.dim)
         return {EMBEDDINGS: torch.zeros(shape, device=self.encoder.mean.device, requires_grad=True)}
 
     def terms(self, batch: tuple, random: torch.Generator, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -158,7 +158,7 @@ class Trainer:
         work: what is trained.
 
     Raises:
-        ValueError: where the checkpoint is damaged, or of another number of processes.
+        ValueError: where the checkpoint is damaged, or a step cannot be shared by so many processes.
         FloatingPointError: where a weight is not finite.
     """
 
@@ -174,9 +174,9 @@ class Trainer:
         self.stop, self.stopping = Stop(), False  # asked of this process; agreed on by all of them
         self.track: Track = ignore  # takes what is recorded too
         self.first, self.seconds = 0, 0.0  # steps and seconds of training that were done before
+        self.accumulate = self._share_step()  # micro-batches of a step in this process
         position = self._resume()
-        processes = self.accelerator.num_processes
-        number = self.first * settings.accumulate
+        number, processes = self.first * self.accumulate, self.accelerator.num_processes
         self.batches = work.open_batches(position, number, self.rank, processes)
         self.skipped: list[dict] = []  # images that could not be read since the last checkpoint
         self._require_finite_weights(self.first)
@@ -231,10 +231,10 @@ class Trainer:
         self._require_finite(step, "a weight", norm.item())
 
     def _gradients_of_terms(self, step: int) -> tuple[dict[str, Gradient], dict[str, float]]:
-        """The gradient of each term's mean, and that mean, over the step's `accumulate` micro-batches."""
+        """The gradient of each term's mean, and that mean, over this process's micro-batches of the step."""
         settings, total, losses = self.settings, {}, {}
-        leaves = self.work.leaves()
-        for micro in range(settings.accumulate):
+        leaves = self.work.leaves(self.accumulate)
+        for micro in range(self.accumulate):
             batch = next(self.batches)
             random = generator("step", settings.seed, step, micro, *([self.rank] if self.rank else []))
             torch.manual_seed(random.initial_seed())  # dropout draws from the global generator
@@ -247,8 +247,8 @@ class Trainer:
                     f"run {self.run.id}: out of memory at step {step} with {self.work.less_memory}"
                 ) from error
             for name, gradient in gradients.items():
-                losses[name] = losses.get(name, 0) + terms[name].mean().item() / settings.accumulate
-                _add(total.setdefault(name, {}), gradient, settings.accumulate)
+                losses[name] = losses.get(name, 0) + terms[name].mean().item() / self.accumulate
+                _add(total.setdefault(name, {}), gradient, self.accumulate)
             del gradients, terms
         return total, losses
 
@@ -274,24 +274,48 @@ class Trainer:
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
+    def _share_step(self) -> int:
+        """The `accumulate` with which a step is of as many images as in the processes in which the run began."""
+        processes, began = self.accelerator.num_processes, self.run.began_in
+        own = self.run.settings.get("accumulate", self.settings.accumulate)
+        accumulate, rest = divmod(own * began, processes)
+        if processes != began and (rest or getattr(self.settings, "shared_samples", False)):
+            raise ValueError(
+                f"run {self.run.id}: a step of accumulate={own} in {began} processes cannot be shared by {processes}; "
+                f"go on by accelerate launch --num_processes {began}"
+                + (f", or another number that divides {own * began}" if rest else " (shared_samples=True)")
+            )
+        return accumulate
+
     def _resume(self) -> int:
-        """Take up the run's last checkpoint, if there is one; returns this process's position in its images."""
+        """Take up the run's last checkpoint, if there is one; returns this process's position in its images.
+
+        After a change of the number of processes each takes its part of all the images that were shown before.
+        """
         processes, positions = self.accelerator.num_processes, []
         with self.accelerator.main_process_first():
             state = self.run.resume() if self.rank == 0 else self.run.state()
         if state is not None:
             self.first, self.seconds, positions = state["step"], state["seconds"], state.get("positions", [])
-            if len(positions) not in (0, processes):
-                raise ValueError(
-                    f"run {self.run.id} was stopped with {len(positions)} processes, and {processes} would see other "
-                    f"images: go on by accelerate launch --num_processes {len(positions)}, or delete {self.run.folder} "
-                    "to train it anew"
-                )
             self._load(state["optimizer"])
         self.accelerator.wait_for_everyone()  # `resume` cuts records back: nobody writes before all have done it
-        if positions:
-            return positions[self.rank]  # each process skips the broken images of its own
-        return self.first * self.settings.accumulate * self.settings.batch
+        if self.rank == 0:
+            self._tell_change(processes)
+        if len(positions) in (0, processes):  # each process skips the broken images of its own
+            return positions[self.rank] if positions else self.first * self.accumulate * self.settings.batch
+        return sum(positions) // processes
+
+    def _tell_change(self, processes: int) -> None:
+        """Record and say that the run goes on in another number of processes than before."""
+        changes = self.run.processes()
+        before = int(changes["processes"].iloc[-1]) if len(changes) else self.run.began_in
+        if processes != before:
+            self.run.log("processes", step=self.first, processes=processes, accumulate=self.accumulate)
+            print(
+                f"{self.run.id}: after {self.first} steps in {before} processes it goes on in {processes}, each with "
+                f"accumulate={self.accumulate}: a step is of as many images, but of others",
+                flush=True,
+            )
 
     def _load(self, optimizer: dict) -> None:
         """Load the checkpoint's weights and optimizer; refuse those of another model and records of other steps."""
@@ -423,7 +447,7 @@ def train(
         KeyboardInterrupt: where it was asked to stop; it is saved, and goes on from there when it is trained again.
     """
     run, settings, done = trainer.run, trainer.settings, trainer.first
-    images = settings.batch * settings.accumulate * trainer.accelerator.num_processes
+    images = settings.batch * trainer.accumulate * trainer.accelerator.num_processes
     with (
         trainer.stop,
         track_run(run, settings) as trainer.track,

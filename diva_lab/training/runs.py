@@ -1,11 +1,12 @@
 """A run on disk: settings, metrics and checkpoints; saved, resumed, listed.
 
     runs/ID/settings.json      the settings, and which stage it is of
-    runs/ID/environment.json   git sha, versions, machine, time, hashes of the objective's source and of the weights at
-                               the start
+    runs/ID/environment.json   git sha, versions, machine, time, number of processes, hashes of the objective's source
+                               and of the weights, all at the start
     runs/ID/metrics.jsonl      one line a step: loss, terms, gradients, seconds of training so far
     runs/ID/evaluations.jsonl  what `evaluate` returned, at each step at which it was called
     runs/ID/probes.jsonl       what `probe` returned, at the same steps: one line a measure
+    runs/ID/processes.jsonl    one line each time that it went on in another number of processes than before
     runs/ID/skipped.jsonl      one line an image that could not be read: step, name, reason; up to the last checkpoint
     runs/ID/checkpoint/        the trained weights (safetensors), and after `step` steps the optimizer's state and each
                                process's position in its images
@@ -34,6 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diva_lab.image_files import open_regular
+from diva_lab.machine import count_processes
 from diva_lab.paths import RUNS
 from diva_lab.provenance import environment, sha256
 
@@ -45,7 +47,9 @@ ADDED: dict[str, object] = {  # setting added since 0.2 -> its default, at which
     "augment_normalised": False, "warmup_zero": False, "lora_targets": "all",
     "embedding_noise": 0, "teacher": "tiny-vision", "resampled": False, "workers": 0,
 }  # fmt: skip
-RECORDS = {"metrics": 1, "skipped": 1, "evaluations": 0, "probes": 0}  # kind -> its last step less the checkpoint's
+RECORDS = {  # kind -> its last step less the checkpoint's
+    "metrics": 1, "skipped": 1, "evaluations": 0, "probes": 0, "processes": 0,
+}  # fmt: skip
 
 
 def _text(settings: dict) -> str:
@@ -112,7 +116,7 @@ class Run:
         if not path.exists():
             with self._writing():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                text = json.dumps(environment() | (facts or {}), indent=1)
+                text = json.dumps(environment() | {"processes": count_processes()} | (facts or {}), indent=1)
                 _write(self.folder / "environment.json", text + "\n")
                 _write(path, _text(settings) + "\n")
         here, given = _hashed(self.settings), _hashed(settings)
@@ -198,6 +202,14 @@ class Run:
         return facts
 
     @property
+    def began_in(self) -> int:
+        """The number of processes in which it began; of a run of a version before, that of its checkpoint."""
+        began = self.environment.get("processes") or len((self.state() or {}).get("positions", [])) or 1
+        if type(began) is not int or began < 1:
+            raise self._damage(self.folder / "environment.json", f"processes is {began!r}; expected a whole number")
+        return began
+
+    @property
     def source(self) -> str:
         """One line for under a figure: run, seed, git sha and torch version."""
         facts = self.environment
@@ -222,7 +234,7 @@ class Run:
         return self
 
     def log(self, kind: str, **values: float | int | str) -> None:
-        """Append one line to `metrics`, `evaluations`, `probes` or `skipped`."""
+        """Append one line to a kind of `RECORDS`."""
         with self._writing(), open(self.folder / f"{kind}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
@@ -262,6 +274,10 @@ class Run:
     def skipped(self) -> pd.DataFrame:
         """One row for each image that could not be read: step, name, reason."""
         return self._table("skipped")
+
+    def processes(self) -> pd.DataFrame:
+        """One row for each time that it went on in another number of processes: step, processes, accumulate."""
+        return self._table("processes")
 
     def save(
         self,
@@ -381,6 +397,21 @@ def _save_state(state: dict, path: Path) -> None:
         torch.save(state, path)
     except RuntimeError as error:  # torch's own, where the disk is full
         raise OSError(f"{path}: {error}") from error
+
+
+def begun_settings(settings: dict, processes: int, root: str | Path = RUNS) -> dict:
+    """The settings under which a run lies: these, or the same that began in another number of processes.
+
+    They have another `accumulate`, with which a step is of as many images. Asked for in more or fewer processes, such a
+    run goes on, or is done.
+    """
+    parts = settings.get("accumulate", 1) * processes
+    if not Run.at(settings, root).folder.exists():
+        for began in (n for n in range(1, parts + 1) if parts % n == 0 and n != processes):
+            other = {**settings, "accumulate": parts // began}
+            if (Run.at(other, root).folder / "settings.json").is_file() and Run.at(other, root).began_in == began:
+                return other
+    return settings
 
 
 def list_runs(root: str | Path = RUNS) -> pd.DataFrame:

@@ -3,7 +3,8 @@
     >>> run = align(Settings(condition="global", projector="new", steps=1000))
     >>> run = tune(Settings(objective="dcr", projector=run.folder, steps=200), evaluate=world_report)
 
-Asked for again, a finished run is returned at once, and a stopped one goes on where it was.
+Asked for again, a finished run is returned at once, and a stopped one goes on where it was: in as many processes to the
+same bits, in more or fewer with another `accumulate`, so that a step is of as many images.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from diva_lab.image_files import find_tars
-from diva_lab.machine import default_device
+from diva_lab.machine import count_processes, default_device
 from diva_lab.models.encoders import load_encoder
 from diva_lab.objectives import OBJECTIVES
 from diva_lab.objectives.anchored import anchored
@@ -28,7 +29,7 @@ from diva_lab.training.batches import estimate_gap
 from diva_lab.training.build import build_conditioner, build_denoiser, build_encoder, build_teacher, weight_hashes
 from diva_lab.training.loop import Feedback, Probe, Trainer, train
 from diva_lab.training.presets import preset, replace_settings, stages
-from diva_lab.training.runs import ADDED, Run
+from diva_lab.training.runs import ADDED, Run, begun_settings
 from diva_lab.training.settings import CAPTIONED, CAPTIONS, Settings
 from diva_lab.training.tracking import tracker_name
 
@@ -80,7 +81,7 @@ def tune(
 
     Raises:
         ValueError, FileNotFoundError: for settings that name what does not exist; for a run whose files are damaged, or
-            that was stopped with other weights or another number of processes.
+            that was stopped with other weights, or whose step cannot be shared by so many processes.
         OSError: where the run cannot be written.
         FloatingPointError: where the loss, a gradient or a weight stops being finite.
         RuntimeError: where the device's memory is too small; where another process trains the run.
@@ -168,7 +169,7 @@ def find_run(settings: Settings, root: str | Path = RUNS, stage: str = "tune") -
     hashes, of a version before, is taken as it is.
     """
     kept = stage_one(settings) if stage == "align" else stage_two(settings)
-    return _locate(settings, Run.at({**portable(kept), "stage": stage}, root))
+    return _locate(settings, Run.at(begun_settings({**portable(kept), "stage": stage}, count_processes(), root), root))
 
 
 def _locate(settings: Settings, run: Run) -> Run:
@@ -207,7 +208,7 @@ def open_run(settings: Settings, root: str | Path, stage: str, **more: str) -> I
     state, runs = PartialState(cpu=default_device().type == "cpu"), [None]
     with ExitStack() as held:
         if state.is_main_process:
-            kept = {**portable(settings), "stage": stage, **more}
+            kept = begun_settings({**portable(settings), "stage": stage, **more}, state.num_processes, root)
             runs = [run := _locate(settings, Run.at(kept, root))]
             if run.done:
                 print(f"{run.id}: done before, see {run.folder}", flush=True)

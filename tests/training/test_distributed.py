@@ -1,6 +1,7 @@
 """Two processes over gloo: they average their gradients, share no picture, and fail together."""
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ import time
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -27,8 +29,9 @@ from diva_lab.images import open_images
 from diva_lab.machine import generator
 from diva_lab.models.encoders import load_encoder
 from diva_lab.models.lora import visual_weights
+from diva_lab.training.loop import Trainer
 from diva_lab.training.runs import Run
-from diva_lab.training.stages import tune
+from diva_lab.training.stages import find_run, tune
 
 HERE = Path(__file__).parent.parent
 SCRIPT = str(HERE / "two_processes.py")
@@ -113,6 +116,52 @@ def test_processes_stop_together_and_go_on_to_the_same_bits_and_all_see_a_gradie
     same_records(whole, stopped)
     assert done.stdout.count("a gradient is not finite at step 1, of which nothing is saved") == 2
     assert not broken.done and list(broken.metrics()["step"]) == [0]
+
+
+def test_a_run_that_was_stopped_in_one_process_goes_on_in_two_and_shows_no_picture_twice(tmp_path, capsys):
+    for k, pixels in enumerate(pictures(16)):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / f"{k:02}.png")
+    changes = {"steps": 4, "save_every": 2, "evaluate_every": 3}
+    settings, root = replace(SETTINGS, images=str(tmp_path), **changes), tmp_path / "runs"
+
+    def kill(encoder):
+        if (steps := len(find_run(settings, root).metrics())) == 3:
+            raise KeyboardInterrupt
+        return {"steps": float(steps)}
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(settings, root, evaluate=kill)
+    run = find_run(settings, root)
+    assert run.state()["positions"] == [8]
+    done = launch(SCRIPT, str(root), settings.images, json.dumps(changes | {"accumulate": 1}))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [path.name for path in root.iterdir()] == [run.id] and run.done and run.settings["accumulate"] == 2
+    assert run.processes().to_dict("records") == [{"step": 2, "processes": 2, "accumulate": 1}]
+    assert "after 2 steps in 1 processes it goes on in 2, each with accumulate=1" in done.stdout
+    assert list(run.metrics()["step"]) == [0, 1, 2, 3] and run.state()["positions"] == [8, 8]
+    seen = shown(settings.images, 4, 0, 1) + [
+        image for rank in range(2) for image in shown(settings.images, 2, rank, 2, 4)
+    ]
+    assert len(seen) == len(set(seen)) == 16
+    assert tune(settings, root).id == run.id and "done before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "began", "told"),
+    [
+        ({}, 3, r"accumulate=1 in 3 processes.*by 2; .* --num_processes 3, or another number that divides 3"),
+        ({"shared_samples": True, "accumulate": 2}, 1, r"--num_processes 1 \(shared_samples=True\)"),
+    ],
+)
+def test_a_step_that_so_many_processes_cannot_share_is_refused(tmp_path, change, began, told):
+    settings = replace(SETTINGS, **{"accumulate": 1, "steps": 2, **change})
+    run = tune(replace(settings, images="world"), tmp_path)
+    path = run.folder / "environment.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": began}))
+    trainer = Trainer.__new__(Trainer)
+    trainer.run, trainer.settings, trainer.accelerator = run, settings, SimpleNamespace(num_processes=2)
+    with pytest.raises(ValueError, match=told):
+        trainer._share_step()
 
 
 @pytest.mark.slow

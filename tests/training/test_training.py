@@ -551,7 +551,7 @@ def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
     assert not stop.asked and signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("change", ["processes", "tensor", "shape", "metrics"])
+@pytest.mark.parametrize("change", ["tensor", "shape", "metrics"])
 def test_a_checkpoint_that_does_not_fit_is_told_with_what_to_do(small_settings, tmp_path, change):
     settings = replace(small_settings, save_every=2)
     run = tune(settings, tmp_path)
@@ -561,13 +561,10 @@ def test_a_checkpoint_that_does_not_fit_is_told_with_what_to_do(small_settings, 
     if change == "metrics":
         lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
         (run.folder / "metrics.jsonl").write_text("".join(lines[:2]))
-    elif change == "processes":
-        state["positions"] = [12, 12]
     else:
         weights |= {name: weights[name][:1]} if change == "shape" else {"other": weights.pop(name)}
     run.save(4, weights, state["optimizer"], 0.0, state["positions"])
     told = {
-        "processes": r"stopped with 2 processes, and 1 would see other .* launch --num_processes 2, or delete",
         "metrics": r"does not fit metrics.jsonl with 2 steps of 4; put .* back from a copy, or delete it",
     }.get(change, rf"its checkpoint does not fit {name}; put .* back from a copy, or delete it")
     with pytest.raises(ValueError, match=told):
