@@ -384,12 +384,12 @@ def share(module: nn.Module) -> nn.Module:
 
 
 def step_variants(
-    what: str, scale: str, models: tuple[Encoder, Denoiser], dtype: torch.dtype, batch: int
+    what: str, scale: str, models: tuple[Encoder, Denoiser], dtype: torch.dtype, batch: int, folder: Path | None = None
 ) -> dict[str, Callable[[], Variant]]:
     """Name -> function that builds the reference, or one of our variants, of the step `what`.
 
     They share the weights of `models`, as of `build_models`, which compute in `dtype`; a network whose weights are laid
-    out otherwise in memory has its own.
+    out otherwise in memory has its own. `folder` takes the latents of a variant that keeps them on disk.
     """
     encoder, denoiser = models
     device = denoiser.device
@@ -416,6 +416,8 @@ def step_variants(
         parts = {part: share(getattr(denoiser, part)) for part in ("vae", "text_encoder")}
         parts |= {"network": share(networks[laid]), "tokenizer": denoiser.tokenizer, "scheduler": denoiser.scheduler}
         frozen = StableDiffusion(**parts, levers=levers).to(device)
+        frozen.keep_latents = changes.get("keep_latents", 0)
+        frozen.latents_folder = folder if changes.get("latents_on_disk") else None
         if changes.get("compile"):
             frozen.network.compile(dynamic=False)
         return Variant(*trained, frozen, replace(settings, **changes), loss, fused, dtype is torch.bfloat16)
@@ -423,7 +425,9 @@ def step_variants(
     reference = partial(build, plain_diva if what == "diva-step" else plain_dcr, (), fused=False)
     exact = partial(build, exact_loss)
     if what == "align-step":  # the released code aligns by the whole DCR loss, ours by reconstruction as in the paper
-        return {"reference": reference, "exact": partial(exact, draws=1)}
+        kept = partial(exact, draws=1, keep_latents=batch)
+        builders = {"exact": partial(exact, draws=1), "exact, latents in memory": kept}
+        return {"reference": reference, **builders, "exact, latents on disk": partial(kept, latents_on_disk=True)}
     if what == "conflict-step":  # the naive sum in one backward pass, and with separate, measured gradients
         return {"reference": exact, "exact, measured": partial(build, exact_terms)}
     builders = {"reference": reference, "exact": exact}
@@ -474,18 +478,18 @@ def require_memory(what: str, scale: str, batch: int, dtype: torch.dtype, device
 
 
 def measure_step(
-    what: str, scale: str, batch: int, rounds: int, precision: str, compiled: bool, names: Sequence[str] = ()
+    what: str, scale: str, batch: int, rounds: int, precision: str, compiled: bool, names: Sequence[str], folder: Path
 ) -> dict:
     """Seconds, memory, FLOPs and ratios to the reference of each variant of a step, and differences of its gradients.
 
-    `names` are the variants to measure beside the reference, all if empty. Raises ValueError for an unknown one, and
-    where the memory does not suffice.
+    `names` are the variants to measure beside the reference, all if empty; `folder` as in `step_variants`. Raises
+    ValueError for an unknown one, and where the memory does not suffice.
     """
     device = default_device()
     half = precision == "bf16" or (precision == "auto" and fast_bf16(device))
     dtype = torch.bfloat16 if half else torch.float32
     require_memory(what, scale, batch, dtype, device)
-    builders = step_variants(what, scale, build_models(scale, device), dtype, batch)
+    builders = step_variants(what, scale, build_models(scale, device), dtype, batch, folder)
     if unknown := set(names) - set(builders):
         raise ValueError(f"no variant {', '.join(unknown)}; expected some of: {'; '.join(builders)}")
     chosen = {"reference", *names} if names else set(builders)
@@ -653,7 +657,8 @@ def run_benchmark(
     elif what == "evaluate":
         record |= measure_evaluate(scale, batch, rounds, workers, files)
     else:
-        record |= measure_step(what, scale, batch, rounds, precision, compiled, names)
+        with tempfile.TemporaryDirectory() as folder:
+            record |= measure_step(what, scale, batch, rounds, precision, compiled, names, Path(folder))
     record |= environment()
     print(markdown_table(record))
     if json_path:

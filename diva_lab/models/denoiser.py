@@ -3,12 +3,11 @@
 The families are in `diffusion` and `flow`. Whatever a network predicts, `predict` returns the noise.
 """
 
-import hashlib
 import math
-from collections import ChainMap
 from collections.abc import Mapping
 from functools import cached_property
-from itertools import islice, pairwise
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from diva_lab import messages
+from diva_lab.models.latents import InMemory, OnDisk, encode_once, weights_key
 
 TARGETS = ("noise", "velocity")
 LEAST_SIGNAL = 0.02  # from which on clean latents can be told from a prediction
@@ -53,7 +53,8 @@ class Denoiser(nn.Module):
             back with ImageNet's, so that black to white becomes .064 to .927.
         noise_precision: `float32`, or `bf16` for DCR's released code: latents, noise and their coefficients are rounded
             before they are added, and sigma of the first two timesteps of 1000 is 0.
-        keep_latents: the number of images whose latents are kept in memory.
+        keep_latents: the number of images whose latents are kept; see `latents`.
+        latents_folder: where they are kept on disk; None for this process's memory.
 
     Raises:
         ValueError: for a scheduler that declares another `prediction_type` than epsilon or v_prediction, or whose
@@ -93,7 +94,7 @@ class Denoiser(nn.Module):
         self.prompt, self.prompt_mask = "", False
         self.vae_input, self.noise_precision = "image", "float32"
         self.keep_latents = 0
-        self._posteriors: dict[bytes, Tensor] = {}  # sha1 of an image -> mean and standard deviation of its latent
+        self.latents_folder: Path | None = None
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Denoiser":
@@ -135,19 +136,22 @@ class Denoiser(nn.Module):
         posterior = self.vae.encode(images * 2 - 1).latent_dist
         return torch.stack([posterior.mean, posterior.std], dim=1).float()  # [b, 2, c, hl, wl]
 
+    @cached_property
+    def _kept(self) -> InMemory | OnDisk:
+        """Where mean and deviation of the images' latents are kept."""
+        if self.latents_folder is None:
+            return InMemory()
+        return OnDisk(self.latents_folder / f"{weights_key(self.vae)}.sqlite")
+
     def _posterior(self, images: Tensor) -> Tensor:
-        """`_encode_images`, with the results for the first `keep_latents` different images kept in memory."""
+        """`_encode_images`, each of the first `keep_latents` different images once."""
         if not self.keep_latents:
             return self._encode_images(images)
-        keys = [hashlib.sha1(image.numpy().tobytes()).digest() for image in images.cpu()]
-        new = {key: i for i, key in enumerate(keys) if key not in self._posteriors}
-        encoded = self._encode_images(images[list(new.values())]) if new else ()
-        fresh = dict(zip(new, encoded, strict=True))
-        both = ChainMap(fresh, self._posteriors)
-        room = self.keep_latents - len(self._posteriors)
-        posteriors = torch.stack([both[key].to(images.device) for key in keys])
-        self._posteriors |= {key: value.cpu() for key, value in islice(fresh.items(), room)}
-        return posteriors
+        kind = images.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.vae.dtype
+        return encode_once(
+            images, self._encode_images, self._kept, self.keep_latents, f"{self.vae_input} {kind} {cast}"
+        )
 
     def _coefficients(self, t: Int[Tensor, " b"]) -> tuple[Tensor, Tensor]:
         """signal_t and sigma_t, [b, 1, 1, 1] each."""

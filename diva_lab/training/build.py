@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
+from diva_lab import paths
 from diva_lab.models.conditions import Conditioner
 from diva_lab.models.denoiser import Denoiser
 from diva_lab.models.diffusion import StableDiffusion
@@ -64,6 +65,7 @@ def build_denoiser(settings: Settings, device: torch.device | str = "cpu") -> De
         )
     for name in ("prompt", "prompt_mask", "vae_input", "noise_precision", "keep_latents"):
         setattr(denoiser, name, getattr(settings, name))
+    denoiser.latents_folder = paths.CACHE / "latents" if settings.latents_on_disk else None
     if denoiser.scratch and settings.projector != "new":
         _load_stage_one(settings, denoiser.network, "network.")
     return denoiser

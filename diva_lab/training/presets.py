@@ -76,7 +76,8 @@ CC3M_SHARDS = "cc3m/cc3m-train-*.tar"
 IMAGES_PER_STEP = dict.fromkeys(RECIPES, 256) | dict.fromkeys(("diva", "diva-released"), 640)
 ALIGN_IMAGES = {"dcr-released": 32}  # in stage 1: each of its processes trains alone, the first one's result is kept
 FREE_FIELDS = (  # a run that differs in these only is still of its preset
-    "images", "seed", "projector", "accumulate", "rows", "keep_latents", "compile", "evaluate_every", "save_every",
+    "images", "seed", "projector", "accumulate", "rows", "keep_latents", "latents_on_disk", "compile", "evaluate_every",
+    "save_every",
 )  # fmt: skip
 PRESETS = {
     f"{backbone}-{recipe}": (backbone, recipe)

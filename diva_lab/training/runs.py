@@ -46,6 +46,7 @@ ADDED: dict[str, object] = {  # setting added since 0.2 -> its default, at which
     "normalise": "own", "loader_crop": False, "shared_samples": False, "token_draws": "batch", "draw_weights": "",
     "augment_normalised": False, "warmup_zero": False, "lora_targets": "all",
     "embedding_noise": 0, "teacher": "tiny-vision", "resampled": False, "workers": 0,
+    "latents_on_disk": False,
 }  # fmt: skip
 RECORDS = {  # kind -> its last step less the checkpoint's
     "metrics": 1, "skipped": 1, "evaluations": 0, "probes": 0, "processes": 0,

@@ -116,7 +116,8 @@ class Settings:
     # machine
     precision: str = "auto"  # `bf16`, `no`, or `auto`: bf16 where the device multiplies it in hardware
     rows: int = 0  # noisy latents that DCR takes at a time, 0 for all; 1 takes the least memory, the result is the same
-    keep_latents: int = 0  # images whose latents are kept in memory, encoded once: pays from the second epoch on
+    keep_latents: int = 0  # images whose latents are kept, encoded once: pays from the second epoch on
+    latents_on_disk: bool = False  # they are kept in the cache, where stage 2 and later runs find them; else in memory
     workers: int = 0  # processes that decode images; 0 for threads
     compile: bool = False  # the UNet by torch.compile: a minute or more at the start, then faster steps
 
@@ -135,6 +136,11 @@ class Settings:
             raise ValueError(
                 f"settings batch={self.batch}, accumulate={self.accumulate}: {images} images a step; expected at most "
                 f"{IMAGES_A_STEP}"
+            )
+        if self.latents_on_disk and not self.keep_latents:
+            raise ValueError(
+                "setting latents_on_disk=True, keep_latents=0: none would be kept; expected keep_latents, the number "
+                "of images whose latents may be kept"
             )
         if self.parts and self.rows:
             raise ValueError(f"setting rows={self.rows}: parts=True takes all rows at once, rows=0")

@@ -121,19 +121,6 @@ def test_latents_are_the_posteriors_mean_or_with_a_generator_a_seeded_sample(den
     assert 0.8 < deviation.std() < 1.2
 
 
-def test_kept_latents_are_encoded_once_and_the_same(small_diffusion, monkeypatch):
-    denoiser = load_denoiser(small_diffusion)
-    images = torch.rand(5, 3, denoiser.px, denoiser.px, generator=torch.Generator().manual_seed(0))
-    one, two = images[[0, 1, 1]], images[[4, 2, 0]]
-    wanted = [denoiser.latents(part, torch.Generator().manual_seed(1)) for part in (one, two, two)]
-    encoded, encode = [], denoiser.vae.encode
-    monkeypatch.setattr(denoiser.vae, "encode", lambda x: encoded.append(len(x)) or encode(x))
-    denoiser.keep_latents = 3
-    for part, latents in zip((one, two, two), wanted, strict=True):
-        torch.testing.assert_close(denoiser.latents(part, torch.Generator().manual_seed(1)), latents)
-    assert encoded == [2, 2, 1]  # there is room for the third image, none for the fourth
-
-
 def test_latents_of_images_of_any_size_have_the_models_own(denoiser, small_diffusion):
     assert denoiser.px == 32 and denoiser.latents(torch.rand(1, 3, 50, 50)).shape == (1, 4, 8, 8)
     assert load_denoiser(small_diffusion, px=16).latents(torch.rand(1, 3, 50, 50)).shape == (1, 4, 4, 4)
