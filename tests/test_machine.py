@@ -29,6 +29,7 @@ def test_processes_that_mpirun_starts_are_counted_without_world_size():
 def test_train_shares_a_steps_images_among_as_many_processes_as_accelerate_counts(
     processes, accumulate, tmp_path, monkeypatch
 ):
+    from diva_lab import plan
     from diva_lab.training import stages
 
     tuned = []
@@ -39,5 +40,7 @@ def test_train_shares_a_steps_images_among_as_many_processes_as_accelerate_count
 
     monkeypatch.setattr("diva_lab.machine.count_processes", lambda: processes)
     monkeypatch.setattr(stages, "tune", stop)
+    monkeypatch.setattr(plan, "plan_stage", lambda *_: None)  # counts a step at real size, and that takes its time
+    monkeypatch.setattr(plan, "describe_start", lambda *_: "")
     cli.main(["train", "--preset", "openai-l14-dcr", "--shards", "world", "--projector", "x", "--out", str(tmp_path)])
     assert [settings.accumulate for settings in tuned] == [accumulate]

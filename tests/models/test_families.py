@@ -28,7 +28,7 @@ from diva_lab.models.registry import load_denoiser
 from diva_lab.provenance import sha256
 from diva_lab.training.build import build_denoiser, tuned_encoder, weight_hashes
 from diva_lab.training.export import export
-from diva_lab.training.presets import PRESETS, preset, stages
+from diva_lab.training.presets import PRESETS, RECIPES, preset, stages
 from diva_lab.training.settings import Settings
 from diva_lab.training.stages import align, find_run, tune
 from diva_lab.world import World
@@ -110,6 +110,7 @@ def test_a_denoisers_family_is_read_from_its_folder(models, name):
 
 # --- the presets ------------------------------------------------------------------------------------------------
 
+FIRST = tuple(f"{name}-{recipe}" for name in ("openai-l14", "siglip-so400m") for recipe in RECIPES)  # of each family
 SMALL = {"images": "world", "steps": 2, "warmup": 0, "batch": 2, "accumulate": 1, "vae_px": 0}
 
 
@@ -119,7 +120,9 @@ def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", [name if name.startswith(FIRST) else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
+)
 def test_every_preset_trains_a_small_model_of_its_family_which_is_then_evaluated(name, models, report, runs):
     encoder = models["SigLIP" if "siglip" in name else "CLIP, quick GELU"]
     denoiser = models[preset(name).denoiser if preset(name).denoiser.startswith("light") else "SD 2, epsilon"]
