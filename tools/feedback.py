@@ -11,7 +11,8 @@
 
 A row is an objective after an alignment, as `diva/anchored`; `diva` or `/anchored` names several. `caption-contrast`,
 `un2clip` and `kuea` read no projector: their rows are `caption-contrast/none` and so on. Every finished run is put on
-record under data/results/records; a run on record is not run again. Parts may run side by side on rows of their own.
+record under data/results/records; a run on record is not run again. The same command may be started several times side
+by side, on a GPU a dozen times: the processes share the runs, and none takes what another has in hand.
 
 The rate of a row is the one with the highest pair score among those that end within 5 points of the original's zero-
 shot accuracy; if there is none, the one with the highest sum of both. A rate at an end of its grid widens it, but for
@@ -26,10 +27,12 @@ and 5 points of its NMI.
 """
 
 import argparse
+import fcntl
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -108,12 +111,18 @@ RATE_SEED = 99  # of runs that choose a rate; no seed that is reported
 LOSS_ALLOWED = {"zeroshot": 0.05}  # in a run that may be chosen, from its start
 MIX_ALLOWED = {"zeroshot": 0.02, "nmi": 0.05}  # at a mix that may be chosen
 TRIED = ["lr", "mix", "pairs", "zeroshot", "nmi", "within"]  # columns of feedback_rates.csv
+PAUSE = 20.0  # seconds, where other processes have all in hand
 DIVERGED = 0.7  # zero-shot accuracy below which a run is stopped
 Report = Callable[[Encoder], dict[str, float]]
+Task = Callable[[], object]
 
 
 class Diverged(Exception):
     """A run's zero-shot accuracy fell below `DIVERGED`."""
+
+
+class Waiting(Exception):
+    """What is asked for is in the hands of another process."""
 
 
 @dataclass(frozen=True)
@@ -220,19 +229,54 @@ class Plan:
 # --- what is run ------------------------------------------------------------------------------------------------
 
 
-def align_all(plan: Plan, alignments: Sequence[str]) -> None:
-    """Stage 1 of each alignment and seed; its projector and its record are kept."""
-    for seed in plan.align_seeds:
-        for name in alignments:
-            path = plan.projector(name, seed)
-            if path.is_file():
-                continue
-            run = align(plan.stage_1(name, seed), plan.runs, partial(plan.align_report, world=plan.world))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(run.folder / "checkpoint" / "weights.safetensors", path)
-            path.chmod(0o644)
-            write_record(run, plan.results / "records", row=f"align/{name}")
-            print(f"{name}, seed {seed}: recovered {run.evaluations()['recovered'].iloc[-1]:.3f}", flush=True)
+@contextmanager
+def held(plan: Plan, name: str) -> Iterator[None]:
+    """Keep other processes of the study from making what has this name; raises Waiting where one does."""
+    plan.runs.mkdir(parents=True, exist_ok=True)
+    with open(plan.runs / f"{name.replace('/', '-')}.lock", "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Waiting from None
+        yield
+
+
+def do_all(tasks: Iterable[Task]) -> list[Task]:
+    """Do tasks in their order; returns those that another process has in hand."""
+    left = []
+    for task in tasks:
+        try:
+            task()
+        except Waiting:
+            left.append(task)
+    return left
+
+
+def take_turns(tasks: Sequence[Task]) -> None:
+    """Do all tasks in their order; what another process has in hand is asked for again after the others."""
+    while left := do_all(tasks):
+        if len(left) == len(tasks):
+            time.sleep(PAUSE)
+        tasks = left
+
+
+def align_once(plan: Plan, name: str, seed: int) -> None:
+    """Stage 1 of an alignment and seed; its projector and its record are kept."""
+    path = plan.projector(name, seed)
+    with held(plan, f"align-{path.stem}"):
+        if path.is_file():
+            return
+        run = align(plan.stage_1(name, seed), plan.runs, partial(plan.align_report, world=plan.world))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(run.folder / "checkpoint" / "weights.safetensors", path)
+        path.chmod(0o644)
+        write_record(run, plan.results / "records", row=f"align/{name}")
+        print(f"{name}, seed {seed}: recovered {run.evaluations()['recovered'].iloc[-1]:.3f}", flush=True)
+
+
+def align_tasks(plan: Plan, alignments: Sequence[str]) -> list[Task]:
+    """Stage 1 of each alignment and seed, the first seed of all alignments before the second."""
+    return [partial(align_once, plan, name, seed) for seed in plan.align_seeds for name in alignments]
 
 
 def score_mixes(run: Run, mixes: Sequence[float], report: Report) -> pd.DataFrame:
@@ -254,10 +298,22 @@ def measure_pushes(plan: Plan, run: Run, report: Report) -> dict[str, dict[str, 
 
 
 def run_once(plan: Plan, settings: Settings, report: Report, **facts: object) -> dict:
-    """The record of a run, which is trained if it is on none; one that diverges is recorded as far as it came."""
+    """The record of a run, which is trained if it is on none; one that diverges is recorded as far as it came.
+
+    Raises:
+        Waiting: where another process has the run, or its projector, in hand.
+    """
     if record := plan.record(settings):
         return record
+    projector = Path(settings.projector)
+    if projector.suffix and not projector.is_file():
+        with held(plan, f"align-{projector.stem}"):
+            pass  # nobody makes it: `tune` says what is missing
+    with held(plan, find_run(settings, plan.runs).id):
+        return plan.record(settings) or _train(plan, settings, report, facts)
 
+
+def _train(plan: Plan, settings: Settings, report: Report, facts: dict[str, object]) -> dict:
     def watch(encoder: Encoder) -> dict[str, float]:
         values = report(encoder)
         if values["zeroshot"] < DIVERGED:
@@ -283,14 +339,16 @@ def run_once(plan: Plan, settings: Settings, report: Report, **facts: object) ->
 def trial_rows(plan: Plan, row: Row, grid: Sequence[float], report: Report | None) -> pd.DataFrame | None:
     """lr, mix, scores and whether the losses are allowed, of each rate (of `MIXED` and mix) that did not diverge.
 
-    None without `report`, where a trial is not on record.
+    None without `report`, where a trial is not on record. Raises Waiting where another process has a trial in hand.
     """
+    once = partial(run_once, plan, report=report, row=str(row), split="choose") if report else plan.record
+    records: list[dict | None] = []
+    if do_all([lambda lr=lr: records.append(once(plan.trial(row, lr))) for lr in grid]):
+        raise Waiting
+    if any(record is None for record in records):
+        return None
     tables, mixed = [], row.objective in MIXED
-    for lr in grid:
-        settings = plan.trial(row, lr)
-        record = run_once(plan, settings, report, row=str(row), split="choose") if report else plan.record(settings)
-        if record is None:
-            return None
+    for lr, record in zip(grid, records, strict=True):
         if record.get("diverged"):
             continue
         ends, start = record["evaluations"].iloc[[-1]].assign(mix=1.0), record["evaluations"].iloc[0]
@@ -335,22 +393,29 @@ def choose_trial(plan: Plan, row: Row, report: Report | None = None) -> tuple[pd
     return chosen, trials
 
 
-def run_rows(plan: Plan, rows: Sequence[Row]) -> None:
+def try_rates(plan: Plan, row: Row, report: Report) -> None:
+    """Every trial of a row's rates; says which one was chosen."""
+    chosen, trials = choose_trial(plan, row, report)
+    print(f"{row}: {chosen}\n{trials.to_string(index=False)}", flush=True)
+
+
+def run_seed(plan: Plan, row: Row, seed: int, choose: Report, measure: Report) -> None:
+    """A row's run of this seed, at the rate that its trials choose; says what it scored."""
+    chosen, _ = choose_trial(plan, row, choose)
+    if chosen is None:
+        print(f"{row}: every rate diverged", flush=True)
+        return
+    record = run_once(plan, plan.stage_2(row, float(chosen["lr"]), seed), measure, row=str(row), split="measure")
+    last = all_mixes(record).set_index("mix").loc[chosen["mix"]]
+    scores = f"pairs {last['pairs/mean']:.3f}, probes {last['probe/mean']:.3f}"
+    scores += f", zero-shot {last['zeroshot']:.3f}, NMI {last['nmi']:.3f}"
+    print(f"{row}, seed {seed}, lr {chosen['lr']:g}, mix {chosen['mix']:g}: {scores}", flush=True)
+
+
+def row_tasks(plan: Plan, rows: Sequence[Row]) -> list[Task]:
     """Every seed of every row, a seed of all rows before the next one."""
-    choose, measure = plan.reports("choose"), plan.reports("measure")
-    for seed in plan.seeds:
-        for row in (row for row in rows if seed in plan.seeds_of(row)):
-            chosen, _ = choose_trial(plan, row, choose)
-            if chosen is None:
-                print(f"{row}: every rate diverged", flush=True)
-                continue
-            record = run_once(
-                plan, plan.stage_2(row, float(chosen["lr"]), seed), measure, row=str(row), split="measure"
-            )
-            last = all_mixes(record).set_index("mix").loc[chosen["mix"]]
-            scores = f"pairs {last['pairs/mean']:.3f}, probes {last['probe/mean']:.3f}"
-            scores += f", zero-shot {last['zeroshot']:.3f}, NMI {last['nmi']:.3f}"
-            print(f"{row}, seed {seed}, lr {chosen['lr']:g}, mix {chosen['mix']:g}: {scores}", flush=True)
+    reports, seeds = (plan.reports("choose"), plan.reports("measure")), plan.seeds_of
+    return [partial(run_seed, plan, row, seed, *reports) for seed in plan.seeds for row in rows if seed in seeds(row)]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
@@ -545,15 +610,14 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     if args.seeds:
         plan = replace(plan, **{"align_seeds" if args.part == "align" else "seeds": tuple(args.seeds)})
+    tasks: list[Task] = []
     if args.part in ("align", "all"):
-        align_all(plan, list(dict.fromkeys(row.alignment for row in rows)))
+        tasks += align_tasks(plan, [name for name in ALIGNMENTS if any(row.alignment == name for row in rows)])
     if args.part == "rates":
-        report = plan.reports("choose")
-        for row in rows:
-            chosen, trials = choose_trial(plan, row, report)
-            print(f"{row}: {chosen}\n{trials.to_string(index=False)}", flush=True)
+        tasks += [partial(try_rates, plan, row, plan.reports("choose")) for row in rows]
     if args.part in ("run", "all"):
-        run_rows(plan, rows)
+        tasks += row_tasks(plan, rows)
+    take_turns(tasks)
     if args.part in ("tables", "all"):
         write_tables(plan)
     if args.part == "readability":

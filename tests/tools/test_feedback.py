@@ -35,6 +35,14 @@ def plan(small_settings, settings_of, tmp_path, monkeypatch):
     return made
 
 
+def align_all(plan: Plan) -> None:
+    feedback.take_turns(feedback.align_tasks(plan, ["anchored"]))
+
+
+def run_rows(plan: Plan, *rows: Row) -> None:
+    feedback.take_turns(feedback.row_tasks(plan, rows))
+
+
 ROW = Row("diva", "anchored")
 SMALL = {"steps": 2, "lora_rank": 2}
 
@@ -61,8 +69,8 @@ def test_the_controls_differ_from_the_anchored_stage_1_in_the_anchor_alone():
 
 
 def test_a_finished_run_is_on_record_and_is_not_run_again(plan, monkeypatch):
-    feedback.align_all(plan, ["anchored"])
-    feedback.run_rows(plan, [ROW])
+    align_all(plan)
+    run_rows(plan, ROW)
     # the original once; of each seed two evaluations, the second of which is mix 1, one mix, one push
     assert plan.calls.count("measure") == 1 + 2 * 2 + 2 * (1 + 1)
     records = sorted((plan.results / "records").glob("*.json"))
@@ -71,14 +79,36 @@ def test_a_finished_run_is_on_record_and_is_not_run_again(plan, monkeypatch):
     monkeypatch.setattr(feedback, "tune", None)
     monkeypatch.setattr(feedback, "align", None)
     again = replace(plan, runs=plan.runs / "gone")
-    feedback.align_all(again, ["anchored"])
-    feedback.run_rows(again, [ROW])
+    align_all(again)
+    run_rows(again, ROW)
     assert [path.read_bytes() for path in records] == before
 
 
+def test_processes_share_the_runs_and_none_takes_what_another_has_in_hand(plan, monkeypatch):
+    projector = plan.projector("anchored", 10_000)
+    with feedback.held(plan, f"align-{projector.stem}"):  # as another process would
+        assert len(feedback.do_all(feedback.align_tasks(plan, ["anchored"]))) == 1
+        assert len(feedback.do_all(feedback.row_tasks(plan, [ROW]))) == 2  # they wait for the projector
+    with pytest.raises(FileNotFoundError, match=projector.name):  # nobody makes it
+        run_rows(plan, ROW)
+    align_all(plan)
+    trial = feedback.find_run(plan.trial(ROW, 2e-4), plan.runs).id
+    with feedback.held(plan, trial):
+        assert len(feedback.do_all(feedback.row_tasks(plan, [ROW]))) == 2
+        assert len(list((plan.results / "records").glob("*.json"))) == 1 + 2  # the other trials were not waited for
+    paused = []
+    monkeypatch.setattr(feedback.time, "sleep", paused.append)
+    settings = plan.stage_2(ROW, 1e-4, 0)
+    with feedback.held(plan, feedback.find_run(settings, plan.runs).id):
+        first, second = feedback.row_tasks(plan, [ROW])
+        assert feedback.do_all([first, second]) == [first]
+    feedback.take_turns([first, second])
+    assert plan.record(settings) and paused == []
+
+
 def test_tables_hold_every_evaluation_and_name_what_is_missing(plan):
-    feedback.align_all(plan, ["anchored"])
-    feedback.run_rows(replace(plan, seeds=(0,)), [ROW])
+    align_all(plan)
+    run_rows(replace(plan, seeds=(0,)), ROW)
     feedback.write_tables(plan)
     table = pd.read_csv(plan.results / "feedback.csv")
     assert table["step"].tolist() == [0, 1, 2] and table["images"].tolist() == [0, 2, 4]
@@ -98,7 +128,7 @@ def test_tables_hold_every_evaluation_and_name_what_is_missing(plan):
 @pytest.mark.parametrize("objective", ["caption-contrast", *RIVALS])
 def test_a_rival_without_projector_is_run_once_without_alignment(plan, objective):
     row = Row(objective, "none")
-    feedback.run_rows(replace(plan, seeds=(0,)), [row])
+    run_rows(replace(plan, seeds=(0,)), row)
     feedback.write_tables(plan)
     assert pd.read_csv(plan.results / "feedback.csv")["align_seed"].isna().all()
     assert [r for r in all_rows() if r.objective == objective] == [row]
@@ -106,9 +136,9 @@ def test_a_rival_without_projector_is_run_once_without_alignment(plan, objective
 
 
 def test_a_row_of_the_released_code_takes_its_base_rows_rate_and_has_a_table_of_its_own(plan):
-    feedback.align_all(plan, ["anchored"])
+    align_all(plan)
     row = Row("diva, VAE input", "anchored")
-    feedback.run_rows(replace(plan, seeds=(0,)), [ROW, row])
+    run_rows(replace(plan, seeds=(0,)), ROW, row)
     feedback.write_tables(plan)
     table = pd.read_csv(plan.results / "feedback_released.csv")
     assert table["objective"].tolist() == [row.objective] and table["step"].tolist() == [2]
@@ -217,7 +247,7 @@ def test_without_records_nothing_is_chosen_and_nothing_trained(tmp_path):
 
 
 def test_a_run_that_diverges_is_recorded_as_far_as_it_came(plan):
-    feedback.align_all(plan, ["anchored"])
+    align_all(plan)
     values = iter([0.9, 0.6])
     report = lambda encoder: {"pairs/mean": 0.2, "zeroshot": next(values)}  # noqa: E731
     made = feedback.run_once(plan, plan.stage_2(ROW, 1e-4, 0), report, row=str(ROW), split="measure")
