@@ -7,6 +7,8 @@ INSTALLED := $(VENV)/installed
 export JUPYTER_PREFER_ENV_PATH := 1
 export IMAGES SEEDS STEPS SMALL
 
+# Shapes and types are checked at every call of these; all of diva_lab, `make test TYPED=diva_lab`, takes longer.
+TYPED ?= diva_lab.models,diva_lab.objectives,diva_lab.analysis,diva_lab.gradients
 NBVAL := -p no:python -p tests.own_runs --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 # Finished runs are not repeated: with an empty folder of runs the notebooks train again.
 FRESH = export DIVA_LAB_RUNS=$$(mktemp -d) && trap 'rm -rf "$$DIVA_LAB_RUNS" notebooks/live.ipynb' EXIT
@@ -30,7 +32,7 @@ test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED) ## lint, run all tests, then all notebooks; lists skipped tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile --jaxtyping-packages=diva_lab,beartype.beartype
+	$(BIN)/python -m pytest -n 2 --dist loadfile --jaxtyping-packages=$(TYPED),beartype.beartype
 	$(FRESH) && $(BIN)/python -m pytest -n 2 --dist loadscope $(NBVAL) notebooks
 
 lab: $(INSTALLED) ## open the notebooks in JupyterLab [ARGS=...]
