@@ -233,7 +233,7 @@ class Plan:
 def held(plan: Plan, name: str) -> Iterator[None]:
     """Keep other processes of the study from making what has this name; raises Waiting where one does."""
     plan.runs.mkdir(parents=True, exist_ok=True)
-    with open(plan.runs / f"{name.replace('/', '-')}.lock", "a", encoding="utf-8") as file:
+    with open(plan.runs / f"{name}.lock", "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

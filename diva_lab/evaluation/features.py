@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from hashlib import blake2b
 from os import cpu_count
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from diva_lab.image_files import Place, content_hash
 from diva_lab.machine import fast_bf16
 from diva_lab.models.encoders import Encoder, Features, all_finite
 from diva_lab.models.vision import VisionEncoder
+from diva_lab.models.weights import digest_weights
 from diva_lab.paths import CACHE
 
 LOADED = 256  # images that a worker hands over at once, however many go through the model together
@@ -146,13 +146,10 @@ class FeatureStore:
     def fingerprint(self) -> str:
         """A hash of the visual weights and of how images are prepared."""
         if not self._fingerprint:
-            encoder, whole = self.encoder, blake2b(digest_size=16)
+            encoder = self.encoder
             facts = (encoder.px, encoder.interpolation, encoder.squash, encoder.mean.tolist(), encoder.std.tolist())
-            whole.update(repr((*facts, str(encoder.config), self.precision)).encode())
-            for name, value in sorted(encoder.open_clip_state().items()):
-                if name.startswith("visual."):
-                    whole.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
-            self._fingerprint = whole.hexdigest()
+            weights = {n: value for n, value in encoder.open_clip_state().items() if n.startswith("visual.")}
+            self._fingerprint = digest_weights(weights, repr((*facts, str(encoder.config), self.precision)).encode())
         return self._fingerprint
 
     def __call__(

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from diva_lab import messages
-from diva_lab.models.latents import InMemory, OnDisk, encode_once, weights_key
+from diva_lab.models.latents import InMemory, OnDisk, encode_once
+from diva_lab.models.weights import digest_weights
 
 TARGETS = ("noise", "velocity")
 LEAST_SIGNAL = 0.02  # from which on clean latents can be told from a prediction
@@ -141,7 +142,7 @@ class Denoiser(nn.Module):
         """Where mean and deviation of the images' latents are kept."""
         if self.latents_folder is None:
             return InMemory()
-        return OnDisk(self.latents_folder / f"{weights_key(self.vae)}.sqlite")
+        return OnDisk(self.latents_folder / f"{digest_weights(self.vae.state_dict())}.sqlite")
 
     def _posterior(self, images: Tensor) -> Tensor:
         """`_encode_images`, each of the first `keep_latents` different images once."""

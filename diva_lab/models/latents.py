@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
 WAIT = 60.0  # seconds for another process that writes
 
@@ -23,14 +23,6 @@ WAIT = 60.0  # seconds for another process that writes
 def content_key(image: Float[Tensor, "3 h w"], about: str) -> bytes:
     """A hash of an image's pixels, and of what else its latent depends on."""
     return blake2b(about.encode() + image.numpy().tobytes(), digest_size=16).digest()
-
-
-def weights_key(module: nn.Module) -> str:
-    """A hash of a module's weights."""
-    whole = blake2b(digest_size=16)
-    for name, value in sorted(module.state_dict().items()):
-        whole.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()
 
 
 class InMemory:

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,14 @@ def _strip(state: State, names: Iterable[str]) -> State:
             break
         state = {name.partition(".")[2]: w for name, w in state.items()}
     return state
+
+
+def digest_weights(state: Mapping[str, Tensor], start: bytes = b"") -> str:
+    """A hash of weights and their names, in any order; `start` stands for what else it shall depend on."""
+    whole = blake2b(start, digest_size=16)
+    for name, value in sorted(state.items()):
+        whole.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
 
 
 def check_finite(state: Mapping[str, Tensor], source: object) -> None:
