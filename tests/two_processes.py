@@ -1,14 +1,16 @@
 """One of two processes that train together: `torchrun --nproc-per-node 2 two_processes.py OUT IMAGES|die|stop`.
 
-Behind IMAGES may stand other settings than `SETTINGS`, as JSON.
+Behind IMAGES may stand other settings than `SETTINGS`, as JSON, and `begin`: stop in the second step.
 """
 
 import json
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from itertools import chain, islice
+from pathlib import Path
 
 import torch
 
@@ -22,6 +24,19 @@ SETTINGS = Settings(
     objective="diva", lora_rank=0, steps=1, batch=2, accumulate=2, optimizer="sgd", lr=0.1, weight_decay=0.0, clip=0.0,
     precision="no",
 )  # fmt: skip
+
+
+def launch(*words: str, cwd: Path | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
+    """This script, or `-m` and a module, with its arguments, in two processes as `accelerate launch` starts them."""
+    here = Path(__file__)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [] if words[0] == "-m" else [str(here)]
+    places = {"PYTHONPATH": os.pathsep.join(map(str, here.parents[:2])), "ACCELERATE_USE_CPU": "true"}
+    places |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONFAULTHANDLER": "1"}
+    return subprocess.run(
+        [*command, *words], env=os.environ | places | {"OMP_NUM_THREADS": "1"}, cwd=cwd,
+        capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
 
 
 def change_step(number: int, change) -> None:
@@ -74,6 +89,8 @@ if __name__ == "__main__":
         if os.environ["RANK"] == "1":
             batches.open_images = dying
     else:
-        settings = replace(SETTINGS, images=sys.argv[2], **json.loads("".join(sys.argv[3:]) or "{}"))
+        settings = replace(SETTINGS, images=sys.argv[2], **json.loads("".join(sys.argv[3:4]) or "{}"))
+        if "begin" in sys.argv:
+            change_step(1, terminate)
     run = tune(settings, sys.argv[1], evaluate=lambda encoder: {"rank": int(os.environ["RANK"])})
     print(run.id, run.done)

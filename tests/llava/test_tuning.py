@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from run_checks import same_records, same_weights
 from transformers import LlavaForConditionalGeneration
+from two_processes import launch
 
 from diva_lab.cli import main
 from diva_lab.llava.conversations import Dialogues, read_conversations
@@ -21,6 +22,7 @@ from diva_lab.llava.tuning import LlavaSettings, llava_settings, train_llava
 from diva_lab.models.weights import load_weights
 from diva_lab.paths import DATA
 from diva_lab.training import loop
+from diva_lab.training.runs import Run
 
 
 def record(k: int, *turns: str, image: bool = True) -> dict:
@@ -146,26 +148,46 @@ def test_only_what_is_trained_moves_and_the_run_ends_with_a_plain_llava_folder(t
     assert train_llava(settings(llava, data, trained), tmp_path).folder == run.folder
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(llava, data, tmp_path, monkeypatch):
-    chosen = settings(llava, data, "lora", lora_dropout=0.3)
-    whole = train_llava(chosen, tmp_path / "whole")
+def train_until(step_of_the_fault, chosen, root, monkeypatch):
+    """Train to the step before, then raise; what was saved stays."""
     take_step = loop.Trainer.take_step
 
     def stops(self, step):
-        if step == 2:
+        if step == step_of_the_fault:
             raise OSError("the power is gone")
         return take_step(self, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Trainer, "take_step", stops)
         with pytest.raises(OSError, match="power"):
-            train_llava(chosen, tmp_path / "stopped")
+            train_llava(chosen, root)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(llava, data, tmp_path, monkeypatch):
+    chosen = settings(llava, data, "lora", lora_dropout=0.3)
+    whole = train_llava(chosen, tmp_path / "whole")
+    train_until(2, chosen, tmp_path / "stopped", monkeypatch)
     stopped = train_llava(chosen, tmp_path / "stopped")
     assert stopped.id == whole.id
     assert same_weights(stopped, whole)
     same_records(stopped, whole)
     one, other = (run.folder / "llava" / "model.safetensors" for run in (whole, stopped))
     assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_in_one_process_goes_on_in_two(llava, data, tmp_path, monkeypatch):
+    images, captions, root = str(data), str(data / "captions.json"), tmp_path / "runs"
+    changes = ("steps=3", "save_every=1", "batch=2", "accumulate=2", "precision=no")
+    train_until(2, llava_settings(llava, captions, images, "projector", changes), root, monkeypatch)
+    words = ["llava", "train", str(llava), "--data", captions, "--images", images, "--out", str(root)]
+    done = launch("-m", "diva_lab", *words, "--trained", "projector", "--set", *changes)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (folder,) = root.iterdir()
+    run = Run(folder)
+    assert run.done and (folder / "llava" / "model.safetensors").exists()
+    assert run.processes().to_dict("records") == [{"step": 2, "processes": 2, "accumulate": 1}]
+    assert run.settings["accumulate"] == 2 and list(run.metrics()["step"]) == [0, 1, 2]
 
 
 def test_training_lowers_the_loss_of_what_it_is_trained_on(llava, data, tmp_path):

@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 import tarfile
 import time
 from dataclasses import replace
@@ -22,7 +19,7 @@ from image_writers import png, write_tar
 from one_step import pictures
 from PIL import Image
 from run_checks import same_records, same_weights
-from two_processes import SETTINGS
+from two_processes import SETTINGS, launch
 
 from diva_lab.image_files import find_tars, read_tars
 from diva_lab.images import open_images
@@ -32,20 +29,6 @@ from diva_lab.models.lora import visual_weights
 from diva_lab.training.loop import Trainer
 from diva_lab.training.runs import Run
 from diva_lab.training.stages import find_run, tune
-
-HERE = Path(__file__).parent.parent
-SCRIPT = str(HERE / "two_processes.py")
-
-
-def launch(*words: str, cwd: Path | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
-    """A script, or `-m` and a module, with its arguments, in two processes as `accelerate launch` starts them."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    places = {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "ACCELERATE_USE_CPU": "true"}
-    places |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONFAULTHANDLER": "1"}
-    return subprocess.run(
-        [*command, *words], env=os.environ | places | {"OMP_NUM_THREADS": "1"}, cwd=cwd,
-        capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +43,7 @@ def together(tmp_path_factory) -> tuple[Run, list[Run], str]:
             for copy in range(1 + 2 * (k % 2)):
                 tar.add(root / "broken.png", f"{k}broken{copy}.png")
     settings = replace(SETTINGS, images=str(root / "{0..1}.tar"))
-    done = launch(SCRIPT, str(root / "both"), settings.images)
+    done = launch(str(root / "both"), settings.images)
     assert done.returncode == 0, f"{done.stderr[:6000]}\n...\n{done.stderr[-2000:]}"  # the first words say why
     (folder,) = (root / "both").iterdir()
     halves = []
@@ -100,7 +83,7 @@ def test_what_each_process_skipped_and_where_it_is_are_kept(together):
 
 def test_a_killed_process_ends_the_job_with_an_error(tmp_path):
     start = time.monotonic()
-    done = launch(SCRIPT, str(tmp_path), "die")
+    done = launch(str(tmp_path), "die")
     assert done.returncode != 0 and time.monotonic() - start < 120
     (folder,) = tmp_path.iterdir()
     assert not Run(folder).done and len(Run(folder).metrics())  # it had begun
@@ -108,7 +91,7 @@ def test_a_killed_process_ends_the_job_with_an_error(tmp_path):
 
 
 def test_processes_stop_together_and_go_on_to_the_same_bits_and_all_see_a_gradient_that_is_not_finite(tmp_path):
-    done = launch(SCRIPT, str(tmp_path), "stop")
+    done = launch(str(tmp_path), "stop")
     assert done.returncode == 0, f"{done.stderr[:6000]}\n...\n{done.stderr[-2000:]}"
     whole, stopped, broken = (Run(*(tmp_path / name).iterdir()) for name in ("whole", "stopped", "broken"))
     assert done.stdout.count(f"{whole.id}: stopped after 2 of 3 steps; run again, it goes on from there") == 1
@@ -118,11 +101,16 @@ def test_processes_stop_together_and_go_on_to_the_same_bits_and_all_see_a_gradie
     assert not broken.done and list(broken.metrics()["step"]) == [0]
 
 
-def test_a_run_that_was_stopped_in_one_process_goes_on_in_two_and_shows_no_picture_twice(tmp_path, capsys):
+def sixteen(folder: Path) -> str:
+    """The folder, which now holds 16 pictures."""
     for k, pixels in enumerate(pictures(16)):
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / f"{k:02}.png")
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{k:02}.png")
+    return str(folder)
+
+
+def test_a_run_that_was_stopped_in_one_process_goes_on_in_two_and_shows_no_picture_twice(tmp_path, capsys):
     changes = {"steps": 4, "save_every": 2, "evaluate_every": 3}
-    settings, root = replace(SETTINGS, images=str(tmp_path), **changes), tmp_path / "runs"
+    settings, root = replace(SETTINGS, images=sixteen(tmp_path), **changes), tmp_path / "runs"
 
     def kill(encoder):
         if (steps := len(find_run(settings, root).metrics())) == 3:
@@ -133,7 +121,7 @@ def test_a_run_that_was_stopped_in_one_process_goes_on_in_two_and_shows_no_pictu
         tune(settings, root, evaluate=kill)
     run = find_run(settings, root)
     assert run.state()["positions"] == [8]
-    done = launch(SCRIPT, str(root), settings.images, json.dumps(changes | {"accumulate": 1}))
+    done = launch(str(root), settings.images, json.dumps(changes | {"accumulate": 1}))
     assert done.returncode == 0, done.stderr[-2000:]
     assert [path.name for path in root.iterdir()] == [run.id] and run.done and run.settings["accumulate"] == 2
     assert run.processes().to_dict("records") == [{"step": 2, "processes": 2, "accumulate": 1}]
@@ -144,6 +132,22 @@ def test_a_run_that_was_stopped_in_one_process_goes_on_in_two_and_shows_no_pictu
     ]
     assert len(seen) == len(set(seen)) == 16
     assert tune(settings, root).id == run.id and "done before" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_in_two_processes_goes_on_in_one_and_shows_no_picture_twice(tmp_path):
+    changes = {"steps": 4, "accumulate": 1}
+    settings, root = replace(SETTINGS, images=sixteen(tmp_path), **changes), tmp_path / "runs"
+    begun = launch(str(root), settings.images, json.dumps(changes), "begin")
+    assert "stopped after 2 of 4 steps" in begun.stdout, begun.stderr[-2000:]
+    (folder,) = root.iterdir()
+    assert Run(folder).state()["positions"] == [4, 4]
+    run = tune(settings, root)
+    assert run.folder == folder and run.done and run.state()["positions"] == [16]
+    assert run.settings["accumulate"] == 1
+    assert run.processes().to_dict("records") == [{"step": 2, "processes": 1, "accumulate": 2}]
+    seen = [image for rank in range(2) for image in shown(settings.images, 2, rank, 2)]
+    seen += shown(settings.images, 4, 0, 1, 8)
+    assert len(seen) == len(set(seen)) == 16
 
 
 @pytest.mark.parametrize(
@@ -200,11 +204,10 @@ def source(request, tmp_path_factory):
         found = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in pictures(16)]
         Dataset.from_dict({"image": found}, Features({"image": DatasetImage()})).save_to_disk(root)
         return f"hf:{root}"
+    if request.param == "folder":
+        return sixteen(root)
     for k, pixels in enumerate(pictures(16)):
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        if request.param == "folder":
-            image.save(root / f"{k:02}.png")
-            continue
         with tarfile.open(root / f"{k // 4:04}.tar", "a") as tar:
             data = io.BytesIO()
             image.save(data, "png")
@@ -212,7 +215,7 @@ def source(request, tmp_path_factory):
             member.size = data.tell()
             data.seek(0)
             tar.addfile(member, data)
-    return str(root) if request.param == "folder" else str(root / "{0000..0003}.tar")
+    return str(root / "{0000..0003}.tar")
 
 
 def test_an_epoch_of_all_processes_is_every_picture_once(source):
