@@ -180,7 +180,7 @@ def cache(folder: Path, home: Path, repository: str) -> None:
 
 
 def read_offline(tmp_path: Path, folders: dict[str, Path], *names: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Embeddings of three images and of `TEXTS` by cached copies of `folders`, loaded by `names`."""
+    """Embeddings, or latents, of three images and of `TEXTS` by cached copies of `folders`, loaded by `names`."""
     for repository, folder in folders.items():
         cache(folder, tmp_path / "home", repository)
     torch.save(IMAGES, tmp_path / "file.pt")
@@ -193,16 +193,15 @@ def same(one, two) -> None:
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
 
-def test_a_cached_encoder_of_either_format_is_read_offline_and_is_that_of_its_folder(small_clip, tmp_path):
-    folders = {"some/clip": small_clip, "some/transformers": write_transformers_clip(tmp_path / "a", "clip", "gelu")}
+def test_cached_models_of_every_format_are_read_offline_and_are_those_of_their_folders(
+    small_clip, small_diffusion, tmp_path
+):
+    transformers = write_transformers_clip(tmp_path / "a", "clip", "gelu")
+    folders = {"some/clip": small_clip, "some/transformers": transformers, "some/diffusion": small_diffusion}
     loaded = read_offline(tmp_path, folders, *folders, "hf-hub:some/clip")
+    denoiser = load_denoiser(small_diffusion)
+    same(loaded.pop("some/diffusion"), (denoiser.latents(IMAGES), denoiser.encode_text(TEXTS)))
     for name, pair in loaded.items():
         encoder = load_encoder(folders[name.removeprefix("hf-hub:")])
         same(pair, (encoder.encode_image(IMAGES), encoder.encode_text(TEXTS)))
     assert len(loaded) == 3
-
-
-def test_a_cached_denoiser_is_read_offline_and_is_that_of_its_folder(small_diffusion, tmp_path):
-    loaded = read_offline(tmp_path, {"some/diffusion": small_diffusion}, "some/diffusion")
-    denoiser = load_denoiser(small_diffusion)
-    same(loaded["some/diffusion"], (denoiser.latents(IMAGES), denoiser.encode_text(TEXTS)))

@@ -1,9 +1,7 @@
 """Latents that are kept: encoded once, the same in memory and on disk, of one autoencoder only."""
 
-import os
 import sqlite3
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -72,16 +70,14 @@ def test_other_weights_input_or_precision_are_encoded_anew(small_diffusion, monk
     assert encoded == [5]
 
 
-def _add_rows(path, number: int) -> int:
-    store = OnDisk(path)
-    for k in range(number, 40, 2):
-        store.add({bytes([k, n]): torch.full((2,), float(k)) for n in range(3)}, 1000)
-    return os.getpid()
+def test_two_writers_may_write_to_one_file(tmp_path):
+    def add_rows(number: int) -> None:  # through connections of its own, as another process would
+        store = OnDisk(tmp_path / "one.sqlite")
+        for k in range(number, 40, 2):
+            store.add({bytes([k, n]): torch.full((2,), float(k)) for n in range(3)}, 1000)
 
-
-def test_two_processes_may_write_to_one_file(tmp_path):
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        list(pool.map(_add_rows, [tmp_path / "one.sqlite"] * 2, range(2)))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(add_rows, range(2)))
     keys = {bytes([k, n]) for k in range(40) for n in range(3)}
     rows = OnDisk(tmp_path / "one.sqlite").read(keys | {b"none"})
     assert rows.keys() == keys and all(row.tolist() == [key[0]] * 2 for key, row in rows.items())

@@ -3,8 +3,8 @@
 import io
 import json
 import re
+import subprocess
 import tarfile
-import time
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from image_writers import png, write_tar
 from one_step import pictures
 from PIL import Image
 from run_checks import same_records, same_weights
-from two_processes import SETTINGS, launch
+from two_processes import GOES_ON, SETTINGS, launch
 
 from diva_lab.image_files import find_tars, read_tars
 from diva_lab.images import open_images
@@ -31,9 +31,17 @@ from diva_lab.training.runs import Run
 from diva_lab.training.stages import find_run, tune
 
 
+def sixteen(folder: Path) -> str:
+    """The folder, which now holds 16 pictures."""
+    folder.mkdir(exist_ok=True)
+    for k, pixels in enumerate(pictures(16)):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{k:02}.png")
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
-def together(tmp_path_factory) -> tuple[Run, list[Run], str]:
-    """A run of two processes on tars with broken pictures, what each of them would do alone, what was printed."""
+def job(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """The folder of all parts of `two_processes`, and how the job ended; one that hangs is an error."""
     root = tmp_path_factory.mktemp("together")
     (root / "broken.png").write_bytes(b"words")
     for k, pixels in enumerate(pictures(8)):
@@ -42,11 +50,30 @@ def together(tmp_path_factory) -> tuple[Run, list[Run], str]:
             tar.add(root / "whole.png", f"{k}.png")
             for copy in range(1 + 2 * (k % 2)):
                 tar.add(root / "broken.png", f"{k}broken{copy}.png")
-    settings = replace(SETTINGS, images=str(root / "{0..1}.tar"))
-    done = launch(str(root / "both"), settings.images)
-    assert done.returncode == 0, f"{done.stderr[:6000]}\n...\n{done.stderr[-2000:]}"  # the first words say why
-    (folder,) = (root / "both").iterdir()
-    halves = []
+    settings = replace(GOES_ON, images=sixteen(root / "pictures"))
+
+    def kill(encoder):
+        if (steps := len(find_run(settings, root / "begun").metrics())) == 3:
+            raise KeyboardInterrupt
+        return {"steps": float(steps)}
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(settings, root / "begun", evaluate=kill)
+    assert find_run(settings, root / "begun").state()["positions"] == [8]
+    return root, launch(str(root))
+
+
+def the_run(job, name: str) -> Run:
+    """The only run of a part, of which the job said what it printed to errors if there is none."""
+    root, done = job
+    assert (root / name).is_dir(), f"{done.stderr[:6000]}\n...\n{done.stderr[-2000:]}"  # the first words say why
+    return Run(*(root / name).iterdir())
+
+
+@pytest.fixture(scope="module")
+def halves(job) -> list[Run]:
+    """What each process of the part `average` would do alone, on tars with broken pictures."""
+    root, runs = job[0], []
     for rank in range(2):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
@@ -55,12 +82,12 @@ def together(tmp_path_factory) -> tuple[Run, list[Run], str]:
             )
             if rank:
                 patch.setattr("diva_lab.training.loop.generator", lambda *parts: generator(*parts, 1))
-            halves.append(tune(settings, root / str(rank)))
-    return Run(folder), halves, done.stdout
+            runs.append(tune(replace(SETTINGS, images=str(root / "{0..1}.tar")), root / str(rank)))
+    return runs
 
 
-def test_two_processes_step_by_the_average_of_their_gradients(together):
-    both, halves, _ = together
+def test_two_processes_step_by_the_average_of_their_gradients(job, halves):
+    both = the_run(job, "both")
     assert list(both.evaluations()["rank"]) == [0, 0] and len(both.metrics()) == 1  # one of them writes
     before = visual_weights(load_encoder("tiny"))
     for name, weight in both.weights().items():
@@ -72,81 +99,52 @@ def test_two_processes_step_by_the_average_of_their_gradients(together):
     assert both.metrics()["loss"].item() == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
-def test_what_each_process_skipped_and_where_it_is_are_kept(together):
-    both, halves, printed = together
+def test_what_each_process_skipped_and_where_it_is_are_kept(job, halves):
+    both = the_run(job, "both")
     one, two = (run.skipped() for run in halves)
     assert len(one) != len(two) and set(one["name"]).isdisjoint(two["name"])
     pd.testing.assert_frame_equal(both.skipped(), pd.concat([one, two], ignore_index=True))
     assert both.resume()["positions"] == [run.resume()["positions"][0] for run in halves]
-    assert printed.count(f"skipped {len(one) + len(two)} images") == 1
+    assert job[1].stdout.count(f"skipped {len(one) + len(two)} images") == 1
 
 
-def test_a_killed_process_ends_the_job_with_an_error(tmp_path):
-    start = time.monotonic()
-    done = launch(str(tmp_path), "die")
-    assert done.returncode != 0 and time.monotonic() - start < 120
-    (folder,) = tmp_path.iterdir()
-    assert not Run(folder).done and len(Run(folder).metrics())  # it had begun
+def test_a_killed_process_ends_the_job_with_an_error(job):
+    run, done = the_run(job, "dead"), job[1]
+    assert done.returncode != 0
+    assert not run.done and len(run.metrics())  # it had begun
     assert re.search(r"rank +: 1 .*\n +exitcode +: 9 ", done.stderr), done.stderr[-2000:]
 
 
-def test_processes_stop_together_and_go_on_to_the_same_bits_and_all_see_a_gradient_that_is_not_finite(tmp_path):
-    done = launch(str(tmp_path), "stop")
-    assert done.returncode == 0, f"{done.stderr[:6000]}\n...\n{done.stderr[-2000:]}"
-    whole, stopped, broken = (Run(*(tmp_path / name).iterdir()) for name in ("whole", "stopped", "broken"))
-    assert done.stdout.count(f"{whole.id}: stopped after 2 of 3 steps; run again, it goes on from there") == 1
+def test_processes_stop_together_and_go_on_to_the_same_bits_and_all_see_a_gradient_that_is_not_finite(job):
+    whole, stopped, broken = (the_run(job, name) for name in ("whole", "stopped", "broken"))
+    printed = job[1].stdout
+    assert printed.count(f"{whole.id}: stopped after 2 of 3 steps; run again, it goes on from there") == 1
     assert stopped.done and same_weights(whole, stopped)
     same_records(whole, stopped)
-    assert done.stdout.count("a gradient is not finite at step 1, of which nothing is saved") == 2
+    assert printed.count("a gradient is not finite at step 1, of which nothing is saved") == 2
     assert not broken.done and list(broken.metrics()["step"]) == [0]
 
 
-def sixteen(folder: Path) -> str:
-    """The folder, which now holds 16 pictures."""
-    for k, pixels in enumerate(pictures(16)):
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{k:02}.png")
-    return str(folder)
-
-
-def test_a_run_that_was_stopped_in_one_process_goes_on_in_two_and_shows_no_picture_twice(tmp_path, capsys):
-    changes = {"steps": 4, "save_every": 2, "evaluate_every": 3}
-    settings, root = replace(SETTINGS, images=sixteen(tmp_path), **changes), tmp_path / "runs"
-
-    def kill(encoder):
-        if (steps := len(find_run(settings, root).metrics())) == 3:
-            raise KeyboardInterrupt
-        return {"steps": float(steps)}
-
-    with pytest.raises(KeyboardInterrupt):
-        tune(settings, root, evaluate=kill)
-    run = find_run(settings, root)
-    assert run.state()["positions"] == [8]
-    done = launch(str(root), settings.images, json.dumps(changes | {"accumulate": 1}))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert [path.name for path in root.iterdir()] == [run.id] and run.done and run.settings["accumulate"] == 2
+def test_a_run_that_was_stopped_in_one_process_goes_on_in_two_and_shows_no_picture_twice(job, capsys):
+    run, images = the_run(job, "begun"), str(job[0] / "pictures")
+    assert run.done and run.settings["accumulate"] == 2
     assert run.processes().to_dict("records") == [{"step": 2, "processes": 2, "accumulate": 1}]
-    assert "after 2 steps in 1 processes it goes on in 2, each with accumulate=1" in done.stdout
+    assert "after 2 steps in 1 processes it goes on in 2, each with accumulate=1" in job[1].stdout
     assert list(run.metrics()["step"]) == [0, 1, 2, 3] and run.state()["positions"] == [8, 8]
-    seen = shown(settings.images, 4, 0, 1) + [
-        image for rank in range(2) for image in shown(settings.images, 2, rank, 2, 4)
-    ]
+    seen = shown(images, 4, 0, 1) + [image for rank in range(2) for image in shown(images, 2, rank, 2, 4)]
     assert len(seen) == len(set(seen)) == 16
-    assert tune(settings, root).id == run.id and "done before" in capsys.readouterr().out
+    assert tune(replace(GOES_ON, images=images), run.folder.parent).id == run.id
+    assert "done before" in capsys.readouterr().out
 
 
-def test_a_run_that_was_stopped_in_two_processes_goes_on_in_one_and_shows_no_picture_twice(tmp_path):
-    changes = {"steps": 4, "accumulate": 1}
-    settings, root = replace(SETTINGS, images=sixteen(tmp_path), **changes), tmp_path / "runs"
-    begun = launch(str(root), settings.images, json.dumps(changes), "begin")
-    assert "stopped after 2 of 4 steps" in begun.stdout, begun.stderr[-2000:]
-    (folder,) = root.iterdir()
-    assert Run(folder).state()["positions"] == [4, 4]
-    run = tune(settings, root)
-    assert run.folder == folder and run.done and run.state()["positions"] == [16]
+def test_a_run_that_was_stopped_in_two_processes_goes_on_in_one_and_shows_no_picture_twice(job):
+    begun, images = the_run(job, "halfway"), str(job[0] / "pictures")
+    assert not begun.done and begun.state()["positions"] == [4, 4]
+    run = tune(replace(GOES_ON, images=images, save_every=0), begun.folder.parent)
+    assert run.folder == begun.folder and run.done and run.state()["positions"] == [16]
     assert run.settings["accumulate"] == 1
     assert run.processes().to_dict("records") == [{"step": 2, "processes": 1, "accumulate": 2}]
-    seen = [image for rank in range(2) for image in shown(settings.images, 2, rank, 2)]
-    seen += shown(settings.images, 4, 0, 1, 8)
+    seen = [image for rank in range(2) for image in shown(images, 2, rank, 2)] + shown(images, 4, 0, 1, 8)
     assert len(seen) == len(set(seen)) == 16
 
 
