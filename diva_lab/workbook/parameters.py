@@ -66,13 +66,22 @@ def check_parameters(scope: dict, **expected: object) -> None:
         next(open_images(scope["images"], px=32, n=1, seed=0))
 
 
+def live_steps(steps: int, default: int) -> int:
+    """`steps`, or where it is 0 `default`, of which a twentieth where DIVA_LAB_FAST is set, as in `make test`."""
+    return steps or (max(2, default // 20) if _fast() else default)
+
+
 def live_settings(steps: int = 0, **changes: object) -> Settings:
     """`TINY_DIVA` with `changes`, evaluated three times on the way: the run that notebooks 02, 04 and 07 share.
 
-    `steps` is 0 for those of `TINY_DIVA`; where DIVA_LAB_FAST is set, as in `make test`, a twentieth of them.
+    `steps` is as for `live_steps`; where DIVA_LAB_FAST is set, the run is evaluated at its end alone.
     """
-    steps = steps or TINY_DIVA["steps"] // (20 if os.environ.get("DIVA_LAB_FAST") else 1)
-    return Settings(**TINY_DIVA | changes | {"steps": steps}, evaluate_every=-(-steps // 3))
+    steps = live_steps(steps, TINY_DIVA["steps"])
+    return Settings(**TINY_DIVA | changes | {"steps": steps}, evaluate_every=steps if _fast() else -(-steps // 3))
+
+
+def _fast() -> bool:
+    return bool(os.environ.get("DIVA_LAB_FAST"))
 
 
 def _items(value: object) -> list | tuple:

@@ -7,7 +7,7 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from diva_lab.training.presets import TINY_DIVA
-from diva_lab.workbook.parameters import check_parameters, live_settings
+from diva_lab.workbook.parameters import check_parameters, live_settings, live_steps
 
 
 @pytest.mark.parametrize(
@@ -179,5 +179,8 @@ def test_the_live_run_is_the_same_for_every_notebook_and_short_where_only_the_wa
     assert whole == live_settings(0, images="world", encoder="tiny", denoiser="tiny", projector="anchored")
     assert whole.steps == TINY_DIVA["steps"] and -(-whole.steps // whole.evaluate_every) == 3
     assert live_settings(7).steps == 7 and live_settings(1).evaluate_every == 1
+    assert live_steps(0, 60) == 60
     monkeypatch.setenv("DIVA_LAB_FAST", "1")
-    assert live_settings().steps == TINY_DIVA["steps"] // 20 and live_settings(7).steps == 7
+    fast = live_settings()
+    assert fast.steps == fast.evaluate_every == TINY_DIVA["steps"] // 20 and live_settings(7).steps == 7
+    assert (live_steps(0, 60), live_steps(0, 20), live_steps(50, 60)) == (3, 2, 50)
