@@ -139,6 +139,8 @@ class Study:
     theory: Callable = theory_report
     theory_batches: int = 2  # of eight images, for theorem 2
     models: Path | None = None  # a folder of `tools.pretrain`; None for the shipped models
+    split: str = "measure"  # of the world, on which the rows are measured
+    evaluations: int = 2  # of a row's run, after the one at its start
 
     @classmethod
     def of(cls, models: Path) -> "Study":
@@ -200,9 +202,9 @@ class Study:
         return self.rates[int(np.argmax(scores))]
 
     def row_settings(self, changes: dict, seed: int) -> Settings:
-        """A row's run of one seed at the chosen learning rate, evaluated at the start, halfway and at the end."""
+        """A row's run of one seed at the chosen learning rate."""
         settings = self.stage_two({"steps": self.steps} | changes, lr=self.choose_rate(changes), seed=seed)
-        return replace(settings, evaluate_every=max(1, settings.steps // 2))
+        return replace(settings, evaluate_every=max(1, settings.steps // self.evaluations))
 
     def theory_settings(self, objective: str) -> Settings:
         """A run in which theorem 1 is measured at the start and after each quarter of the steps."""
@@ -219,6 +221,7 @@ class Study:
 SMALL = Study(
     RUNS / "study-small", RUNS / "study-small" / "results", 6, 3, (1e-5,), 2, SMALL_ROWS,
     partial(probe_gradients, batches=2, bins=2), 2, partial(theory_report, timesteps=(400,), n=48, halvings=4), 1,
+    split="choose", evaluations=1,
 )  # fmt: skip
 
 
@@ -252,16 +255,16 @@ def align_projectors(study: Study, condition: str, rounds: int = 6, steps: int =
 
 def run_rows(study: Study) -> None:
     """Run every row: its own stage 1 if it has one, its learning rate, then its seeds with probes and controls."""
-    choose = cache_report(partial(world_report, world=study.world, split="choose"))
-    report = cache_report(partial(world_report, world=study.world))
+    splits = dict.fromkeys(("choose", study.split))
+    reports = {split: cache_report(partial(world_report, world=study.world, split=split)) for split in splits}
     for tier, name, changes in study.each_row():
         if first := study.stage_one(changes):
             reads_captions = first.denoiser == Settings(**study.model_settings()).denoiser  # the report needs that
             align(first, study.root, partial(alignment_report, world=study.world) if reads_captions else None)
         for settings in study.rate_trials(changes):
-            tune(settings, study.root, choose)
+            tune(settings, study.root, reports["choose"])
         for seed in study.seeds_of(tier):
-            run_seed(study, name, study.row_settings(changes, seed), report)
+            run_seed(study, name, study.row_settings(changes, seed), reports[study.split])
 
 
 def run_seed(study: Study, name: str, settings: Settings, report: Callable[[Encoder], dict[str, float]]) -> None:
