@@ -1,4 +1,4 @@
-"""Intervals for a proportion, a mean, a rate of counts, differences, a slope and a rate of conflict; tests of many."""
+"""Intervals for a proportion, a mean, a rate, differences, a correlation, a slope, a conflict; tests of many."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -192,6 +192,30 @@ def mcnemar_pairs(difference: float, discordance: float, power: float = 0.8, lev
     d, psi = abs(difference), max(discordance, abs(difference))
     z_level, z_power = stats.norm.ppf(1 - level / 2), stats.norm.ppf(power)
     return int(np.ceil((z_level * np.sqrt(psi) + z_power * np.sqrt(psi - d * d)) ** 2 / (d * d)))
+
+
+def rank_correlation(
+    x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, groups: Sequence[object] | np.ndarray,
+    level: float = 0.95, seed: int = 0, draws: int = 2000,
+) -> tuple[float, float, float]:  # fmt: skip
+    """Spearman's rank correlation of x and y with its percentile interval (rho, low, high), whole groups resampled.
+
+    Pairs of one group, such as the patterns of one projector, are no independent ones. With one group there is no
+    interval, and its ends are NaN; so is rho where x or y does not vary.
+    """
+    x, y, (_, group) = np.asarray(x, float), np.asarray(y, float), np.unique(groups, return_inverse=True)
+    members = [np.flatnonzero(group == k) for k in range(group.max() + 1)]
+
+    def rho(rows: np.ndarray) -> float:
+        varies = np.ptp(x[rows]) > 0 and np.ptp(y[rows]) > 0
+        return float(stats.spearmanr(x[rows], y[rows]).statistic) if varies else np.nan
+
+    whole = rho(np.arange(len(x)))
+    if len(members) < 2 or np.isnan(whole):
+        return whole, np.nan, np.nan
+    drawn = np.random.default_rng(seed).integers(len(members), size=(draws, len(members)))
+    values = np.array([rho(np.concatenate([members[k] for k in draw])) for draw in drawn])
+    return whole, *percentiles(values, level)
 
 
 def regression(

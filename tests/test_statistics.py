@@ -26,6 +26,7 @@ from diva_lab.statistics import (
     paired_t,
     percent,
     percentiles,
+    rank_correlation,
     regression,
     wilson,
 )
@@ -134,6 +135,21 @@ def test_nested_seeds_count_by_their_groups():
     assert mean == pytest.approx(0.2) and np.isnan([low, high]).all()
     copies = nested_t(values * 5, groups * 5)  # more seeds of the same groups do not narrow it
     assert copies == pytest.approx(nested_t(values, groups))
+
+
+def test_a_rank_correlation_is_scipys_and_its_interval_is_wider_where_whole_groups_are_drawn():
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(6), 10)
+    x = rng.normal(size=6)[groups] + 0.1 * rng.normal(size=60)
+    y = rng.normal(size=6)[groups] + x
+    rho, low, high = rank_correlation(x, y, groups)
+    assert rho == pytest.approx(stats.spearmanr(x, y).statistic) and low < rho < high
+    _, low_alone, high_alone = rank_correlation(x, y, np.arange(60))
+    assert high - low > high_alone - low_alone
+    assert rank_correlation(x, x**3, groups)[0] == pytest.approx(1)
+    one = rank_correlation(x, y, ["a"] * 60)
+    assert one[0] == pytest.approx(rho) and np.isnan(one[1:]).all()
+    assert np.isnan(rank_correlation(x, np.ones(60), groups)).all()
 
 
 def test_paired_t_refuses_a_single_seed():

@@ -37,6 +37,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -44,7 +45,7 @@ from diva_lab import messages
 from diva_lab.analysis.alignment import alignment_report
 from diva_lab.analysis.readability import DRAWS, Instrument, readability, world_pairs_in_memory
 from diva_lab.evaluation.shift import shift_report
-from diva_lab.evaluation.world import WORLD_MEASURES, WORLD_SPLITS, cache_report, world_report, world_scenes
+from diva_lab.evaluation.world import PATTERNS, WORLD_MEASURES, WORLD_SPLITS, cache_report, world_report, world_scenes
 from diva_lab.machine import default_device
 from diva_lab.models.encoders import Encoder, load_encoder
 from diva_lab.models.registry import load_denoiser
@@ -432,7 +433,8 @@ def write_tables(plan: Plan) -> None:
 
     feedback.csv: every evaluation of every run. feedback_mixes.csv: every mix of every run's end. feedback_pushes.csv:
     random pushes as far as each run went. feedback_rates.csv: every trial of a rate. feedback_released.csv: the end of
-    each run of `RELEASED`. feedback_missing.csv: the seeds that are not on record.
+    each run of `RELEASED`. feedback_predicted.csv: `predicted_gains`, of the projectors in readability.csv.
+    feedback_missing.csv: the seeds that are not on record.
     """
     curves, mixes, pushes, tried, released, missing = [], [], [], [], [], []
     for row in plan.rows(all_rows()):
@@ -463,12 +465,44 @@ def write_tables(plan: Plan) -> None:
         "feedback": curves, "feedback_mixes": mixes, "feedback_pushes": pushes, "feedback_rates": tried,
         "feedback_released": released, "feedback_missing": [pd.DataFrame(missing)],
     }  # fmt: skip
+    if curves and (measured := plan.results / "readability.csv").is_file():
+        tables["feedback_predicted"] = [predicted_gains(pd.read_csv(measured), pd.concat(curves))]
     for name, parts in tables.items():
         parts = [part for part in parts if len(part)]
         if parts:
             pd.concat(parts).to_csv(plan.results / f"{name}.csv", index=False, float_format="%.5g")
         else:
             (plan.results / f"{name}.csv").unlink(missing_ok=True)
+
+
+def predicted_gains(instrument: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """What the instrument said of each projector and pattern before, and what DIVA gained through it at the full dose.
+
+    Args:
+        instrument: readability.csv.
+        curves: feedback.csv.
+
+    Returns:
+        Columns `alignment` (of un2CLIP, which has none, its name), `projector`, `pattern`, `readable` (a fraction, with
+        `low` and `high`), `gain` (points of the pair score, the mean over seeds) and `seeds`.
+    """
+    readable = instrument[instrument["measure"].str.startswith("readable") & (instrument["bin"] == "all")]
+    readable = readable.rename(columns={"value": "readable"}).set_index(["projector", "pattern"])
+    curves = curves[curves["objective"].isin(["diva", "un2clip"])].sort_values("step")
+    rows = []
+    for (objective, alignment, align_seed), runs in curves.groupby(
+        ["objective", "alignment", "align_seed"], dropna=False
+    ):
+        alignment = objective if alignment == NO_PROJECTOR else alignment
+        projector = alignment if np.isnan(align_seed) else f"{alignment}-{align_seed:.0f}"
+        start, end = runs.groupby("run").first(), runs.groupby("run").last()
+        for detail, pattern in PATTERNS.items():
+            if (projector, pattern) in readable.index:
+                gain = 100 * (end[f"pairs/{detail}"] - start[f"pairs/{detail}"]).mean()
+                said = readable.loc[(projector, pattern), ["readable", "low", "high"]]
+                place = {"alignment": alignment, "projector": projector, "pattern": detail}
+                rows.append(place | said.to_dict() | {"gain": gain, "seeds": len(end)})
+    return pd.DataFrame(rows)
 
 
 def _facts(plan: Plan, row: Row, record: dict) -> dict:

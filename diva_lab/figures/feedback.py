@@ -14,6 +14,7 @@ ALIGNMENTS = {
     "unpaired": ("#7B4FA3", "D"),
     "image-only": ("#33383F", "s"),
     "placebo": ("#B08D57", "X"),
+    "un2clip": ("#009E73", "^"),  # which needs none
 }
 ROWS = {  # objective and alignment -> name, colour and marker where rows of several objectives are compared
     (objective, alignment): (name + f", {alignment}", *ALIGNMENTS[alignment])
@@ -97,7 +98,7 @@ def dose_curves(
 def gain_by_readability(runs: pd.DataFrame, source: str = "") -> Figure:
     """Readability before training against the change of the pair score after it, one mark a pattern and projector.
 
-    `runs`: columns `alignment`, `readable` (a fraction) and `gain` (points).
+    `runs`: columns `alignment` (of `ALIGNMENTS`), `readable` (a fraction) and `gain` (points).
     """
     style.require_columns(runs, ("alignment", "readable", "gain"))
     names = [name for name in ALIGNMENTS if name in set(runs["alignment"])]

@@ -10,7 +10,7 @@ import pandas as pd
 
 from diva_lab.evaluation.pairs import compare_pairs
 from diva_lab.figures.style import CHANCE, label_of
-from diva_lab.statistics import conflict_rate, nested_t, paired_t, percent
+from diva_lab.statistics import conflict_rate, nested_t, paired_t, percent, rank_correlation
 
 # --- numbers with their interval --------------------------------------------------------------------------------
 
@@ -185,6 +185,23 @@ def state_readability(table: pd.DataFrame, name: str) -> str:
              "seen": "CLIP's image tower sees"}  # fmt: skip
     parts = [f"{text} **{percent(*whole.loc[key, ['value', 'low', 'high']], 0)}**" for key, text in words.items()]
     return f"{name}: of the right statements {', '.join(parts)}. Chance is 50 %."
+
+
+def state_prediction(predicted: pd.DataFrame) -> str:
+    """How readability before goes with the gain after; `predicted` as data/results/feedback_predicted.csv."""
+
+    def correlation(table: pd.DataFrame) -> tuple[float, float, float]:
+        return rank_correlation(*(table[name].to_numpy() for name in ("readable", "gain", "projector")))
+
+    means = predicted.groupby("projector")[["readable", "gain"]].mean().reset_index()
+    anchored = predicted[predicted["alignment"] == "anchored"].groupby("projector")
+    within = [correlation(part)[0] for _, part in anchored]
+    return (
+        f"Rank correlation (Spearman) of readability before with the gain after, over {len(predicted)} pairs of a "
+        f"projector and a pattern: **{number(*correlation(predicted), 2)}**, projectors resampled. Over the means of "
+        f"the {len(means)} projectors: **{correlation(means)[0]:+.2f}**. Among the patterns of one anchored projector, "
+        f"mean of {len(within)}: **{number(*paired_t(within), 2)}**."
+    )
 
 
 def state_against_chance(name: str, report: Mapping[str, float]) -> str:

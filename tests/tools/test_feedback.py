@@ -47,6 +47,29 @@ ROW = Row("diva", "anchored")
 SMALL = {"steps": 2, "lora_rank": 2}
 
 
+def test_a_predicted_gain_is_the_mean_over_the_seeds_of_a_projector_that_the_instrument_measured():
+    instrument = pd.DataFrame(
+        [(projector, measure, "all", "Texts", 0.75, 0.5, 1.0)
+         for projector in ("anchored-10000", "un2clip") for measure in ("known", "readable: any")],
+        columns=["projector", "measure", "bin", "pattern", "value", "low", "high"],
+    )  # fmt: skip
+    runs = [("diva", "anchored", 10_000.0, "a", 0.5), ("diva", "anchored", 10_000.0, "b", 0.4)]
+    runs += [
+        ("diva", "anchored", 10_001.0, "c", 0.9),
+        ("un2clip", "none", None, "d", 0.1),
+        ("dcr", "none", None, "e", 1),
+    ]
+    curves = pd.DataFrame(
+        [(*run[:4], step, step * run[4] + 0.2 * (1 - step)) for run in runs for step in (1, 0)],
+        columns=["objective", "alignment", "align_seed", "run", "step", "pairs/text"],
+    )  # fmt: skip
+    curves = curves.assign(**{f"pairs/{name}": 0.0 for name in set(feedback.PATTERNS) - {"text"}})
+    table = feedback.predicted_gains(instrument, curves).set_index("projector")
+    assert list(table.index) == ["anchored-10000", "un2clip"] and list(table["pattern"]) == ["text", "text"]
+    assert list(table["gain"]) == pytest.approx([25, -10]) and list(table["seeds"]) == [2, 1]
+    assert list(table["alignment"]) == ["anchored", "un2clip"] and set(table["readable"]) == {0.75}
+
+
 def test_no_image_of_stage_1_is_shown_in_stage_2():
     made = Plan()
     assert not set(made.align_seeds) & {*made.seeds, RATE_SEED} and min(made.align_seeds) >= 10_000

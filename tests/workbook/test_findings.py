@@ -48,6 +48,15 @@ def test_readability_states_all_four_decisions_of_the_bin_of_all():
     assert text.count("70 % (95 % interval 60 to 75)") == 4 and text.endswith("Chance is 50 %.")
 
 
+def test_a_prediction_is_stated_over_all_between_projectors_and_within_anchored_ones():
+    rows = [("image-only", "i", 0.5, 0), ("image-only", "i", 0.4, 1)]
+    rows += [("anchored", name, 0.8 + k / 10, 5 + k * sign) for name, sign in (("a", 1), ("b", -1)) for k in range(2)]
+    table = pd.DataFrame(rows, columns=["alignment", "projector", "readable", "gain"])
+    text = findings.state_prediction(table)
+    assert "over 6 pairs of a projector and a pattern: **+0." in text and "of the 3 projectors: **" in text
+    assert "mean of 2: **+0.00 (95 % interval -12.71 to +12.71)**" in text
+
+
 @pytest.mark.parametrize(
     "low, high, place", [(0.26, 0.3, "above chance"), (0.2, 0.3, "not different from"), (0.1, 0.2, "below")]
 )
