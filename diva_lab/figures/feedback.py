@@ -14,8 +14,8 @@ ALIGNMENTS = {
     "unpaired": ("#7B4FA3", "D"),
     "image-only": ("#33383F", "s"),
     "placebo": ("#B08D57", "X"),
-    "un2clip": ("#009E73", "^"),  # which needs none
 }
+SOURCES = ALIGNMENTS | {"un2clip": ("#009E73", "^")}  # of feedback; un2CLIP needs no alignment
 ROWS = {  # objective and alignment -> name, colour and marker where rows of several objectives are compared
     (objective, alignment): (name + f", {alignment}", *ALIGNMENTS[alignment])
     for objective, name in (("diva", "DIVA"), ("diva, mixed", "DIVA, rate and mix chosen"))
@@ -98,14 +98,14 @@ def dose_curves(
 def gain_by_readability(runs: pd.DataFrame, source: str = "") -> Figure:
     """Readability before training against the change of the pair score after it, one mark a pattern and projector.
 
-    `runs`: columns `alignment` (of `ALIGNMENTS`), `readable` (a fraction) and `gain` (points).
+    `runs`: columns `alignment` (of `SOURCES`), `readable` (a fraction) and `gain` (points).
     """
     style.require_columns(runs, ("alignment", "readable", "gain"))
-    names = [name for name in ALIGNMENTS if name in set(runs["alignment"])]
+    names = [name for name in SOURCES if name in set(runs["alignment"])]
     fig, (ax,) = style.make_panels(1, 1, 3.4)
     ax.axvline(0.5, color=style.INK, linewidth=0.9, linestyle=(0, (1, 2)))
     ax.axhline(0, color=style.GREY, linewidth=0.8)
-    markers, palette = ({name: ALIGNMENTS[name][k] for name in names} for k in (1, 0))
+    markers, palette = ({name: SOURCES[name][k] for name in names} for k in (1, 0))
     sns.scatterplot(runs, x="readable", y="gain", hue="alignment", style="alignment", hue_order=names,
                     style_order=names, palette=palette, markers=markers, s=45, ax=ax)  # fmt: skip
     ax.set(xlabel="readable before training, %", ylabel="change of the pair score, points")
