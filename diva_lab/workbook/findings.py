@@ -189,17 +189,15 @@ def state_readability(table: pd.DataFrame, name: str) -> str:
 
 def state_prediction(predicted: pd.DataFrame) -> str:
     """How readability before goes with the gain after; `predicted` as data/results/feedback_predicted.csv."""
-
-    def correlation(table: pd.DataFrame) -> tuple[float, float, float]:
-        return rank_correlation(*(table[name].to_numpy() for name in ("readable", "gain", "projector")))
-
-    means = predicted.groupby("projector")[["readable", "gain"]].mean().reset_index()
+    whole = rank_correlation(*(predicted[name].to_numpy() for name in ("readable", "gain", "projector")))
+    means = predicted.groupby("projector")[["readable", "gain"]].mean()
+    between = means["readable"].corr(means["gain"], method="spearman")
     anchored = predicted[predicted["alignment"] == "anchored"].groupby("projector")
-    within = [correlation(part)[0] for _, part in anchored]
+    within = [part["readable"].corr(part["gain"], method="spearman") for _, part in anchored]
     return (
         f"Rank correlation (Spearman) of readability before with the gain after, over {len(predicted)} pairs of a "
-        f"projector and a pattern: **{number(*correlation(predicted), 2)}**, projectors resampled. Over the means of "
-        f"the {len(means)} projectors: **{correlation(means)[0]:+.2f}**. Among the patterns of one anchored projector, "
+        f"projector and a pattern: **{number(*whole, 2)}**, projectors resampled. Over the means of "
+        f"the {len(means)} projectors: **{between:+.2f}**. Among the patterns of one anchored projector, "
         f"mean of {len(within)}: **{number(*paired_t(within), 2)}**."
     )
 

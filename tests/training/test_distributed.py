@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import tarfile
+import time
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -40,8 +41,8 @@ def sixteen(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """The folder of all parts of `two_processes`, and how the job ended; one that hangs is an error."""
+def job(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess, float]:
+    """The folder of all parts of `two_processes`, how the job ended, and when."""
     root = tmp_path_factory.mktemp("together")
     (root / "broken.png").write_bytes(b"words")
     for k, pixels in enumerate(pictures(8)):
@@ -60,12 +61,12 @@ def job(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     with pytest.raises(KeyboardInterrupt):
         tune(settings, root / "begun", evaluate=kill)
     assert find_run(settings, root / "begun").state()["positions"] == [8]
-    return root, launch(str(root))
+    return root, launch(str(root)), time.time()
 
 
 def the_run(job, name: str) -> Run:
     """The only run of a part, of which the job said what it printed to errors if there is none."""
-    root, done = job
+    root, done, _ = job
     assert (root / name).is_dir(), f"{done.stderr[:6000]}\n...\n{done.stderr[-2000:]}"  # the first words say why
     return Run(*(root / name).iterdir())
 
@@ -109,8 +110,8 @@ def test_what_each_process_skipped_and_where_it_is_are_kept(job, halves):
 
 
 def test_a_killed_process_ends_the_job_with_an_error(job):
-    run, done = the_run(job, "dead"), job[1]
-    assert done.returncode != 0
+    run, (_, done, ended) = the_run(job, "dead"), job
+    assert done.returncode != 0 and ended - (run.folder / "settings.json").stat().st_mtime < 120
     assert not run.done and len(run.metrics())  # it had begun
     assert re.search(r"rank +: 1 .*\n +exitcode +: 9 ", done.stderr), done.stderr[-2000:]
 

@@ -220,7 +220,7 @@ def in_a_child(settings: Settings, root: Path, watch: Callable = evaluate) -> mu
     return child
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [30, pytest.param(300, marks=pytest.mark.slow)])
 def test_training_that_is_killed_at_random_moments_goes_on_to_the_same_bits(settings, tmp_path, kills):
     whole = align(settings, tmp_path / "whole", evaluate)
     start = time.perf_counter()

@@ -327,6 +327,13 @@ def test_a_failing_notebook_ends_the_run_and_what_was_written_stays(notebooks, t
     assert "failed</span>" in page and pd.read_csv(out / "summary.csv").empty
 
 
+def test_a_parameter_of_a_wrong_type_fails_with_the_notebooks_own_error(notebooks, tmp_path, capsys):
+    check = "from diva_lab.workbook.parameters import check_parameters\ncheck_parameters(globals(), seeds=int)"
+    write_notebook(notebooks, "03_check.ipynb", check, parameters="seeds = 1")
+    assert run_command(["--out", str(tmp_path / "out"), "--only", "03", "--seeds", "1,2"], notebooks) == 1
+    assert "seeds=[1, 2]: expected int, got list" in capsys.readouterr().err
+
+
 def test_only_selects_notebooks_by_number(notebooks, tmp_path):
     assert run_command(["--out", str(tmp_path / "out"), "--only", "02"], notebooks) == 0
     assert [path.name for path in select_notebooks(tmp_path / "out", None)] == ["02_print.ipynb"]
