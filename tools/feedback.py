@@ -18,8 +18,10 @@ The rate of a row is the one with the highest pair score among those that end wi
 shot accuracy; if there is none, the one with the highest sum of both. A rate at an end of its grid widens it, but for
 un2clip and kuea, which at no rate raise the score: they would always ask for a smaller one. The rates are chosen after
 the anchored and after the image-only alignment; an unpaired row takes the anchored one's, a placebo the image-only
-one's, and a row of `RELEASED` that of the row from which it differs. DCR and its guided form take the paper's. A run
-whose zero-shot accuracy falls below 70 % has diverged and is stopped.
+one's, bounded DCR the anchored one's after both, and a row of `RELEASED` that of the row from which it differs. DCR and
+its guided form take the paper's, the naive sum the one that DIVA chose. A run whose zero-shot accuracy falls below 70 %
+has diverged and is stopped. Everything is chosen on the shipped models: on others (`--models`) nothing is, and without
+names the rows of `REPEATED` are run.
 
 At its end each run is measured at `MIXES` too: between the original's weights and its own (`tuned_encoder`). The row
 `diva, mixed` chooses rate and mix together: the highest pair score within 2 points of the original's zero-shot accuracy
@@ -78,10 +80,10 @@ DCR = {"objective": "dcr", "batch": 8, "steps": 500, "timesteps": "high-noise"}
 PUBLISHED = {"lr": 1e-5}  # DCR's rate: at 3e-5 and at 1e-4 it diverged
 OBJECTIVES = {  # name -> settings of stage 2: 16,000 images, or DCR's 4,000, which take as long
     "diva": DIVA,
-    "dcr": DCR | PUBLISHED,
     "diva, mixed": DIVA,
+    "dcr": DCR | PUBLISHED,
     "dcr, bounded": DCR | {"centre": True, "flips": False, "push_weight": 0.1},
-    "naive, equal norms": DIVA | {"objective": "naive", "combine": "equal-norms"},
+    "naive, equal norms": DIVA | {"objective": "naive", "combine": "equal-norms", "lr": 4e-4},
     "dcr, guided": DCR | PUBLISHED | {"objective": "dcr-guidance"},
     "caption-contrast": {"objective": "caption-contrast", "batch": 16, "steps": 1000, "tau": 0.01},
     "un2clip": DIVA | {"objective": "un2clip", "denoiser": "unclip-tiny"},
@@ -101,13 +103,20 @@ RELEASED = {  # row -> the row that it differs from, and how: in one setting of 
 }
 OBJECTIVES |= {name: OBJECTIVES[base] | change for name, (base, change) in RELEASED.items()}
 MIXED = ("diva, mixed",)  # objectives whose mix is chosen too
-RATES = {name: (1e-4, 2e-4, 4e-4) for name in ("diva", "naive, equal norms", "caption-contrast", *RIVALS)}
+RATES = {name: (1e-4, 2e-4, 4e-4) for name in ("diva", "caption-contrast", *RIVALS)}
 RATES |= {"dcr, bounded": (3e-5, 1e-4, 3e-4), "diva, mixed": (4e-4, 8e-4, 1.6e-3)}
 SOUP_MIXES = (0.0, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 1.0)
 MIXES = (0.15, 0.3, 0.45, 0.6, 0.8)
-WHOLE = ("diva", "diva, mixed", "caption-contrast")  # objectives of five seeds, the others have three
-CONTROLS = ("placebo", "unpaired")  # alignments of three seeds, for `WHOLE` alone
-RATE_FROM = {"unpaired": "anchored", "placebo": "image-only"}  # alignment -> whose learning rate its rows take
+BOTH = ("anchored", "image-only")
+ROWS = {  # objective -> alignments before it; only `anchored` before all others
+    "diva": tuple(ALIGNMENTS), "diva, mixed": (*BOTH, "placebo"), "dcr": BOTH, "dcr, bounded": BOTH,
+} | dict.fromkeys(("caption-contrast", *RIVALS), (NO_PROJECTOR,))  # fmt: skip
+WHOLE = ("diva/anchored", "diva, mixed/anchored", "caption-contrast/none")  # rows of five seeds, the others have three
+REPEATED = ("diva/anchored", "diva/image-only", "diva, mixed/anchored", "diva, mixed/image-only", "dcr/anchored",
+            "dcr, bounded/anchored")  # rows of three seeds on other models  # fmt: skip
+RATE_FROM = {  # row, or alignment -> the alignment whose learning rate it takes
+    "unpaired": "anchored", "placebo": "image-only", "dcr, bounded/image-only": "anchored",
+}  # fmt: skip
 RATE_SEED = 99  # of runs that choose a rate; no seed that is reported
 LOSS_ALLOWED = {"zeroshot": 0.05}  # in a run that may be chosen, from its start
 MIX_ALLOWED = {"zeroshot": 0.02, "nmi": 0.05}  # at a mix that may be chosen
@@ -187,15 +196,29 @@ class Plan:
         """The world that the models were trained on."""
         return world_of(self.models)
 
-    def rows(self, rows: Iterable["Row"]) -> list["Row"]:
-        """Those of `rows` that can be run on the models."""
-        return [row for row in rows if self.models is None or row.objective not in RIVALS]
+    @cached_property
+    def chooser(self) -> "Plan":
+        """The plan on the shipped models, by whose runs rates and mixes are chosen."""
+        return self if self.models is None else Plan()
+
+    def rows(self, names: Sequence[str] = ()) -> list["Row"]:
+        """The rows of these names (`read_rows`); without names all that are planned.
+
+        Raises:
+            ValueError: for an unknown name, and for a row that cannot be run on the models.
+        """
+        rows = list(read_rows(names or ("",) if self.models is None else names or REPEATED))
+        if self.models and (rivals := {row.objective for row in rows} & {*RIVALS}):
+            raise ValueError(
+                f"{', '.join(sorted(rivals))}: only on the shipped models, whose teachers ship; omit --models"
+            )
+        return rows
 
     def seeds_of(self, row: "Row") -> tuple[int, ...]:
-        """Those of a row: fewer of a control, the first alone of `RELEASED`."""
+        """Those of a row: the first alone of `RELEASED`, three of most."""
         if row.objective in RELEASED:
             return self.seeds[:1]
-        return self.seeds if row.objective in WHOLE and row.alignment not in CONTROLS else self.seeds[:3]
+        return self.seeds if str(row) in WHOLE and self.models is None else self.seeds[:3]
 
     def reports(self, split: str) -> Report:
         return cache_report(partial(self.report, world=self.world, split=split))
@@ -363,14 +386,24 @@ def trial_rows(plan: Plan, row: Row, grid: Sequence[float], report: Report | Non
 def rate_row(row: Row) -> Row:
     """The row whose learning rate a row takes."""
     objective, _ = RELEASED.get(row.objective, (row.objective, {}))
-    return Row(objective, RATE_FROM.get(row.alignment, row.alignment))
+    alignment = RATE_FROM.get(row.alignment, row.alignment)
+    return Row(objective, RATE_FROM.get(str(row), alignment))
 
 
 def choose_trial(plan: Plan, row: Row, report: Report | None = None) -> tuple[pd.Series | None, pd.DataFrame]:
     """The row's chosen trial and all of them; without `report` nothing is trained, and there may be none.
 
-    A row that has a rate of its own needs no trial.
+    A row that has a rate of its own needs no trial. On other models than the shipped ones nothing is ever trained here.
+
+    Raises:
+        FileNotFoundError: with `report` on other models, where the trials are not on record.
     """
+    if plan.models is not None:
+        chosen, trials = choose_trial(plan.chooser, row)
+        if chosen is None and report:
+            asked = f"python -m tools.feedback rates '{rate_row(row)}'"
+            raise FileNotFoundError(f"{row}: no rate of the shipped models is on record; run `{asked}` first")
+        return chosen, trials
     if own := OBJECTIVES[row.objective].get("lr"):
         return pd.Series({"lr": own, "mix": 1.0}), pd.DataFrame()
     row = rate_row(row)
@@ -437,10 +470,10 @@ def write_tables(plan: Plan) -> None:
     feedback_missing.csv: the seeds that are not on record.
     """
     curves, mixes, pushes, tried, released, missing = [], [], [], [], [], []
-    for row in plan.rows(all_rows()):
+    for row in plan.rows():
         place = {"objective": row.objective, "alignment": row.alignment}
         chosen, trials = choose_trial(plan, row)
-        if rate_row(row) == row and len(trials):
+        if rate_row(row) == row and len(trials) and plan.models is None:
             own = (trials["lr"] == chosen["lr"]) & (trials["mix"] == chosen["mix"])
             tried.append(trials.assign(**place, chosen=own))
         for seed in plan.seeds_of(row):
@@ -601,24 +634,16 @@ SMALL = Plan(
 
 def all_rows() -> list[Row]:
     """Every row of the study, the more important ones first."""
-    rows = [Row(objective, alignment) for objective in ("diva", "diva, mixed") for alignment in ALIGNMENTS]
-    rows += [
-        Row(name, alignment)
-        for name in ("dcr", "dcr, bounded")
-        for alignment in ALIGNMENTS
-        if alignment not in CONTROLS
-    ]
-    rows += [Row(objective, NO_PROJECTOR) for objective in ("caption-contrast", *RIVALS)]
-    return rows + [Row(objective, "anchored") for objective in ("naive, equal norms", "dcr, guided", *RELEASED)]
+    return [Row(name, alignment) for name in OBJECTIVES for alignment in ROWS.get(name, ("anchored",))]
 
 
 def read_rows(names: Sequence[str]) -> Iterator[Row]:
-    """The rows that names such as `diva/anchored`, `diva` and `/anchored` stand for, in this order; of none all.
+    """The rows that names such as `diva/anchored`, `diva` and `/anchored` stand for, in this order; of "" all.
 
     Raises:
         ValueError: for an unknown name; lists the known ones.
     """
-    for name in names or [""]:
+    for name in names:
         objective, _, alignment = name.partition("/")
         rows = [row for row in all_rows() if objective in ("", row.objective) and alignment in ("", row.alignment)]
         if not rows:
@@ -639,7 +664,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [f"/{name}" for name in args.names] if args.part == "align" else args.names
     try:
         plan = SMALL if args.small else Plan.of(args.models) if args.models else Plan()
-        rows = plan.rows(read_rows(["diva/anchored"] if args.small else names))
+        rows = plan.rows(["diva/anchored"] if args.small else names)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     if args.seeds:

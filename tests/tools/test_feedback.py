@@ -155,7 +155,6 @@ def test_a_rival_without_projector_is_run_once_without_alignment(plan, objective
     feedback.write_tables(plan)
     assert pd.read_csv(plan.results / "feedback.csv")["align_seed"].isna().all()
     assert [r for r in all_rows() if r.objective == objective] == [row]
-    assert (row in replace(plan, models=plan.runs).rows(all_rows())) == (objective not in RIVALS)
 
 
 def test_a_row_of_the_released_code_takes_its_base_rows_rate_and_has_a_table_of_its_own(plan):
@@ -269,6 +268,33 @@ def test_without_records_nothing_is_chosen_and_nothing_trained(tmp_path):
     assert choose_trial(Plan(tmp_path, tmp_path), ROW)[0] is None and not list(tmp_path.iterdir())
 
 
+def test_other_models_take_what_was_chosen_on_the_shipped_ones_and_choose_nothing(plan, tmp_path, monkeypatch):
+    align_all(plan)
+    run_rows(replace(plan, seeds=(0,)), ROW)
+    other = replace(plan, results=tmp_path / "other", models=tmp_path / "models")
+    object.__setattr__(other, "chooser", plan)
+    monkeypatch.setattr(feedback, "tune", None)
+    assert choose_trial(other, ROW, lambda encoder: {})[0]["lr"] == choose_trial(plan, ROW)[0]["lr"]
+    with pytest.raises(FileNotFoundError, match=r"diva/image-only: no rate .* run `python -m tools.feedback rates 'd"):
+        choose_trial(other, Row("diva", "image-only"), lambda encoder: {})
+    assert [*map(str, other.rows())] == [*feedback.REPEATED] and other.seeds_of(ROW) == other.seeds[:3]
+    with pytest.raises(ValueError, match="kuea: only on the shipped models"):
+        other.rows(["kuea/none"])
+    assert Plan(models=tmp_path).chooser == Plan()
+
+
+@pytest.mark.parametrize(
+    "row, asked",
+    [
+        ("dcr, bounded/image-only", "dcr, bounded/anchored"), ("diva/unpaired", "diva/anchored"),
+        ("diva, mixed/placebo", "diva, mixed/image-only"), ("diva, SGD/anchored", "diva/anchored"),
+        ("diva/image-only", "diva/image-only"),
+    ],
+)  # fmt: skip
+def test_a_row_takes_the_rate_of_another(row, asked):
+    assert [str(feedback.rate_row(row)) for row in read_rows([row])] == [asked]
+
+
 def test_a_run_that_diverges_is_recorded_as_far_as_it_came(plan):
     align_all(plan)
     values = iter([0.9, 0.6])
@@ -282,6 +308,6 @@ def test_rows_are_named_by_objective_alignment_or_both():
     assert list(read_rows(["diva/anchored"])) == [ROW]
     assert {row.alignment for row in read_rows(["diva"])} == set(ALIGNMENTS)
     assert {row.objective for row in read_rows(["/anchored"])} == set(OBJECTIVES) - {"caption-contrast", *RIVALS}
-    assert list(read_rows([])) == all_rows()
+    assert list(read_rows([""])) == Plan().rows() == all_rows()
     with pytest.raises(ValueError, match=r"'dvia/anchored'; did you mean 'diva/anchored'\? expected one of diva"):
         list(read_rows(["dvia/anchored"]))
