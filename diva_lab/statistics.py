@@ -120,6 +120,24 @@ def nested_t(
     return paired_t(means.to_numpy(), level)
 
 
+def where_reached(path: Sequence[float] | pd.Series, level: float, values: Sequence[float] | pd.Series) -> float:
+    """What `values` [n] are where `path` [n] first is at `level` or above it, linear between its points; NaN if never.
+
+    Two runs can so be compared at the same score of one kind: `where_reached(pair_scores, .4, zero_shot)`.
+    """
+    path, values = np.asarray(path, dtype=float), np.asarray(values, dtype=float)
+    if path.shape != values.shape or path.ndim != 1:
+        raise ValueError(
+            f"a path and its values are lists of one length, not arrays of {path.shape} and {values.shape}"
+        )
+    reached = np.flatnonzero(path >= level)
+    if not len(reached):
+        return np.nan
+    end = reached[0]
+    first = max(end - 1, 0)
+    return float(np.interp(level, path[first : end + 1], values[first : end + 1]))
+
+
 def paired_shares(gained: int, lost: int, n: int, level: float = 0.95) -> tuple[float, float, float]:
     """Difference of two paired shares with its interval: (difference, low, high), the difference (gained - lost) / n.
 

@@ -28,6 +28,7 @@ from diva_lab.statistics import (
     percentiles,
     rank_correlation,
     regression,
+    where_reached,
     wilson,
 )
 
@@ -135,6 +136,15 @@ def test_nested_seeds_count_by_their_groups():
     assert mean == pytest.approx(0.2) and np.isnan([low, high]).all()
     copies = nested_t(values * 5, groups * 5)  # more seeds of the same groups do not narrow it
     assert copies == pytest.approx(nested_t(values, groups))
+
+
+def test_a_value_is_read_where_a_path_first_comes_to_a_level():
+    path, values = [0.1, 0.3, 0.2, 0.4], [9.0, 5.0, 7.0, 1.0]
+    assert where_reached(path, 0.2, values) == pytest.approx(7)  # on the way to .3, not at the .2 after it
+    assert where_reached(path, 0.4, values) == 1 and where_reached(path, 0.1, values) == 9
+    assert where_reached(path, 0.05, values) == 9 and np.isnan(where_reached(path, 0.41, values))
+    with pytest.raises(ValueError, match=r"arrays of \(4,\) and \(3,\)"):
+        where_reached(path, 0.2, values[:3])
 
 
 def test_a_rank_correlation_is_scipys_and_its_interval_is_wider_where_whole_groups_are_drawn():

@@ -23,8 +23,8 @@ its guided form take the paper's, the naive sum the one that DIVA chose. A run w
 has diverged and is stopped. Everything is chosen on the shipped models: on others (`--models`) nothing is, and without
 names the rows of `REPEATED` are run.
 
-At its end each run is measured at `MIXES` too: between the original's weights and its own (`tuned_encoder`). The row
-`diva, mixed` chooses rate and mix together: the highest pair score within 2 points of the original's zero-shot accuracy
+At its end each run is measured at `MIXES` too: between the original's weights and its own (`tuned_encoder`). The rows
+of `MIXED` choose rate and mix together: the highest pair score within 2 points of the original's zero-shot accuracy
 and 5 points of its NMI.
 """
 
@@ -53,6 +53,7 @@ from diva_lab.models.encoders import Encoder, load_encoder
 from diva_lab.models.registry import load_denoiser
 from diva_lab.paths import DATA, RUNS
 from diva_lab.provenance import environment, sha256
+from diva_lab.statistics import nested_t, where_reached
 from diva_lab.training.build import build_conditioner, tuned_encoder
 from diva_lab.training.controls import perturb
 from diva_lab.training.runs import Run
@@ -77,6 +78,7 @@ NO_PROJECTOR = "none"  # the alignment of an objective that reads no projector
 RIVALS = ("un2clip", "kuea")  # objectives that learn from models of `tools.rivals`, of the shipped world alone
 DIVA = {"objective": "diva", "batch": 16, "steps": 1000, "timesteps": "high-noise"}
 DCR = {"objective": "dcr", "batch": 8, "steps": 500, "timesteps": "high-noise"}
+CAPTION_CONTRAST = {"objective": "caption-contrast", "batch": 16, "steps": 1000, "tau": 0.01}
 PUBLISHED = {"lr": 1e-5}  # DCR's rate: at 3e-5 and at 1e-4 it diverged
 OBJECTIVES = {  # name -> settings of stage 2: 16,000 images, or DCR's 4,000, which take as long
     "diva": DIVA,
@@ -85,7 +87,8 @@ OBJECTIVES = {  # name -> settings of stage 2: 16,000 images, or DCR's 4,000, wh
     "dcr, bounded": DCR | {"centre": True, "flips": False, "push_weight": 0.1},
     "naive, equal norms": DIVA | {"objective": "naive", "combine": "equal-norms", "lr": 4e-4},
     "dcr, guided": DCR | PUBLISHED | {"objective": "dcr-guidance"},
-    "caption-contrast": {"objective": "caption-contrast", "batch": 16, "steps": 1000, "tau": 0.01},
+    "caption-contrast": CAPTION_CONTRAST,
+    "caption-contrast, mixed": CAPTION_CONTRAST,
     "un2clip": DIVA | {"objective": "un2clip", "denoiser": "unclip-tiny"},
     "kuea": {"objective": "kuea", "batch": 16, "steps": 1000},
 }
@@ -102,21 +105,29 @@ RELEASED = {  # row -> the row that it differs from, and how: in one setting of 
     "dcr, augment normalised": ("dcr", {"augment_normalised": True}),
 }
 OBJECTIVES |= {name: OBJECTIVES[base] | change for name, (base, change) in RELEASED.items()}
-MIXED = ("diva, mixed",)  # objectives whose mix is chosen too
+MIXED = ("diva, mixed", "caption-contrast, mixed")  # objectives whose mix is chosen too
 RATES = {name: (1e-4, 2e-4, 4e-4) for name in ("diva", "caption-contrast", *RIVALS)}
-RATES |= {"dcr, bounded": (3e-5, 1e-4, 3e-4), "diva, mixed": (4e-4, 8e-4, 1.6e-3)}
+RATES |= {"dcr, bounded": (3e-5, 1e-4, 3e-4)} | dict.fromkeys(MIXED, (4e-4, 8e-4, 1.6e-3))
 SOUP_MIXES = (0.0, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 1.0)
 MIXES = (0.15, 0.3, 0.45, 0.6, 0.8)
 BOTH = ("anchored", "image-only")
 ROWS = {  # objective -> alignments before it; only `anchored` before all others
     "diva": tuple(ALIGNMENTS), "diva, mixed": (*BOTH, "placebo"), "dcr": BOTH, "dcr, bounded": BOTH,
-} | dict.fromkeys(("caption-contrast", *RIVALS), (NO_PROJECTOR,))  # fmt: skip
-WHOLE = ("diva/anchored", "diva, mixed/anchored", "caption-contrast/none")  # rows of five seeds, the others have three
+} | dict.fromkeys(("caption-contrast", "caption-contrast, mixed", *RIVALS), (NO_PROJECTOR,))  # fmt: skip
+WHOLE = (  # rows of five seeds, the others have three
+    "diva/anchored", "diva, mixed/anchored", "caption-contrast/none", "caption-contrast, mixed/none",
+)  # fmt: skip
 REPEATED = ("diva/anchored", "diva/image-only", "diva, mixed/anchored", "diva, mixed/image-only", "dcr/anchored",
             "dcr, bounded/anchored")  # rows of three seeds on other models  # fmt: skip
 RATE_FROM = {  # row, or alignment -> the alignment whose learning rate it takes
     "unpaired": "anchored", "placebo": "image-only", "dcr, bounded/image-only": "anchored",
 }  # fmt: skip
+MATCHED = [
+    ("pairs/mean", level, name) for level in (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5) for name in ("zeroshot", "nmi")
+]
+MATCHED += [
+    ("zeroshot", lost, "pairs/mean") for lost in (0.005, 0.01, 0.02, 0.05)
+]  # `matched_scores`: at, level, measure
 RATE_SEED = 99  # of runs that choose a rate; no seed that is reported
 LOSS_ALLOWED = {"zeroshot": 0.05}  # in a run that may be chosen, from its start
 MIX_ALLOWED = {"zeroshot": 0.02, "nmi": 0.05}  # at a mix that may be chosen
@@ -466,7 +477,8 @@ def write_tables(plan: Plan) -> None:
 
     feedback.csv: every evaluation of every run. feedback_mixes.csv: every mix of every run's end. feedback_pushes.csv:
     random pushes as far as each run went. feedback_rates.csv: every trial of a rate. feedback_released.csv: the end of
-    each run of `RELEASED`. feedback_predicted.csv: `predicted_gains`, of the projectors in readability.csv.
+    each run of `RELEASED`. feedback_matched.csv: `matched_scores`. feedback_predicted.csv: `predicted_gains`, of the
+    projectors in readability.csv.
     feedback_missing.csv: the seeds that are not on record.
     """
     curves, mixes, pushes, tried, released, missing = [], [], [], [], [], []
@@ -498,6 +510,8 @@ def write_tables(plan: Plan) -> None:
         "feedback": curves, "feedback_mixes": mixes, "feedback_pushes": pushes, "feedback_rates": tried,
         "feedback_released": released, "feedback_missing": [pd.DataFrame(missing)],
     }  # fmt: skip
+    if mixes:
+        tables["feedback_matched"] = [matched_scores(pd.concat(mixes))]
     if curves and (measured := plan.results / "readability.csv").is_file():
         tables["feedback_predicted"] = [predicted_gains(pd.read_csv(measured), pd.concat(curves))]
     for name, parts in tables.items():
@@ -506,6 +520,33 @@ def write_tables(plan: Plan) -> None:
             pd.concat(parts).to_csv(plan.results / f"{name}.csv", index=False, float_format="%.5g")
         else:
             (plan.results / f"{name}.csv").unlink(missing_ok=True)
+
+
+def matched_scores(mixes: pd.DataFrame) -> pd.DataFrame:
+    """Each row's D at the same P, and P at the same D: where its runs' mixes, from 0 to 1, first come to a level.
+
+    Args:
+        mixes: feedback_mixes.csv.
+
+    Returns:
+        Columns `objective`, `alignment`, `at` and `level` (a pair score, or points of zero-shot accuracy lost against
+        the original), `measure`, `value` (its mean, `statistics.nested_t` in the seeds of stage 1), `low`, `high` and
+        `seeds`. A level that not all runs of a row come to is left out.
+    """
+    rows = []
+    for (objective, alignment), runs in mixes.groupby(["objective", "alignment"], sort=False):
+        paths = [path.sort_values("mix") for _, path in runs.groupby("seed")]
+        groups = [path["align_seed"].fillna(path["seed"]).iloc[0] for path in paths]
+        for at, level, measure in MATCHED:
+            met = []
+            for path in paths:
+                along = path[at] if at == "pairs/mean" else path[at].iloc[0] - path[at]
+                met.append(where_reached(along, level, path[measure]))
+            if not np.isnan(met).any():
+                value, low, high = nested_t(met, groups)
+                place = {"objective": objective, "alignment": alignment, "at": at, "level": level}
+                rows.append(place | {"measure": measure, "value": value, "low": low, "high": high, "seeds": len(met)})
+    return pd.DataFrame(rows)
 
 
 def predicted_gains(instrument: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
