@@ -19,7 +19,8 @@ shot accuracy; if there is none, the one with the highest sum of both. A rate at
 un2clip and kuea, which at no rate raise the score: they would always ask for a smaller one. The rates are chosen after
 the anchored and after the image-only alignment; an unpaired row takes the anchored one's, a placebo the image-only
 one's, bounded DCR the anchored one's after both, and a row of `RELEASED` that of the row from which it differs. DCR and
-its guided form take the paper's, the naive sum the one that DIVA chose. A run whose zero-shot accuracy falls below 70 %
+its guided form take the paper's, the naive sum the one that DIVA chose, and `pseudo-labels` and `true labels`, on the
+images of `tools.pseudo_labels`, that of caption-contrast. A run whose zero-shot accuracy falls below 70 %
 has diverged and is stopped. Everything is chosen on the shipped models: on others (`--models`) nothing is, and without
 names the rows of `REPEATED` are run.
 
@@ -61,6 +62,7 @@ from diva_lab.training.settings import SHIPPED, Settings
 from diva_lab.training.soup import soup
 from diva_lab.training.stages import align, find_run, tune
 from diva_lab.world import World
+from tools.pseudo_labels import FOLDER as LABELS
 from tools.records import DIGITS, read_record, write_record
 from tools.study import find_models, name_models, world_of
 
@@ -89,6 +91,8 @@ OBJECTIVES = {  # name -> settings of stage 2: 16,000 images, or DCR's 4,000, wh
     "dcr, guided": DCR | PUBLISHED | {"objective": "dcr-guidance"},
     "caption-contrast": CAPTION_CONTRAST,
     "caption-contrast, mixed": CAPTION_CONTRAST,
+    "pseudo-labels": CAPTION_CONTRAST | {"lr": 4e-4, "images": str(LABELS / "denoiser")},
+    "true labels": CAPTION_CONTRAST | {"lr": 4e-4, "images": str(LABELS / "world")},
     "un2clip": DIVA | {"objective": "un2clip", "denoiser": "unclip-tiny"},
     "kuea": {"objective": "kuea", "batch": 16, "steps": 1000},
 }
@@ -105,6 +109,7 @@ RELEASED = {  # row -> the row that it differs from, and how: in one setting of 
     "dcr, augment normalised": ("dcr", {"augment_normalised": True}),
 }
 OBJECTIVES |= {name: OBJECTIVES[base] | change for name, (base, change) in RELEASED.items()}
+CAPTIONED = ("caption-contrast", "caption-contrast, mixed", "pseudo-labels", "true labels")  # without a denoiser
 MIXED = ("diva, mixed", "caption-contrast, mixed")  # objectives whose mix is chosen too
 RATES = {name: (1e-4, 2e-4, 4e-4) for name in ("diva", "caption-contrast", *RIVALS)}
 RATES |= {"dcr, bounded": (3e-5, 1e-4, 3e-4)} | dict.fromkeys(MIXED, (4e-4, 8e-4, 1.6e-3))
@@ -113,7 +118,7 @@ MIXES = (0.15, 0.3, 0.45, 0.6, 0.8)
 BOTH = ("anchored", "image-only")
 ROWS = {  # objective -> alignments before it; only `anchored` before all others
     "diva": tuple(ALIGNMENTS), "diva, mixed": (*BOTH, "placebo"), "dcr": BOTH, "dcr, bounded": BOTH,
-} | dict.fromkeys(("caption-contrast", "caption-contrast, mixed", *RIVALS), (NO_PROJECTOR,))  # fmt: skip
+} | dict.fromkeys((*CAPTIONED, *RIVALS), (NO_PROJECTOR,))  # fmt: skip
 WHOLE = (  # rows of five seeds, the others have three
     "diva/anchored", "diva, mixed/anchored", "caption-contrast/none", "caption-contrast, mixed/none",
 )  # fmt: skip

@@ -121,14 +121,17 @@ def embedding_gradients(objective: Callable[[Step], dict[str, Tensor]], step: St
 
 
 @torch.no_grad()
-def statement_margins(
-    denoiser: Denoiser, step: Step, right: Float[Tensor, "m l c"], wrong: Float[Tensor, "m l c"]
-) -> Float[Tensor, " m"]:
-    """L_rec under the wrong statement less that under the right one, means over `settings.draws` draws of (t, eps)."""
+def statement_losses(step: Step, contexts: Sequence[Float[Tensor, "m l c"]]) -> Float[Tensor, "k m"]:
+    """L_rec of m images under each of k statements, the mean over `settings.draws` draws of (t, eps), equal for all.
+
+    Args:
+        step: the images, and the denoiser.
+        contexts: k times the m statements, as `denoiser.encode_text` gives them.
+    """
     draws = step.settings.draws
     x_t, t, noise = step.draw_noisy(step.latents().repeat(draws, 1, 1, 1))
-    losses = [reconstruction(denoiser.predict(x_t, t, c.repeat(draws, 1, 1)), noise) for c in (right, wrong)]
-    return (losses[1] - losses[0]).view(draws, -1).mean(0)
+    losses = [reconstruction(step.denoiser.predict(x_t, t, c.repeat(draws, 1, 1)), noise) for c in contexts]
+    return torch.stack(losses).unflatten(1, (draws, -1)).mean(1)
 
 
 # --- the report -------------------------------------------------------------------------------------------------
@@ -204,7 +207,8 @@ class Instrument:
 
             found = {}
             if contexts:
-                found["known"] = statement_margins(self.denoiser, start()[0], contexts[side], contexts[1 - side])
+                right, wrong = statement_losses(start()[0], (contexts[side], contexts[1 - side]))
+                found["known"] = wrong - right
             for objective in self.objectives:
                 for term, gradient in embedding_gradients(OBJECTIVES[objective], *start()).items():
                     found[objective if term in (objective, "rec") else f"{objective} {term}"] = gradient
