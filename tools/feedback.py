@@ -17,12 +17,12 @@ by side, on a GPU a dozen times: the processes share the runs, and none takes wh
 The rate of a row is the one with the highest pair score among those that end within 5 points of the original's zero-
 shot accuracy; if there is none, the one with the highest sum of both. A rate at an end of its grid widens it, but for
 un2clip and kuea, which at no rate raise the score: they would always ask for a smaller one. The rates are chosen after
-the anchored and after the image-only alignment; an unpaired row takes the anchored one's, a placebo the image-only
-one's, bounded DCR the anchored one's after both, and a row of `RELEASED` that of the row from which it differs. DCR and
-its guided form take the paper's, the naive sum the one that DIVA chose, and `pseudo-labels` and `true labels`, on the
-images of `tools.pseudo_labels`, that of caption-contrast. A run whose zero-shot accuracy falls below 70 %
-has diverged and is stopped. Everything is chosen on the shipped models: on others (`--models`) nothing is, and without
-names the rows of `REPEATED` are run.
+the anchored and after the image-only alignment. Others take the rate of another row: unpaired, poor captions and bounded
+DCR that of the anchored one, a placebo that of the image-only one, a row of `RELEASED` that of the row from which it
+differs, the naive sum that of DIVA, `pseudo-labels` and `true labels`, on the images of `tools.pseudo_labels`, that of
+caption-contrast; DCR and its guided form the paper's. A run whose zero-shot accuracy falls below 70 % has diverged and
+is stopped. Everything is chosen on the shipped models: on others (`--models`) nothing is, and without names the rows of
+`REPEATED` are run.
 
 At its end each run is measured at `MIXES` too: between the original's weights and its own (`tuned_encoder`). The rows
 of `MIXED` choose rate and mix together: the highest pair score within 2 points of the original's zero-shot accuracy
@@ -75,7 +75,10 @@ ALIGNMENTS = {  # name -> what differs in stage 1
     "image-only": {"anchor": "none"},
     "placebo": {"anchor": "shuffled"},
     "unpaired": {"anchor": "text"},
+    "mentions .3": {"anchor": "captions", "mentions": 0.3},
+    "mentions .1": {"anchor": "captions", "mentions": 0.1},
 }
+POOR = ("mentions .3", "mentions .1")  # alignments of one seed: captions that say little
 NO_PROJECTOR = "none"  # the alignment of an objective that reads no projector
 RIVALS = ("un2clip", "kuea")  # objectives that learn from models of `tools.rivals`, of the shipped world alone
 DIVA = {"objective": "diva", "batch": 16, "steps": 1000, "timesteps": "high-noise"}
@@ -126,7 +129,7 @@ REPEATED = ("diva/anchored", "diva/image-only", "diva, mixed/anchored", "diva, m
             "dcr, bounded/anchored")  # rows of three seeds on other models  # fmt: skip
 RATE_FROM = {  # row, or alignment -> the alignment whose learning rate it takes
     "unpaired": "anchored", "placebo": "image-only", "dcr, bounded/image-only": "anchored",
-}  # fmt: skip
+} | dict.fromkeys(POOR, "anchored")  # fmt: skip
 MATCHED = [
     ("pairs/mean", level, name) for level in (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5) for name in ("zeroshot", "nmi")
 ]
@@ -231,8 +234,8 @@ class Plan:
         return rows
 
     def seeds_of(self, row: "Row") -> tuple[int, ...]:
-        """Those of a row: the first alone of `RELEASED`, three of most."""
-        if row.objective in RELEASED:
+        """Those of a row: the first alone of `RELEASED` and of `POOR`, three of most."""
+        if row.objective in RELEASED or row.alignment in POOR:
             return self.seeds[:1]
         return self.seeds if str(row) in WHOLE and self.models is None else self.seeds[:3]
 
@@ -316,7 +319,12 @@ def align_once(plan: Plan, name: str, seed: int) -> None:
 
 def align_tasks(plan: Plan, alignments: Sequence[str]) -> list[Task]:
     """Stage 1 of each alignment and seed, the first seed of all alignments before the second."""
-    return [partial(align_once, plan, name, seed) for seed in plan.align_seeds for name in alignments]
+    return [
+        partial(align_once, plan, name, seed)
+        for k, seed in enumerate(plan.align_seeds)
+        for name in alignments
+        if k == 0 or name not in POOR
+    ]
 
 
 def score_mixes(run: Run, mixes: Sequence[float], report: Report) -> pd.DataFrame:

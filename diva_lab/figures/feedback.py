@@ -11,6 +11,8 @@ from diva_lab.figures import style
 # a colour and a marker for each alignment, in every figure
 ALIGNMENTS = {
     "anchored": ("#0072B2", "o"),
+    "mentions .3": ("#4C9BD0", "v"),  # anchored in captions that say less
+    "mentions .1": ("#8FC1E3", "<"),
     "unpaired": ("#7B4FA3", "D"),
     "image-only": ("#33383F", "s"),
     "placebo": ("#B08D57", "X"),
@@ -26,7 +28,10 @@ ROWS = {  # objective and alignment -> name, colour and marker where rows of sev
     ("naive, equal norms", "anchored"): ("naive sum, anchored", style.COLOURS["naive"], "v"),
     ("dcr, guided", "anchored"): ("DCR guided, anchored", "#8C6D1F", "*"),
     ("caption-contrast", "none"): ("CLIP's loss on captions", style.COLOURS["caption-contrast"], "P"),
-}
+    ("caption-contrast, mixed", "none"): (
+        "CLIP's loss on captions, rate and mix chosen", style.COLOURS["caption-contrast"], "P"
+    ),
+}  # fmt: skip
 DECISIONS = {  # measure -> its name and colour
     "known": ("known by the denoiser", "#009E73"),
     "readable: diva": ("readable in the feedback", "#0072B2"),
