@@ -17,7 +17,7 @@ by side, on a GPU a dozen times: the processes share the runs, and none takes wh
 The rate of a row is the one with the highest pair score among those that end within 5 points of the original's zero-
 shot accuracy; if there is none, the one with the highest sum of both. A rate at an end of its grid widens it, but for
 un2clip and kuea, which at no rate raise the score: they would always ask for a smaller one. The rates are chosen after
-the anchored and after the image-only alignment. Others take the rate of another row: unpaired, poor captions and bounded
+the anchored and after the image-only alignment. Others take that of another row: unpaired, poor captions and bounded
 DCR that of the anchored one, a placebo that of the image-only one, a row of `RELEASED` that of the row from which it
 differs, the naive sum that of DIVA, `pseudo-labels` and `true labels`, on the images of `tools.pseudo_labels`, that of
 caption-contrast; DCR and its guided form the paper's. A run whose zero-shot accuracy falls below 70 % has diverged and
