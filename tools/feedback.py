@@ -5,7 +5,7 @@
     python -m tools.feedback run [ROW ...]            each row's seeds, on the split `measure`
     python -m tools.feedback tables                   data/results/feedback.csv, and what was tried and is missing
     python -m tools.feedback readability              the instrument on every projector -> data/results/readability.csv
-    python -m tools.feedback soup                     the mean of the mixed row's runs -> data/results/feedback_soup.csv
+    python -m tools.feedback soup                     the mean of the mixed rows' runs -> data/results/feedback_soup.csv
     python -m tools.feedback ship                     the first anchored projector, and a run of DCR for notebook 10
     python -m tools.feedback --models FOLDER PART     the same on other models, as `tools.pretrain` writes them
 
@@ -524,7 +524,7 @@ def write_tables(plan: Plan) -> None:
         "feedback_released": released, "feedback_missing": [pd.DataFrame(missing)],
     }  # fmt: skip
     if mixes:
-        tables["feedback_matched"] = [matched_scores(pd.concat(mixes))]
+        tables["feedback_matched"] = [matched_scores(pd.concat([*mixes, read_soups(plan)]))]
     if curves and (measured := plan.results / "readability.csv").is_file():
         tables["feedback_predicted"] = [predicted_gains(pd.read_csv(measured), pd.concat(curves))]
     for name, parts in tables.items():
@@ -634,23 +634,42 @@ def measure_readability(plan: Plan) -> None:
         print(f"{name}: {whole.round(3).to_dict()}", flush=True)
 
 
-def measure_soup(plan: Plan) -> None:
-    """The mean of the runs of `diva, mixed/anchored` that are here, at `SOUP_MIXES` on both splits.
+SOUPS = [Row("diva, mixed", "anchored"), Row("caption-contrast, mixed", NO_PROJECTOR)]
 
-    The mix is chosen on `choose`, by the rule of the row.
+
+def read_soups(plan: Plan) -> pd.DataFrame:
+    """The soups' scores on the reported pairs, as lines of feedback_mixes.csv; empty where none was made."""
+    path = plan.results / "feedback_soup.csv"
+    if not path.is_file():
+        return pd.DataFrame()
+    table = pd.read_csv(path).query("split == 'measure'")
+    return table.assign(objective="soup of " + table["objective"], seed=0, align_seed=None)
+
+
+def measure_soups(plan: Plan) -> None:
+    """The mean of the runs of each row of `SOUPS` that are here, at `SOUP_MIXES` on both splits.
+
+    The mix is chosen on `choose`, by the rule of the row. A row of fewer than two runs here keeps its lines.
     """
-    row = Row("diva, mixed", "anchored")
-    chosen, _ = choose_trial(plan, row)
-    runs = [find_run(plan.stage_2(row, float(chosen["lr"]), seed), plan.runs) for seed in plan.seeds]
-    made = soup([run for run in runs if run.done], plan.runs)
-    tables = {split: score_mixes(made, SOUP_MIXES, plan.reports(split)) for split in WORLD_SPLITS}
-    within = {split: is_within(table, table.iloc[0], MIX_ALLOWED) for split, table in tables.items()}
-    best = tables["choose"]["pairs/mean"].where(within["choose"]).idxmax()
-    facts = {"runs": made.settings["runs"], "git": environment()["git"]}
-    pd.concat(
-        table.assign(split=split, **facts, within=within[split], chosen=table.index == best)
-        for split, table in tables.items()
-    ).to_csv(plan.results / "feedback_soup.csv", index=False, float_format="%.5g")
+    path, made = plan.results / "feedback_soup.csv", []
+    before = pd.read_csv(path) if path.is_file() else pd.DataFrame({"objective": []})
+    for row in SOUPS:
+        chosen, _ = choose_trial(plan, row)
+        runs = [find_run(plan.stage_2(row, float(chosen["lr"]), seed), plan.runs) for seed in plan.seeds]
+        runs = [run for run in runs if run.done]
+        if len(runs) < 2:
+            print(f"{row}: {len(runs)} of its runs are in {plan.runs}; its soup stays as it is")
+            made.append(before[before["objective"] == row.objective])
+            continue
+        mixed = soup(runs, plan.runs)
+        tables = {split: score_mixes(mixed, SOUP_MIXES, plan.reports(split)) for split in WORLD_SPLITS}
+        within = {split: is_within(table, table.iloc[0], MIX_ALLOWED) for split, table in tables.items()}
+        best = tables["choose"]["pairs/mean"].where(within["choose"]).idxmax()
+        facts = {"objective": row.objective, "alignment": row.alignment}
+        facts |= {"runs": mixed.settings["runs"], "git": environment()["git"]}
+        for split, table in tables.items():
+            made.append(table.assign(split=split, **facts, within=within[split], chosen=table.index == best))
+    pd.concat(made).to_csv(path, index=False, float_format="%.5g")
 
 
 def ship_projector(plan: Plan) -> Path:
@@ -736,7 +755,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.part == "readability":
         measure_readability(plan)
     if args.part == "soup":
-        measure_soup(plan)
+        measure_soups(plan)
     if args.part == "ship":
         print(ship_projector(plan), ship_run(plan), sep="\n")
 

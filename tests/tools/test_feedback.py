@@ -175,6 +175,23 @@ def test_tables_hold_every_evaluation_and_name_what_is_missing(plan):
     assert pushes["match"].tolist() == ["norm"]
 
 
+def test_a_soup_is_of_the_runs_that_are_here_and_a_row_without_them_keeps_its_lines(plan, monkeypatch):
+    monkeypatch.setattr(feedback, "SOUP_MIXES", (0.0, 0.5))
+    row = Row("caption-contrast, mixed", "none")
+    run_rows(plan, row)
+    plan.results.mkdir(exist_ok=True)
+    kept = pd.DataFrame({"objective": ["diva, mixed", row.objective], "mix": [0.3, 0.7], "split": "measure"})
+    kept.to_csv(plan.results / "feedback_soup.csv", index=False)
+    align_all(plan)
+    run_rows(replace(plan, seeds=(0,)), Row("diva, mixed", "anchored"))  # one run makes no soup
+    feedback.measure_soups(plan)
+    table = pd.read_csv(plan.results / "feedback_soup.csv")
+    assert table.groupby("objective")["mix"].agg(list).to_dict() == {"diva, mixed": [0.3], row.objective: [0, 0.5] * 2}
+    ours = table[table["objective"] == row.objective]
+    assert set(ours["split"]) == {"choose", "measure"} and ours["runs"].str.count("tune-").eq(2).all()
+    assert set(feedback.read_soups(plan)["objective"]) == {"soup of diva, mixed", f"soup of {row.objective}"}
+
+
 @pytest.mark.parametrize("objective", ["caption-contrast", *RIVALS])
 def test_a_rival_without_projector_is_run_once_without_alignment(plan, objective):
     row = Row(objective, "none")

@@ -7,7 +7,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -176,13 +176,20 @@ def test_what_cannot_be_written_is_one_error_that_names_the_folder_and_the_run_g
 
 
 @pytest.fixture
-def settings(small_settings, monkeypatch) -> Settings:
-    """A stage 1 that saves after each of its steps; its frozen models are loaded once."""
+def settings(small_settings, monkeypatch) -> Iterator[Settings]:
+    """A stage 1 that saves after each of its steps; its frozen models are loaded once.
+
+    Everything runs in one thread: a forked process has the parent's pool of threads without the threads, and would wait
+    for them without end.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     settings = replace(small_settings, objective="diva", draws=1, batch=1, steps=6, save_every=1, evaluate_every=2)
     denoiser = stages.build_denoiser(settings)
     monkeypatch.setattr(stages, "load_encoder", cache(stages.load_encoder))
     monkeypatch.setattr(stages, "build_denoiser", lambda *_: denoiser)
-    return settings
+    yield settings
+    torch.set_num_threads(threads)
 
 
 def evaluate(conditioner, encoder, denoiser) -> dict[str, float]:
