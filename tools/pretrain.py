@@ -3,7 +3,9 @@
 `python -m tools.pretrain all` writes `data/tiny/clip` in open_clip's on-disk format and `data/tiny/diffusion` in Stable
 Diffusion's, each with `record.json`: seed, git sha, versions, sha256 and time. A stopped command continues from its
 last checkpoint under `runs/pretrain/`. `models --world 1 --out runs/world-1` trains models on another world, which
-`python -m tools.study --models runs/world-1` studies.
+`python -m tools.study --models runs/world-1` studies. `own-text --out runs/own-text` puts beside the shipped CLIP a
+denoiser that does not read prompts by it: its text tower has another width and learned its words from another seed, as
+Stable Diffusion 2.1 reads prompts by OpenCLIP's, whichever CLIP is tuned.
 
 The CLIP is trained in two phases. *Words*: the text tower learns, by CLIP's contrastive loss, to match captions with
 the attributes of their scenes. Batches consist of minimal pairs; a caption names the one detail in which its pair
@@ -16,6 +18,7 @@ does not connect them with what it sees.
 import argparse
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -181,8 +184,11 @@ def save_tokenizer(folder: Path) -> None:
     CLIPTokenizer(vocab=ids, merges=merges, model_max_length=CONTEXT).save_pretrained(folder)
 
 
-def clip_config(world: World, vocabulary_size: int) -> dict:
-    """open_clip's configuration of the tiny CLIP."""
+WIDTH, OWN_WIDTH = 128, 96  # of the tiny CLIP's text tower, and of another one that only a denoiser reads
+
+
+def clip_config(world: World, vocabulary_size: int, width: int = WIDTH) -> dict:
+    """open_clip's configuration of the tiny CLIP; `width` of its text tower, in heads of 32."""
     return {
         "model_cfg": {
             "embed_dim": 128,
@@ -196,8 +202,8 @@ def clip_config(world: World, vocabulary_size: int) -> dict:
             "text_cfg": {
                 "context_length": CONTEXT,
                 "vocab_size": vocabulary_size,
-                "width": 128,
-                "heads": 4,
+                "width": width,
+                "heads": width // 32,
                 "layers": 3,
                 "hf_tokenizer_name": "tiny",
             },
@@ -225,14 +231,16 @@ class AttributeTower(nn.Module):
         return sum(table(torch.from_numpy(scenes[name].astype(int))) for name, table in self.tables.items())
 
 
-def pretrain_clip(out: Path, world: World, seed: int, steps: tuple[int, int] = (800, 250), p: float = SIGHT) -> None:
+def pretrain_clip(
+    out: Path, world: World, seed: int, steps: tuple[int, int] = (800, 250), p: float = SIGHT, width: int = WIDTH
+) -> None:
     """Train the tiny CLIP in two phases (see the module's docstring) and write it as an open_clip folder.
 
     `steps` are those of the two phases; `p` is the probability that a caption names a detail in the second.
     """
     out.mkdir(parents=True, exist_ok=True)
     save_tokenizer(out)
-    config = clip_config(world, len(CLIPTokenizer.from_pretrained(out)))
+    config = clip_config(world, len(CLIPTokenizer.from_pretrained(out)), width)
     (out / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     model = new_clip(out, seed)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
@@ -254,7 +262,7 @@ def pretrain_clip(out: Path, world: World, seed: int, steps: tuple[int, int] = (
             image = model.encode_image((pool.batch(index) - mean) / std)
         return loss(image, captions(pool.scenes[index], p, rng))
 
-    tag, visual = f"clip-{world.seed}-{seed}", model.visual
+    tag, visual = f"clip-{world.seed}-{seed}" + f"-{width}" * (width != WIDTH), model.visual
     model.visual = None
     fit(f"{tag}-words", {"model": model, "attributes": attributes}, words, steps[0], 1e-3, seed)
     model.visual = visual
@@ -362,9 +370,11 @@ def encode_latents(vae: AutoencoderKL, pool: Pool) -> Tensor:
 
 
 def pretrain_diffusion(
-    out: Path, world: World, seed: int, steps: int = 4500, batch: int = 64, emphasis: float = 6.0
+    out: Path, world: World, seed: int, steps: int = 4500, batch: int = 64, emphasis: float = 6.0, text: str = "clip"
 ) -> None:
     """Train the UNet on full captions, 10 % of them empty, with CLIP's own frozen text tower as in Stable Diffusion.
+
+    `text` is the folder beside `out` whose text tower it reads, in open_clip's format.
 
     The error at timestep t has the weight min(1 / abar_t, `emphasis`). Up to a factor this is the loss on the velocity,
     except at the highest noise. Unweighted errors of the noise hardly count where the caption decides most.
@@ -373,8 +383,8 @@ def pretrain_diffusion(
     save_tokenizer(out / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).eval()
-    text_encoder = clip_text_encoder(out.parent / "clip", tokenizer)
-    unet = new_unet(world, seed)
+    text_encoder = clip_text_encoder(out.parent / text, tokenizer)
+    unet = new_unet(world, seed, cross_attention_dim=text_encoder.config.hidden_size)
     scheduler = DDPMScheduler(**NOISE, prediction_type="epsilon")
     pool = Pool(world, draw_scenes(SCENES, (world.seed, 1)))
     latents = encode_latents(vae, pool)
@@ -394,7 +404,7 @@ def pretrain_diffusion(
             predicted = unet(noisy, t, context).sample
         return (weight[t] * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
 
-    parts = sha256(out / "vae" / WEIGHTS)[:6] + sha256(out.parent / "clip" / CLIP_WEIGHTS)[:6]
+    parts = sha256(out / "vae" / WEIGHTS)[:6] + sha256(out.parent / text / CLIP_WEIGHTS)[:6]
     name = f"diffusion-{world.seed}-{seed}-{emphasis}-{parts}"
     fit(name, {"unet": unet}, loss_of, steps, 1e-3, seed, decay=0.9995)
     unet.half().save_pretrained(out / "unet")
@@ -415,12 +425,20 @@ PIPELINE = {  # model_index.json of a Stable Diffusion folder
 }
 
 
+def pretrain_own_text(out: Path, world: World, seed: int) -> None:
+    """The shipped CLIP and autoencoder, and a UNet that reads another CLIP's text tower, which saw no images."""
+    for part in ("clip", "diffusion/vae"):
+        shutil.copytree(DATA / "tiny" / part, out / part, dirs_exist_ok=True)
+    pretrain_clip(out / "text", world, seed + 1, steps=(800, 0), width=OWN_WIDTH)
+    pretrain_diffusion(out / "diffusion", world, seed + 1, text="text")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.pretrain", description=__doc__.split("\n")[0])
     parser.add_argument(
         "what",
-        choices=("clip", "vae", "diffusion", "models", "pairs", "all"),
-        help="diffusion needs clip and vae; models: these three; all: the shipped image pairs too",
+        choices=("clip", "vae", "diffusion", "models", "own-text", "pairs", "all"),
+        help="diffusion needs clip and vae; models: these three; all: the shipped image pairs too; own-text: see above",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", type=int, default=0, help="seed of the world to train on")
@@ -435,6 +453,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, train in parts.items():
         if args.what in (name, "models", "all"):
             train(args.out / ("clip" if name == "clip" else "diffusion"), World(args.world), args.seed)
+    if args.what == "own-text":
+        pretrain_own_text(args.out, World(args.world), args.seed)
     if args.what in ("pairs", "all"):
         write_pairs(DATA / "world" / "pairs", World(args.world), 15, args.seed)
         write_record(DATA / "world", seed=args.seed, world=args.world)
