@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from diva_lab.evaluation.pairs import compare_pairs
+from diva_lab.figures.feedback import ROWS
 from diva_lab.figures.style import CHANCE, label_of
 from diva_lab.statistics import conflict_rate, nested_t, paired_t, percent, rank_correlation
 
@@ -167,6 +168,33 @@ def state_mix(mixes: pd.DataFrame, row: tuple[str, str], measures: Sequence[str]
         return f"{name}: not run."
     first, last = (rows[of].set_index("seed") for of in (rows["mix"] == 0, rows["chosen"]))
     return f"{name}, mix {last['mix'].iloc[0]:g} ({len(last)} seeds): {_state_changes(first, last, measures)}."
+
+
+def tabulate_matched(matched: pd.DataFrame, at: str, measure: str) -> str:
+    """A Markdown table: each row's `measure` in percent where it first comes to the levels of `at`, with its interval.
+
+    A dash: not all runs of the row come there. One run, or one soup of runs, has no interval.
+
+    Args:
+        matched: as data/results/feedback_matched.csv.
+        at: `pairs/mean`, a pair score, or `zeroshot`, points of zero-shot accuracy that were lost.
+    """
+    table = matched[(matched["at"] == at) & (matched["measure"] == measure)]
+    levels = sorted(table["level"].unique())
+    lines = [["", *(f"{100 * level:g}" for level in levels)], ["---"] * (len(levels) + 1)]
+    for (objective, alignment), rows in table.groupby(["objective", "alignment"], sort=False):
+        base = objective.removeprefix("soup of ")
+        name = ROWS.get((base, alignment), (f"{base}, {alignment}",))[0]
+        found = rows.set_index("level")
+        cells = [_interval(found.loc[level]) if level in found.index else "–" for level in levels]
+        lines.append([f"mean of the runs of {name}" if base != objective else name, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _interval(row: pd.Series) -> str:
+    """A value in percent with its interval, if there is one, as `54.2 [45.1, 63.0]`."""
+    value, low, high = (f"{100 * row[name]:.1f}" for name in ("value", "low", "high"))
+    return value if "nan" in (low, high) else f"{value} [{low}, {high}]"
 
 
 def _state_changes(first: pd.DataFrame, last: pd.DataFrame, measures: Sequence[str]) -> str:

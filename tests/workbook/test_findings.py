@@ -43,6 +43,22 @@ def test_a_mix_is_stated_as_it_was_chosen_with_the_interval_over_stage_1():
     assert findings.state_mix(MIXES, ("dcr", "anchored"), ["pairs/mean"]) == "dcr, anchored: not run."
 
 
+def test_scores_at_the_same_level_are_a_table_with_a_dash_where_a_row_does_not_come():
+    rows = [("diva", "anchored", "pairs/mean", 0.2, "zeroshot", 0.965, 0.96, 0.97),
+            ("diva", "anchored", "pairs/mean", 0.25, "zeroshot", 0.95, 0.94, 0.96),
+            ("diva", "anchored", "pairs/mean", 0.25, "nmi", 0.8, 0.7, 0.9),
+            ("soup of diva", "anchored", "pairs/mean", 0.25, "zeroshot", 0.96, np.nan, np.nan),
+            ("new", "placebo", "pairs/mean", 0.2, "zeroshot", 0.5, np.nan, np.nan)]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["objective", "alignment", "at", "level", "measure", "value", "low", "high"])
+    assert findings.tabulate_matched(table, "pairs/mean", "zeroshot").splitlines() == [
+        "|  | 20 | 25 |",
+        "| --- | --- | --- |",
+        "| DIVA, anchored | 96.5 [96.0, 97.0] | 95.0 [94.0, 96.0] |",
+        "| mean of the runs of DIVA, anchored | – | 96.0 |",
+        "| new, placebo | 50.0 | – |",
+    ]
+
+
 def test_readability_states_all_four_decisions_of_the_bin_of_all():
     text = findings.state_readability(READABLE, "anchored")
     assert text.count("70 % (95 % interval 60 to 75)") == 4 and text.endswith("Chance is 50 %.")
