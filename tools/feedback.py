@@ -130,12 +130,9 @@ REPEATED = ("diva/anchored", "diva/image-only", "diva, mixed/anchored", "diva, m
 RATE_FROM = {  # row, or alignment -> the alignment whose learning rate it takes
     "unpaired": "anchored", "placebo": "image-only", "dcr, bounded/image-only": "anchored",
 } | dict.fromkeys(POOR, "anchored")  # fmt: skip
-MATCHED = [
-    ("pairs/mean", level, name) for level in (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5) for name in ("zeroshot", "nmi")
-]
-MATCHED += [
-    ("zeroshot", lost, "pairs/mean") for lost in (0.005, 0.01, 0.02, 0.05)
-]  # `matched_scores`: at, level, measure
+LEVELS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)  # pair scores of `matched_scores`
+MATCHED = [("pairs/mean", level, name) for name in ("zeroshot", "nmi", "probe/mean") for level in LEVELS]
+MATCHED += [("zeroshot", lost, "pairs/mean") for lost in (0.005, 0.01, 0.02, 0.05)]  # at, level, measure
 RATE_SEED = 99  # of runs that choose a rate; no seed that is reported
 LOSS_ALLOWED = {"zeroshot": 0.05}  # in a run that may be chosen, from its start
 MIX_ALLOWED = {"zeroshot": 0.02, "nmi": 0.05}  # at a mix that may be chosen
@@ -524,7 +521,8 @@ def write_tables(plan: Plan) -> None:
         "feedback_released": released, "feedback_missing": [pd.DataFrame(missing)],
     }  # fmt: skip
     if mixes:
-        tables["feedback_matched"] = [matched_scores(pd.concat([*mixes, read_soups(plan)]))]
+        apart = pd.concat(mixes).drop_duplicates(["run", "mix"])  # two rows may have chosen the same runs
+        tables["feedback_matched"] = [matched_scores(pd.concat([apart, read_soups(plan)]))]
     if curves and (measured := plan.results / "readability.csv").is_file():
         tables["feedback_predicted"] = [predicted_gains(pd.read_csv(measured), pd.concat(curves))]
     for name, parts in tables.items():

@@ -133,7 +133,8 @@ def front(
 
     Args:
         mixes: columns `objective`, `alignment` (keys of `ROWS`), `seed`, `mix`, `chosen`, `pairs/mean` and `measures`.
-        pushes: random pushes as far as the runs went, drawn as crosses; columns `pairs/mean` and `measures`.
+        pushes: random pushes as far as the runs went, drawn as crosses; columns `pairs/mean` and `measures`. Those that
+            lost more than any row are counted at the left.
         measures: of discrimination, a panel each.
     """
     style.require_columns(mixes, ("objective", "alignment", "seed", "mix", "chosen", "pairs/mean", *measures))
@@ -153,8 +154,12 @@ def front(
             ax.plot(*chosen, marker, color=colour, markersize=9, zorder=3, **look)
         start = mixes.loc[mixes["mix"] == 0, [measure, "pairs/mean"]].mean()
         ax.plot(*start, "o", color=style.INK, label="original", **style.ORIGINAL)
+        left = ax.get_xlim()[0]  # the rows fill the panel
         if pushes is not None and len(pushes):
             ax.plot(pushes[measure], pushes["pairs/mean"], "x", color=style.GREY, markersize=6, label="random push")
+            ax.set_xlim(left=left)
+            if beyond := int((pushes[measure] < left).sum()):
+                ax.annotate(f"← {beyond} more", (0.01, 0.015), xycoords="axes fraction", color=style.GREY, fontsize=8)
         ax.set(xlabel=f"{style.label_of(measure)}, %", ylabel=f"{style.label_of('pairs/mean')}, %")
         ax.xaxis.set_major_formatter(style.PERCENT)
         ax.yaxis.set_major_formatter(style.PERCENT)

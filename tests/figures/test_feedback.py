@@ -1,6 +1,7 @@
 """Readability and doses as drawn."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from figure_records import DOSE, GAINS, MIXES, PUSHES, READABLE, legend, lines
 
@@ -38,6 +39,13 @@ def test_a_front_runs_from_the_original_to_the_tuned_weights_with_a_large_mark_a
         assert drawn[1] == pytest.approx(np.array(path[1:2]))
     assert {"original", "random push", "DIVA, anchored", "CLIP's loss on captions"} <= set(legend(fig))
     assert len(legend(fig)) == 5
+
+
+def test_pushes_that_lost_more_than_any_row_are_counted_at_the_left():
+    far = PUSHES.assign(zeroshot=0.3)
+    zeroshot, nmi = figures.front(MIXES, pd.concat([PUSHES, far])).axes
+    assert [text.get_text() for text in zeroshot.texts] == [f"← {len(far)} more"] and not nmi.texts
+    assert zeroshot.get_xlim()[0] == pytest.approx(figures.front(MIXES).axes[0].get_xlim()[0])
 
 
 def test_every_row_of_a_front_has_a_look_of_its_own():

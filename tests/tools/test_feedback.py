@@ -1,11 +1,13 @@
 """The study of alignments: what is run once, how a rate is chosen, and what its tables hold."""
 
+import re
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 
 from diva_lab.paths import DATA, ROOT
+from diva_lab.workbook.findings import tabulate_matched
 from tools import feedback
 from tools.feedback import (
     ALIGNMENTS,
@@ -85,8 +87,8 @@ def test_rows_are_compared_at_the_same_pair_score_and_the_same_loss_and_only_whe
     place = {"objective": "diva", "alignment": "anchored"}
     ends = {0: (0.40, 0.90), 1: (0.30, 0.94), 2: (0.50, 0.94)}  # seed -> pair score and zero-shot at mix 1
     mixes = pd.DataFrame(
-        {"mix": mix, "pairs/mean": 0.2 + mix * (pairs - 0.2), "zeroshot": 0.96 - mix * (0.96 - zeroshot), "nmi": 0.8,
-         "seed": seed, "align_seed": 10_000 + seed % 2, **place}
+        {"mix": mix, "pairs/mean": 0.2 + mix * (pairs - 0.2), "zeroshot": 0.96 - mix * (0.96 - zeroshot),
+         "probe/mean": mix, "nmi": 0.8, "seed": seed, "align_seed": 10_000 + seed % 2, **place}
         for seed, (pairs, zeroshot) in ends.items() for mix in (1, 0.5, 0)
     )  # fmt: skip
     table = feedback.matched_scores(mixes).set_index(["at", "level", "measure"])
@@ -239,6 +241,16 @@ def test_the_table_of_the_method_page_is_that_of_the_record():
         rows.append(["diverged"] * 4 if row["diverged"] else row[scores])
     expected = [[v if isinstance(v, str) else f"{100 * v:.1f}" for v in row] for row in rows]
     assert shown == expected
+
+
+def test_the_tables_at_the_same_score_of_the_results_page_are_those_of_the_record():
+    page = (ROOT / "docs" / "results.md").read_text()
+    shown = re.findall(r"<!-- matched (\S+) (\S+?)(?::[^\n]*)? -->\n(.*?)<!-- /matched -->", page, re.DOTALL)
+    assert len(shown) == 2
+    matched = pd.read_csv(DATA / "results" / "feedback_matched.csv")
+    for at, measure, block in shown:
+        made, lines = tabulate_matched(matched, at, measure).splitlines(), block.splitlines()
+        assert lines[:2] == made[:2] and len(lines) >= 7 and set(lines) <= set(made)
 
 
 def test_a_row_with_a_rate_of_its_own_takes_it_without_a_trial(plan):
