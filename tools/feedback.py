@@ -488,8 +488,7 @@ def write_tables(plan: Plan) -> None:
     feedback.csv: every evaluation of every run. feedback_mixes.csv: every mix of every run's end. feedback_pushes.csv:
     random pushes as far as each run went. feedback_rates.csv: every trial of a rate. feedback_released.csv: the end of
     each run of `RELEASED`. feedback_matched.csv: `matched_scores`. feedback_predicted.csv: `predicted_gains`, of the
-    projectors in readability.csv.
-    feedback_missing.csv: the seeds that are not on record.
+    projectors in readability.csv. feedback_missing.csv: the seeds that are not on record.
     """
     curves, mixes, pushes, tried, released, missing = [], [], [], [], [], []
     for row in plan.rows():
