@@ -184,7 +184,7 @@ def tabulate_matched(matched: pd.DataFrame, at: str, measure: str) -> str:
     lines = [["", *(f"{100 * level:g}" for level in levels)], ["---"] * (len(levels) + 1)]
     for (objective, alignment), rows in table.groupby(["objective", "alignment"], sort=False):
         base = objective.removeprefix("soup of ")
-        name = ROWS.get((base, alignment), (f"{base}, {alignment}",))[0]
+        name = ROWS.get((base, alignment), (base if alignment == "none" else f"{base}, {alignment}",))[0]
         found = rows.set_index("level")
         cells = [_interval(found.loc[level]) if level in found.index else "–" for level in levels]
         lines.append([f"mean of the runs of {name}" if base != objective else name, *cells])
