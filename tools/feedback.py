@@ -223,7 +223,8 @@ class Plan:
         Raises:
             ValueError: for an unknown name, and for a row that cannot be run on the models.
         """
-        rows = list(read_rows(names or ("",) if self.models is None else names or REPEATED))
+        planned = ("",) if self.models is None else REPEATED
+        rows = list(read_rows(names or planned))
         if self.models and (rivals := {row.objective for row in rows} & {*RIVALS}):
             raise ValueError(
                 f"{', '.join(sorted(rivals))}: only on the shipped models, whose teachers ship; omit --models"
@@ -420,11 +421,11 @@ def choose_trial(plan: Plan, row: Row, report: Report | None = None) -> tuple[pd
         FileNotFoundError: with `report` on other models, where the trials are not on record.
     """
     if plan.models is not None:
-        chosen, trials = choose_trial(plan.chooser, row)
+        chosen, _ = choose_trial(plan.chooser, row)
         if chosen is None and report:
             asked = f"python -m tools.feedback rates '{rate_row(row)}'"
             raise FileNotFoundError(f"{row}: no rate of the shipped models is on record; run `{asked}` first")
-        return chosen, trials
+        return chosen, pd.DataFrame()
     if own := OBJECTIVES[row.objective].get("lr"):
         return pd.Series({"lr": own, "mix": 1.0}), pd.DataFrame()
     row = rate_row(row)
@@ -494,7 +495,7 @@ def write_tables(plan: Plan) -> None:
     for row in plan.rows():
         place = {"objective": row.objective, "alignment": row.alignment}
         chosen, trials = choose_trial(plan, row)
-        if rate_row(row) == row and len(trials) and plan.models is None:
+        if rate_row(row) == row and len(trials):
             own = (trials["lr"] == chosen["lr"]) & (trials["mix"] == chosen["mix"])
             tried.append(trials.assign(**place, chosen=own))
         for seed in plan.seeds_of(row):

@@ -28,6 +28,13 @@ def number(value: float, low: float, high: float, digits: int = 4) -> str:
     return f"{value:+.{digits}f} (95 % interval {low:+.{digits}f} to {high:+.{digits}f})"
 
 
+def brackets(value: float, low: float, high: float) -> str:
+    """A fraction in percent as a table has it, with its interval if there is one: "54.2 [45.1, 63.0]"; NaN: a dash."""
+    if not np.isfinite(value):
+        return "–"
+    return f"{100 * value:.1f}" + (f" [{100 * low:.1f}, {100 * high:.1f}]" if np.isfinite([low, high]).all() else "")
+
+
 def verdict(low: float, high: float, expected: int = 1) -> str:
     """Compare the interval (low, high) of a difference with an expected rise (`expected` = 1) or fall (-1)."""
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -185,16 +192,10 @@ def tabulate_matched(matched: pd.DataFrame, at: str, measure: str) -> str:
     for (objective, alignment), rows in table.groupby(["objective", "alignment"], sort=False):
         base = objective.removeprefix("soup of ")
         name = ROWS.get((base, alignment), (base if alignment == "none" else f"{base}, {alignment}",))[0]
-        found = rows.set_index("level")
-        cells = [_interval(found.loc[level]) if level in found.index else "–" for level in levels]
+        found = rows.set_index("level")[["value", "low", "high"]].reindex(levels)
+        cells = [brackets(*cell) for cell in found.to_numpy()]
         lines.append([f"mean of the runs of {name}" if base != objective else name, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _interval(row: pd.Series) -> str:
-    """A value in percent with its interval, if there is one, as `54.2 [45.1, 63.0]`."""
-    value, low, high = (f"{100 * row[name]:.1f}" for name in ("value", "low", "high"))
-    return value if "nan" in (low, high) else f"{value} [{low}, {high}]"
 
 
 def _state_changes(first: pd.DataFrame, last: pd.DataFrame, measures: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from nbformat import NotebookNode
 from diva_lab import figures
 from diva_lab.figures.style import label_of, minus_signs
 from diva_lab.statistics import compare_rows, independent_difference
-from diva_lab.workbook.findings import state_result, state_row
+from diva_lab.workbook.findings import brackets, state_result, state_row
 from diva_lab.workbook.outputs import HEADING, prepare_outputs
 from diva_lab.workbook.page import bold_html, clean_html, figure_html, table_html, write_page
 
@@ -167,10 +167,7 @@ def _score_cell(row: pd.Series, name: str) -> str:
         return label_of(value)
     if name not in SCORES and "/" not in name:
         return "–" if pd.isna(value) else f"{value:.3f}" if name == "seconds_per_step" else str(value)
-    value, low, high = (100 * row.get(f"{name}{end}", np.nan) for end in ("", "/low", "/high"))
-    if not np.isfinite(value):
-        return "–"
-    return f"{value:.1f}" + (f" [{low:.1f}, {high:.1f}]" if np.isfinite([low, high]).all() else "")
+    return brackets(*(row.get(f"{name}{end}", np.nan) for end in ("", "/low", "/high")))
 
 
 def _result(summary: pd.DataFrame, source: str) -> str:

@@ -7,8 +7,8 @@ import pandas as pd
 from diva_lab.captions import TABLE
 from diva_lab.training.settings import Settings
 from diva_lab.training.stages import tune
-from diva_lab.world import ATTRIBUTES, DETAILS
-from tools.pseudo_labels import main
+from diva_lab.world import ATTRIBUTES, DETAILS, World, draw_scenes
+from tools.pseudo_labels import main, write_folder
 
 
 def test_the_denoiser_says_what_it_sees_and_both_folders_tell_the_same_details(tmp_path):
@@ -27,7 +27,8 @@ def test_the_denoiser_says_what_it_sees_and_both_folders_tell_the_same_details(t
 
 
 def test_clips_own_loss_reads_such_a_folder(tmp_path, small_settings):
-    main(["--images", "4", "--out", str(tmp_path), "--results", str(tmp_path)])
+    scenes = draw_scenes(4, 0)
+    write_folder(tmp_path / "denoiser", World().render(scenes), scenes, (0,))
     kept = Settings(
         objective="caption-contrast", images=str(tmp_path / "denoiser"), encoder=small_settings.encoder,
         denoiser=small_settings.denoiser, projector="new", steps=1, batch=2,
