@@ -125,8 +125,10 @@ ROWS = {  # objective -> alignments before it; only `anchored` before all others
 WHOLE = (  # rows of five seeds, the others have three
     "diva/anchored", "diva, mixed/anchored", "caption-contrast/none", "caption-contrast, mixed/none",
 )  # fmt: skip
-REPEATED = ("diva/anchored", "diva/image-only", "diva, mixed/anchored", "diva, mixed/image-only", "dcr/anchored",
-            "dcr, bounded/anchored")  # rows of three seeds on other models  # fmt: skip
+REPEATED = (  # rows of three seeds on other models
+    "diva/anchored", "diva/image-only", "diva, mixed/anchored", "diva, mixed/image-only", "dcr/anchored",
+    "dcr, bounded/anchored", "caption-contrast/none", "caption-contrast, mixed/none",
+)  # fmt: skip
 RATE_FROM = {  # row, or alignment -> the alignment whose learning rate it takes
     "unpaired": "anchored", "placebo": "image-only", "dcr, bounded/image-only": "anchored",
 } | dict.fromkeys(POOR, "anchored")  # fmt: skip
@@ -647,27 +649,37 @@ def read_soups(plan: Plan) -> pd.DataFrame:
 def measure_soups(plan: Plan) -> None:
     """The mean of the runs of each row of `SOUPS` that are here, at `SOUP_MIXES` on both splits.
 
-    The mix is chosen on `choose`, by the rule of the row. A row of fewer than two runs here keeps its lines.
+    The mix is chosen on `choose`, by the rule of the row; other models than the shipped ones take what was chosen there
+    and are measured on `measure` alone. A row of fewer than two runs here keeps its lines.
     """
     path, made = plan.results / "feedback_soup.csv", []
     before = pd.read_csv(path) if path.is_file() else pd.DataFrame({"objective": []})
     for row in SOUPS:
         chosen, _ = choose_trial(plan, row)
-        runs = [find_run(plan.stage_2(row, float(chosen["lr"]), seed), plan.runs) for seed in plan.seeds]
+        seeds = () if chosen is None else plan.seeds
+        runs = [find_run(plan.stage_2(row, float(chosen["lr"]), seed), plan.runs) for seed in seeds]
         runs = [run for run in runs if run.done]
         if len(runs) < 2:
             print(f"{row}: {len(runs)} of its runs are in {plan.runs}; its soup stays as it is")
             made.append(before[before["objective"] == row.objective])
             continue
         mixed = soup(runs, plan.runs)
-        tables = {split: score_mixes(mixed, SOUP_MIXES, plan.reports(split)) for split in WORLD_SPLITS}
-        within = {split: is_within(table, table.iloc[0], MIX_ALLOWED) for split, table in tables.items()}
-        best = tables["choose"]["pairs/mean"].where(within["choose"]).idxmax()
         facts = {"objective": row.objective, "alignment": row.alignment}
         facts |= {"runs": mixed.settings["runs"], "git": environment()["git"]}
-        for split, table in tables.items():
-            made.append(table.assign(split=split, **facts, within=within[split], chosen=table.index == best))
+        best = _soup_mix(plan.chooser, row) if plan.models else None
+        for split in ("measure",) if plan.models else ("choose", "measure"):
+            table = score_mixes(mixed, SOUP_MIXES, plan.reports(split))
+            within = is_within(table, table.iloc[0], MIX_ALLOWED)
+            if best is None:
+                best = table["mix"][table["pairs/mean"].where(within).idxmax()]
+            made.append(table.assign(split=split, **facts, within=within, chosen=table["mix"] == best))
     pd.concat(made).to_csv(path, index=False, float_format="%.5g")
+
+
+def _soup_mix(plan: Plan, row: Row) -> float:
+    """The mix that was chosen for a row's soup."""
+    table = pd.read_csv(plan.results / "feedback_soup.csv")
+    return float(table[(table["objective"] == row.objective) & table["chosen"]]["mix"].iloc[0])
 
 
 def ship_projector(plan: Plan) -> Path:

@@ -231,6 +231,22 @@ def state_prediction(predicted: pd.DataFrame) -> str:
     )
 
 
+def state_transfer(fitted: pd.DataFrame, tested: pd.DataFrame) -> str:
+    """How well a line through one world's pairs of readability and gain foretells another's, beside its mean gain.
+
+    Both as data/results/feedback_predicted.csv.
+    """
+    slope, at_zero = np.polyfit(fitted["readable"], fitted["gain"], 1)
+    miss = (tested["gain"] - (at_zero + slope * tested["readable"])).abs().mean()
+    plain = (tested["gain"] - fitted["gain"].mean()).abs().mean()
+    rho = rank_correlation(*(tested[name].to_numpy() for name in ("readable", "gain", "projector")))
+    return (
+        f"Fitted on one world ({len(fitted)} pairs of a projector and a pattern): {slope / 10:+.1f} points of gain for 10 "
+        f"points of readability. In the other ({len(tested)} pairs) the line misses the gain by **{miss:.1f}** points on "
+        f"average, the first world's mean gain by {plain:.1f}; rank correlation there **{number(*rho, 2)}**."
+    )
+
+
 def state_against_chance(name: str, report: Mapping[str, float]) -> str:
     """Whether an encoder's pair score lies above chance; `report` as `world_report` returns it."""
     score, low, high = (report[f"pairs/mean{end}"] for end in ("", "/low", "/high"))

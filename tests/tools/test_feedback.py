@@ -44,7 +44,7 @@ def plan(small_settings, settings_of, tmp_path, monkeypatch):
         rates=(1e-4, 2e-4, 4e-4), wider=0, mixes=(0.5,), pushes=("norm",), report=report,
         shift=lambda *of: {"shift/share": 0.5}, align_report=lambda *of, world: {"recovered": 0.1},
     )  # fmt: skip
-    object.__setattr__(made, "calls", calls)
+    vars(made)["calls"] = calls
     return made
 
 
@@ -194,6 +194,23 @@ def test_a_soup_is_of_the_runs_that_are_here_and_a_row_without_them_keeps_its_li
     assert set(feedback.read_soups(plan)["objective"]) == {"soup of diva, mixed", f"soup of {row.objective}"}
 
 
+def test_the_soup_on_other_models_takes_the_mix_of_the_shipped_ones(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(feedback, "SOUP_MIXES", (0.0, 0.5, 1.0))
+    row = Row("caption-contrast, mixed", "none")
+    run_rows(plan, row)
+    other = replace(plan, results=tmp_path / "other", models=tmp_path / "models")
+    vars(other).update(chooser=plan, world=plan.world)
+    pd.DataFrame({"objective": row.objective, "mix": [0.5, 1], "chosen": [False, True], "split": "choose"}).to_csv(
+        plan.results / "feedback_soup.csv", index=False
+    )
+    other.results.mkdir()
+    shipped = feedback.name_models(None)  # whose runs stand for those of the other models
+    monkeypatch.setattr(feedback, "name_models", lambda models: shipped)
+    feedback.measure_soups(other)
+    table = pd.read_csv(other.results / "feedback_soup.csv")
+    assert table["split"].tolist() == ["measure"] * 3 and table["chosen"].tolist() == [False, False, True]
+
+
 @pytest.mark.parametrize("objective", ["caption-contrast", *RIVALS])
 def test_a_rival_without_projector_is_run_once_without_alignment(plan, objective):
     row = Row(objective, "none")
@@ -328,7 +345,7 @@ def test_other_models_take_what_was_chosen_on_the_shipped_ones_and_choose_nothin
     align_all(plan)
     run_rows(replace(plan, seeds=(0,)), ROW)
     other = replace(plan, results=tmp_path / "other", models=tmp_path / "models")
-    object.__setattr__(other, "chooser", plan)
+    vars(other)["chooser"] = plan
     monkeypatch.setattr(feedback, "tune", None)
     assert choose_trial(other, ROW, lambda encoder: {})[0]["lr"] == choose_trial(plan, ROW)[0]["lr"]
     with pytest.raises(FileNotFoundError, match=r"diva/image-only: no rate .* run `python -m tools.feedback rates 'd"):

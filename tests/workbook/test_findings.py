@@ -73,6 +73,16 @@ def test_a_prediction_is_stated_over_all_between_projectors_and_within_anchored_
     assert "mean of 2: **+0.00 (95 % interval -12.71 to +12.71)**" in text
 
 
+def test_a_line_fitted_on_one_world_is_tested_on_another_against_the_mean_gain():
+    columns = ["projector", "readable", "gain"]
+    fitted = pd.DataFrame([("a", 0.5, 0.0), ("a", 0.7, 10.0), ("b", 0.9, 20.0)], columns=columns)  # mean 10, slope 50
+    tested = pd.DataFrame([("c", 0.5, 1.0), ("d", 0.6, 5.0), ("d", 0.9, 14.0)], columns=columns)
+    text = findings.state_transfer(fitted, tested)
+    assert "(3 pairs of a projector and a pattern): +5.0 points of gain for 10 points of readability" in text
+    assert "misses the gain by **2.3** points" in text  # 1, 0 and 6
+    assert "mean gain by 6.0; rank correlation there **+1.00" in text  # 9, 5 and 4
+
+
 @pytest.mark.parametrize(
     "low, high, place", [(0.26, 0.3, "above chance"), (0.2, 0.3, "not different from"), (0.1, 0.2, "below")]
 )
