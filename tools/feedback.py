@@ -5,7 +5,7 @@
     python -m tools.feedback run [ROW ...]            each row's seeds, on the split `measure`
     python -m tools.feedback tables                   data/results/feedback.csv, and what was tried and is missing
     python -m tools.feedback readability              the instrument on every projector -> data/results/readability.csv
-    python -m tools.feedback soup                     the mean of the mixed rows' runs -> data/results/feedback_soup.csv
+    python -m tools.feedback soup [ROW ...]           the mean of the mixed rows' runs -> data/results/feedback_soup.csv
     python -m tools.feedback ship                     the first anchored projector, and a run of DCR for notebook 10
     python -m tools.feedback --models FOLDER PART     the same on other models, as `tools.pretrain` writes them
 
@@ -120,7 +120,7 @@ SOUP_MIXES = (0.0, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 1.0)
 MIXES = (0.15, 0.3, 0.45, 0.6, 0.8)
 BOTH = ("anchored", "image-only")
 ROWS = {  # objective -> alignments before it; only `anchored` before all others
-    "diva": tuple(ALIGNMENTS), "diva, mixed": (*BOTH, "placebo"), "dcr": BOTH, "dcr, bounded": BOTH,
+    "diva": tuple(ALIGNMENTS), "diva, mixed": (*BOTH, "unpaired", "placebo"), "dcr": BOTH, "dcr, bounded": BOTH,
 } | dict.fromkeys((*CAPTIONED, *RIVALS), (NO_PROJECTOR,))  # fmt: skip
 WHOLE = (  # rows of five seeds, the others have three
     "diva/anchored", "diva, mixed/anchored", "caption-contrast/none", "caption-contrast, mixed/none",
@@ -634,7 +634,7 @@ def measure_readability(plan: Plan) -> None:
         print(f"{name}: {whole.round(3).to_dict()}", flush=True)
 
 
-SOUPS = [Row("diva, mixed", "anchored"), Row("caption-contrast, mixed", NO_PROJECTOR)]
+SOUPS = [*(Row("diva, mixed", name) for name in ("anchored", "unpaired")), Row("caption-contrast, mixed", NO_PROJECTOR)]
 
 
 def read_soups(plan: Plan) -> pd.DataFrame:
@@ -646,22 +646,22 @@ def read_soups(plan: Plan) -> pd.DataFrame:
     return table.assign(objective="soup of " + table["objective"], seed=0, align_seed=None)
 
 
-def measure_soups(plan: Plan) -> None:
-    """The mean of the runs of each row of `SOUPS` that are here, at `SOUP_MIXES` on both splits.
+def measure_soups(plan: Plan, rows: Sequence[Row]) -> None:
+    """The mean of the runs that are here of each row that is in `SOUPS`, at `SOUP_MIXES` on both splits.
 
     The mix is chosen on `choose`, by the rule of the row; other models than the shipped ones take what was chosen there
-    and are measured on `measure` alone. A row of fewer than two runs here keeps its lines.
+    and are measured on `measure` alone. Another row, or one of fewer than two runs here, keeps its lines.
     """
     path, made = plan.results / "feedback_soup.csv", []
-    before = pd.read_csv(path) if path.is_file() else pd.DataFrame({"objective": []})
+    before = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["objective", "alignment"])
     for row in SOUPS:
         chosen, _ = choose_trial(plan, row)
-        seeds = () if chosen is None else plan.seeds
+        seeds = plan.seeds_of(row) if row in rows and chosen is not None else ()
         runs = [find_run(plan.stage_2(row, float(chosen["lr"]), seed), plan.runs) for seed in seeds]
         runs = [run for run in runs if run.done]
         if len(runs) < 2:
             print(f"{row}: {len(runs)} of its runs are in {plan.runs}; its soup stays as it is")
-            made.append(before[before["objective"] == row.objective])
+            made.append(_lines_of(before, row))
             continue
         mixed = soup(runs, plan.runs)
         facts = {"objective": row.objective, "alignment": row.alignment}
@@ -676,10 +676,14 @@ def measure_soups(plan: Plan) -> None:
     pd.concat(made).to_csv(path, index=False, float_format="%.5g")
 
 
+def _lines_of(table: pd.DataFrame, row: Row) -> pd.DataFrame:
+    return table[(table["objective"] == row.objective) & (table["alignment"] == row.alignment)]
+
+
 def _soup_mix(plan: Plan, row: Row) -> float:
     """The mix that was chosen for a row's soup."""
-    table = pd.read_csv(plan.results / "feedback_soup.csv")
-    return float(table[(table["objective"] == row.objective) & table["chosen"]]["mix"].iloc[0])
+    lines = _lines_of(pd.read_csv(plan.results / "feedback_soup.csv"), row)
+    return float(lines[lines["chosen"]]["mix"].iloc[0])
 
 
 def ship_projector(plan: Plan) -> Path:
@@ -765,7 +769,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.part == "readability":
         measure_readability(plan)
     if args.part == "soup":
-        measure_soups(plan)
+        measure_soups(plan, rows)
     if args.part == "ship":
         print(ship_projector(plan), ship_run(plan), sep="\n")
 

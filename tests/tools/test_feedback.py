@@ -182,13 +182,13 @@ def test_a_soup_is_of_the_runs_that_are_here_and_a_row_without_them_keeps_its_li
     row = Row("caption-contrast, mixed", "none")
     run_rows(plan, row)
     plan.results.mkdir(exist_ok=True)
-    kept = pd.DataFrame({"objective": ["diva, mixed", row.objective], "mix": [0.3, 0.7], "split": "measure"})
+    names = {"objective": ["diva, mixed", "diva, mixed", row.objective], "alignment": ["anchored", "unpaired", "none"]}
+    kept = pd.DataFrame(names | {"mix": [0.3, 0.4, 0.7], "split": "measure"})
     kept.to_csv(plan.results / "feedback_soup.csv", index=False)
-    align_all(plan)
-    run_rows(replace(plan, seeds=(0,)), Row("diva, mixed", "anchored"))  # one run makes no soup
-    feedback.measure_soups(plan)
+    feedback.measure_soups(plan, plan.rows())  # of the others none is on record
     table = pd.read_csv(plan.results / "feedback_soup.csv")
-    assert table.groupby("objective")["mix"].agg(list).to_dict() == {"diva, mixed": [0.3], row.objective: [0, 0.5] * 2}
+    mixes = table.groupby(["objective", "alignment"])["mix"].agg(list).to_dict()
+    assert [*mixes.values()] == [[0, 0.5] * 2, [0.3], [0.4]]
     ours = table[table["objective"] == row.objective]
     assert set(ours["split"]) == {"choose", "measure"} and ours["runs"].str.count("tune-").eq(2).all()
     assert set(feedback.read_soups(plan)["objective"]) == {"soup of diva, mixed", f"soup of {row.objective}"}
@@ -200,13 +200,12 @@ def test_the_soup_on_other_models_takes_the_mix_of_the_shipped_ones(plan, tmp_pa
     run_rows(plan, row)
     other = replace(plan, results=tmp_path / "other", models=tmp_path / "models")
     vars(other).update(chooser=plan, world=plan.world)
-    pd.DataFrame({"objective": row.objective, "mix": [0.5, 1], "chosen": [False, True], "split": "choose"}).to_csv(
-        plan.results / "feedback_soup.csv", index=False
-    )
+    kept = pd.DataFrame({"objective": row.objective, "alignment": "none", "mix": [0.5, 1], "chosen": [False, True]})
+    kept.to_csv(plan.results / "feedback_soup.csv", index=False)
     other.results.mkdir()
     shipped = feedback.name_models(None)  # whose runs stand for those of the other models
     monkeypatch.setattr(feedback, "name_models", lambda models: shipped)
-    feedback.measure_soups(other)
+    feedback.measure_soups(other, other.rows())
     table = pd.read_csv(other.results / "feedback_soup.csv")
     assert table["split"].tolist() == ["measure"] * 3 and table["chosen"].tolist() == [False, False, True]
 
