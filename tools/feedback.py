@@ -123,10 +123,11 @@ ROWS = {  # objective -> alignments before it; only `anchored` before all others
     "diva": tuple(ALIGNMENTS), "diva, mixed": (*BOTH, "unpaired", "placebo"), "dcr": BOTH, "dcr, bounded": BOTH,
 } | dict.fromkeys((*CAPTIONED, *RIVALS), (NO_PROJECTOR,))  # fmt: skip
 WHOLE = (  # rows of five seeds, the others have three
-    "diva/anchored", "diva, mixed/anchored", "caption-contrast/none", "caption-contrast, mixed/none",
+    "diva/anchored", "diva, mixed/anchored", "diva, mixed/unpaired", "caption-contrast/none",
+    "caption-contrast, mixed/none",
 )  # fmt: skip
 REPEATED = (  # rows of three seeds on other models
-    "diva/anchored", "diva/image-only", "diva, mixed/anchored", "diva, mixed/image-only", "dcr/anchored",
+    "diva, mixed/unpaired", "diva, mixed/anchored", "diva/anchored", "diva/unpaired", "diva/image-only", "dcr/anchored",
     "dcr, bounded/anchored", "caption-contrast/none", "caption-contrast, mixed/none",
 )  # fmt: skip
 RATE_FROM = {  # row, or alignment -> the alignment whose learning rate it takes
