@@ -208,7 +208,8 @@ class Plan:
     def of(cls, models: Path) -> "Plan":
         """The study on the models in a folder; raises FileNotFoundError if the folder holds none."""
         models = find_models(models)
-        return cls(RUNS / f"feedback-{models.name}", DATA / "results" / models.name, models)
+        report = partial(alignment_report, n=64)
+        return cls(RUNS / f"feedback-{models.name}", DATA / "results" / models.name, models, align_report=report)
 
     @cached_property
     def world(self) -> World:
