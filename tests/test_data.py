@@ -55,12 +55,13 @@ def test_a_shipped_projector_is_the_one_that_its_record_names_and_says_something
     assert record["rounds"][-1]["recovered"] > 0.15
 
 
-def test_the_anchored_projector_is_the_one_of_its_record_and_reads_captions():
-    path = DATA / "tiny" / "projectors" / "global-anchored.safetensors"
+@pytest.mark.parametrize("name, anchor", [("anchored", "captions"), ("unpaired", "text")])
+def test_an_anchored_projector_is_the_one_of_its_record_and_reads_captions(name, anchor):
+    path = DATA / "tiny" / "projectors" / f"global-{name}.safetensors"
     record = json.loads(path.with_suffix(".json").read_text())
-    assert sha256(path) == record["sha256"] and record["settings"]["anchor"] == "captions"
+    assert sha256(path) == record["sha256"] and record["settings"]["anchor"] == anchor
     assert record["evaluations"]["recovered"][-1] > 0.12
-    conditioner = build_conditioner(Settings(projector="anchored"), load_encoder("tiny"), load_denoiser("tiny"))
+    conditioner = build_conditioner(Settings(projector=name), load_encoder("tiny"), load_denoiser("tiny"))
     assert 0.1 < conditioner.gap.norm() < 2
 
 

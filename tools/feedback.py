@@ -6,7 +6,7 @@
     python -m tools.feedback tables                   data/results/feedback.csv, and what was tried and is missing
     python -m tools.feedback readability              the instrument on every projector -> data/results/readability.csv
     python -m tools.feedback soup [ROW ...]           the mean of the mixed rows' runs -> data/results/feedback_soup.csv
-    python -m tools.feedback ship                     the first anchored projector, and a run of DCR for notebook 10
+    python -m tools.feedback ship                     the first anchored and unpaired projectors, and a run of DCR
     python -m tools.feedback --models FOLDER PART     the same on other models, as `tools.pretrain` writes them
 
 A row is an objective after an alignment, as `diva/anchored`; `diva` or `/anchored` names several. `caption-contrast`,
@@ -688,11 +688,11 @@ def _soup_mix(plan: Plan, row: Row) -> float:
     return float(lines[lines["chosen"]]["mix"].iloc[0])
 
 
-def ship_projector(plan: Plan) -> Path:
-    """Copy the first anchored projector to where `projector="anchored"` looks for it, with its record."""
-    record = plan.record(plan.stage_1("anchored", plan.align_seeds[0]), "align")
-    path = SHIPPED / "global-anchored.safetensors"
-    shutil.copy(plan.projector("anchored", plan.align_seeds[0]), path)
+def ship_projector(plan: Plan, name: str) -> Path:
+    """Copy the first projector of an alignment to where `projector="anchored"`, say, looks for it, with its record."""
+    record = plan.record(plan.stage_1(name, plan.align_seeds[0]), "align")
+    path = SHIPPED / f"global-{name}.safetensors"
+    shutil.copy(plan.projector(name, plan.align_seeds[0]), path)
     record |= {"sha256": sha256(path), "evaluations": record["evaluations"].to_dict("list")}
     path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
@@ -773,7 +773,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.part == "soup":
         measure_soups(plan, rows)
     if args.part == "ship":
-        print(ship_projector(plan), ship_run(plan), sep="\n")
+        print(*(ship_projector(plan, name) for name in ("anchored", "unpaired")), ship_run(plan), sep="\n")
 
 
 if __name__ == "__main__":

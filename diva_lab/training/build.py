@@ -27,7 +27,9 @@ from diva_lab.training.batches import Pixels
 from diva_lab.training.runs import Run
 from diva_lab.training.settings import CONTROLS, SHIPPED, Settings
 
-SHIPPED_NAMES = {"shipped": "{}.safetensors", "anchored": "{}-anchored.safetensors"}  # projector -> file of a condition
+SHIPPED_NAMES = {  # projector -> file of a condition
+    "shipped": "{}.safetensors", "anchored": "{}-anchored.safetensors", "unpaired": "{}-unpaired.safetensors",
+}  # fmt: skip
 
 
 def build_encoder(settings: Settings, device: torch.device | str = "cpu") -> Encoder:
@@ -84,8 +86,8 @@ def _load_stage_one(settings: Settings, module: nn.Module, part: str) -> None:
     path = _projector_file(settings)
     if not path.is_file():
         raise FileNotFoundError(
-            f"projector={settings.projector!r}: no {path}; expected 'new', 'shipped' or 'anchored' (tiny models only), "
-            "or the folder of a finished run of align()"
+            f"projector={settings.projector!r}: no {path}; expected 'new', 'shipped', 'anchored' or 'unpaired' (tiny "
+            "models only), or the folder of a finished run of align()"
         )
     run = Path(settings.projector)
     if (run / "settings.json").is_file() and not (run / "done").exists():

@@ -19,7 +19,7 @@ from diva_lab.objectives.timesteps import timestep_weights
 from diva_lab.paths import DATA
 from diva_lab.training.runs import Run
 
-SHIPPED = DATA / "tiny" / "projectors"  # where the projectors lie that `shipped` and `anchored` mean
+SHIPPED = DATA / "tiny" / "projectors"  # where the projectors lie that `shipped`, `anchored` and `unpaired` mean
 PROJECTORS = ("global", "recap")  # conditions whose projectors ship, for the tiny models
 
 
@@ -59,7 +59,7 @@ class Settings:
     condition: str = "global"  # a key of CONDITIONS: which visual tokens the denoiser reads
     token_draws: str = "batch"  # of a condition that draws: one a `batch`; or `each` image and draw of noise (released)
     projection: str = "mlp"  # `mlp` (DCR: LayerNorm, Linear, GELU, Linear) or one `linear` (DIVA)
-    projector: str = "shipped"  # `shipped`, `anchored` (shipped too), `new`, a run of stage 1, or a .safetensors file
+    projector: str = "shipped"  # `shipped`; `anchored`, `unpaired` (ship too); `new`; a run of stage 1, or its file
     train_projector: bool = False  # in stage 2 too, together with the encoder, as DIVA as published does
 
     # objective
