@@ -242,8 +242,8 @@ def state_transfer(fitted: pd.DataFrame, tested: pd.DataFrame) -> str:
     rho = rank_correlation(*(tested[name].to_numpy() for name in ("readable", "gain", "projector")))
     return (
         f"Fitted on one world ({len(fitted)} pairs of a projector and a pattern): {slope / 10:+.1f} points of gain for "
-        f"10 points of readability. In the other ({len(tested)} pairs) the line misses the gain by **{miss:.1f}** points "
-        f"on average, the first world's mean gain by {plain:.1f}; rank correlation there **{number(*rho, 2)}**."
+        f"10 points of readability. In the other ({len(tested)} pairs) the line misses the gain by **{miss:.1f}** "
+        f"points on average, the first world's mean gain by {plain:.1f}; rank correlation there **{number(*rho, 2)}**."
     )
 
 
