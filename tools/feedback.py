@@ -55,7 +55,7 @@ from diva_lab.models.registry import load_denoiser
 from diva_lab.paths import DATA, RUNS
 from diva_lab.provenance import environment, sha256
 from diva_lab.statistics import nested_t, where_reached
-from diva_lab.training.build import build_conditioner, tuned_encoder
+from diva_lab.training.build import SHIPPED_NAMES, build_conditioner, tuned_encoder
 from diva_lab.training.controls import perturb
 from diva_lab.training.runs import Run
 from diva_lab.training.settings import SHIPPED, Settings
@@ -208,7 +208,7 @@ class Plan:
     def of(cls, models: Path) -> "Plan":
         """The study on the models in a folder; raises FileNotFoundError if the folder holds none."""
         models = find_models(models)
-        report = partial(alignment_report, n=64)
+        report = partial(alignment_report, n=64)  # a glance: on 256 images it takes a quarter of stage 1's time
         return cls(RUNS / f"feedback-{models.name}", DATA / "results" / models.name, models, align_report=report)
 
     @cached_property
@@ -691,7 +691,7 @@ def _soup_mix(plan: Plan, row: Row) -> float:
 def ship_projector(plan: Plan, name: str) -> Path:
     """Copy the first projector of an alignment to where `projector="anchored"`, say, looks for it, with its record."""
     record = plan.record(plan.stage_1(name, plan.align_seeds[0]), "align")
-    path = SHIPPED / f"global-{name}.safetensors"
+    path = SHIPPED / SHIPPED_NAMES[name].format("global")
     shutil.copy(plan.projector(name, plan.align_seeds[0]), path)
     record |= {"sha256": sha256(path), "evaluations": record["evaluations"].to_dict("list")}
     path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

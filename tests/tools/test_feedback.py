@@ -185,7 +185,9 @@ def test_a_soup_is_of_the_runs_that_are_here_and_a_row_without_them_keeps_its_li
     names = {"objective": ["diva, mixed", "diva, mixed", row.objective], "alignment": ["anchored", "unpaired", "none"]}
     kept = pd.DataFrame(names | {"mix": [0.3, 0.4, 0.7], "split": "measure"})
     kept.to_csv(plan.results / "feedback_soup.csv", index=False)
-    feedback.measure_soups(plan, plan.rows())  # of the others none is on record
+    align_all(plan)
+    run_rows(replace(plan, seeds=(0,)), Row("diva, mixed", "anchored"))  # one run makes no soup
+    feedback.measure_soups(plan, plan.rows())
     table = pd.read_csv(plan.results / "feedback_soup.csv")
     mixes = table.groupby(["objective", "alignment"])["mix"].agg(list).to_dict()
     assert [*mixes.values()] == [[0, 0.5] * 2, [0.3], [0.4]]
