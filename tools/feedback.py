@@ -6,6 +6,7 @@
     python -m tools.feedback tables                   data/results/feedback.csv, and what was tried and is missing
     python -m tools.feedback readability              the instrument on every projector -> data/results/readability.csv
     python -m tools.feedback soup [ROW ...]           the mean of the mixed rows' runs -> data/results/feedback_soup.csv
+    python -m tools.feedback pushes [ROW ...]         random pushes as far as the mixed rows' runs and soups go
     python -m tools.feedback ship                     the first anchored and unpaired projectors, and a run of DCR
     python -m tools.feedback --models FOLDER PART     the same on other models, as `tools.pretrain` writes them
 
@@ -340,10 +341,10 @@ def is_within(table: pd.DataFrame, start: pd.Series, allowed: dict[str, float]) 
     return pd.DataFrame({name: table[name] >= start[name] - loss for name, loss in allowed.items()}).all(axis=1)
 
 
-def measure_pushes(plan: Plan, run: Run, report: Report) -> dict[str, dict[str, float]]:
-    """What `report` finds after random pushes as far as a run went, by how they are matched."""
+def measure_pushes(plan: Plan, run: Run, report: Report, mix: float = 1.0) -> dict[str, dict[str, float]]:
+    """What `report` finds after random pushes as far as a run went, or its mix, by how they are matched."""
     _, images = world_scenes(plan.world, max(key for *_, key in WORLD_SPLITS.values()) + 1)
-    pushed = {match: perturb(run, images[:64], match, plan.runs, report).evaluations() for match in plan.pushes}
+    pushed = {match: perturb(run, images[:64], match, plan.runs, report, mix).evaluations() for match in plan.pushes}
     return {match: table.iloc[-1].drop("step").round(DIGITS).to_dict() for match, table in pushed.items()}
 
 
@@ -657,10 +658,7 @@ def measure_soups(plan: Plan, rows: Sequence[Row]) -> None:
     path, made = plan.results / "feedback_soup.csv", []
     before = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["objective", "alignment"])
     for row in SOUPS:
-        chosen, _ = choose_trial(plan, row)
-        seeds = plan.seeds_of(row) if row in rows and chosen is not None else ()
-        runs = [find_run(plan.stage_2(row, float(chosen["lr"]), seed), plan.runs) for seed in seeds]
-        runs = [run for run in runs if run.done]
+        runs = _runs_of(plan, row)[1] if row in rows else []
         if len(runs) < 2:
             print(f"{row}: {len(runs)} of its runs are in {plan.runs}; its soup stays as it is")
             made.append(_lines_of(before, row))
@@ -678,6 +676,14 @@ def measure_soups(plan: Plan, rows: Sequence[Row]) -> None:
     pd.concat(made).to_csv(path, index=False, float_format="%.5g")
 
 
+def _runs_of(plan: Plan, row: Row) -> tuple[pd.Series | None, list[Run]]:
+    """A row's chosen trial, and its finished runs that are here."""
+    chosen, _ = choose_trial(plan, row)
+    seeds = () if chosen is None else plan.seeds_of(row)
+    runs = [find_run(plan.stage_2(row, float(chosen["lr"]), seed), plan.runs) for seed in seeds]
+    return chosen, [run for run in runs if run.done]
+
+
 def _lines_of(table: pd.DataFrame, row: Row) -> pd.DataFrame:
     return table[(table["objective"] == row.objective) & (table["alignment"] == row.alignment)]
 
@@ -686,6 +692,26 @@ def _soup_mix(plan: Plan, row: Row) -> float:
     """The mix that was chosen for a row's soup."""
     lines = _lines_of(pd.read_csv(plan.results / "feedback_soup.csv"), row)
     return float(lines[lines["chosen"]]["mix"].iloc[0])
+
+
+def push_mixes(plan: Plan, rows: Sequence[Row]) -> None:
+    """feedback_pushes_mixed.csv: random pushes as far as the runs of `SOUPS` and the soups go at their chosen mixes.
+
+    Of each run and soup that is here, once.
+    """
+    path, report = plan.results / "feedback_pushes_mixed.csv", plan.reports("measure")
+    table = pd.read_csv(path) if path.is_file() else pd.DataFrame({"run": []})
+    for row in [row for row in SOUPS if row in rows]:
+        chosen, runs = _runs_of(plan, row)
+        goals = [(row.objective, run, float(chosen["mix"])) for run in runs]
+        if len(runs) > 1:
+            goals.append((f"soup of {row.objective}", soup(runs, plan.runs), _soup_mix(plan.chooser, row)))
+        for name, run, mix in goals:
+            if run.id not in set(table["run"]):
+                pushed = pd.DataFrame(measure_pushes(plan, run, report, mix)).T.rename_axis("match").reset_index()
+                facts = {"objective": name, "alignment": row.alignment, "mix": mix, "run": run.id}
+                table = pd.concat([table, pushed.assign(**facts, git=environment()["git"])])
+                table.to_csv(path, index=False, float_format="%.5g")
 
 
 def ship_projector(plan: Plan, name: str) -> Path:
@@ -742,7 +768,8 @@ def read_rows(names: Sequence[str]) -> Iterator[Row]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.feedback", description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=("align", "rates", "run", "tables", "readability", "soup", "ship", "all"))
+    parts = ("align", "rates", "run", "tables", "readability", "soup", "pushes", "ship", "all")
+    parser.add_argument("part", choices=parts)
     parser.add_argument("names", nargs="*", metavar="NAME", help="alignments, or rows as OBJECTIVE/ALIGNMENT")
     parser.add_argument("--models", type=Path, metavar="FOLDER", help="models of `tools.pretrain`")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these; for align of stage 1")
@@ -772,6 +799,8 @@ def main(argv: list[str] | None = None) -> None:
         measure_readability(plan)
     if args.part == "soup":
         measure_soups(plan, rows)
+    if args.part == "pushes":
+        push_mixes(plan, rows)
     if args.part == "ship":
         print(*(ship_projector(plan, name) for name in ("anchored", "unpaired")), ship_run(plan), sep="\n")
 

@@ -60,7 +60,12 @@ class Push:
 
 @torch.no_grad()
 def perturb(
-    like: Run, images: Tensor, match: str = "norm", root: str | Path = RUNS, evaluate: Evaluate | None = None
+    like: Run,
+    images: Tensor,
+    match: str = "norm",
+    root: str | Path = RUNS,
+    evaluate: Evaluate | None = None,
+    mix: float = 1.0,
 ) -> Run:
     """Move the encoder's weights at random, as far as the run `like` moved them.
 
@@ -70,6 +75,7 @@ def perturb(
         match: `norm` gives each tensor a Gaussian change of the norm that `like` gave it; `drift` scales that change
             until the mean of 1 - cos between old and new embeddings of `images` equals that of `like`.
         evaluate: called as `evaluate(encoder)`.
+        mix: as far as the encoder of `like` at this mix (`tuned_encoder`).
 
     Returns:
         A run of objective `perturb-norm` or `perturb-drift` that holds the moved weights; its evaluation is at step
@@ -85,11 +91,12 @@ def perturb(
         raise ValueError(f"run {like.id} is not finished; tune() it to its end first")
     settings = replace(Settings.of(like), objective=f"perturb-{match}")
     held_out = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:8]
-    with open_run(settings, root, "perturb", like=like.id, held_out=held_out) as run:
+    more = {} if mix == 1 else {"mix": f"{mix:g}"}
+    with open_run(settings, root, "perturb", like=like.id, held_out=held_out, **more) as run:
         if run.done or run.resume() is not None:  # saved last
             return run if run.done else run.finish()
         device = default_device()
-        encoder, tuned = load_encoder(settings.encoder, device), tuned_encoder(like, device)
+        encoder, tuned = load_encoder(settings.encoder, device), tuned_encoder(like, device, mix)
         push = Push(encoder, tuned, images, settings.seed)
         goal = push.drift_of(embed(tuned, images))
         scale = push.scale_of(goal) if match == "drift" else 1.0

@@ -196,6 +196,20 @@ def test_a_soup_is_of_the_runs_that_are_here_and_a_row_without_them_keeps_its_li
     assert set(feedback.read_soups(plan)["objective"]) == {"soup of diva, mixed", f"soup of {row.objective}"}
 
 
+def test_the_random_pushes_go_as_far_as_the_chosen_mixes_of_runs_and_soup_and_are_measured_once(plan, monkeypatch):
+    monkeypatch.setattr(feedback, "SOUP_MIXES", (0.0, 0.5))
+    row = Row("caption-contrast, mixed", "none")
+    run_rows(plan, row)
+    feedback.measure_soups(plan, plan.rows())
+    for _ in range(2):
+        feedback.push_mixes(plan, plan.rows())
+    table = pd.read_csv(plan.results / "feedback_pushes_mixed.csv")
+    assert table["objective"].tolist() == [row.objective] * 2 + [f"soup of {row.objective}"]
+    mixes = pd.read_csv(plan.results / "feedback_soup.csv").query("chosen")["mix"].unique()
+    assert table["mix"].tolist() == [choose_trial(plan, row)[0]["mix"]] * 2 + [*mixes]
+    assert set(table["match"]) == {"norm"} and table["run"].is_unique and table["zeroshot"].notna().all()
+
+
 def test_the_soup_on_other_models_takes_the_mix_of_the_shipped_ones(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(feedback, "SOUP_MIXES", (0.0, 0.5, 1.0))
     row = Row("caption-contrast, mixed", "none")

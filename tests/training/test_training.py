@@ -630,6 +630,20 @@ def test_a_perturbation_drifts_as_far_as_the_tuning(small_settings, like, tmp_pa
     assert row["drift"] == pytest.approx(drift, rel=1e-3) and row["drift_like"] == pytest.approx(wanted, rel=1e-3)
 
 
+def test_a_perturbation_goes_as_far_as_a_mix_of_the_tuning(like, tmp_path):
+    images = pictures(16, seed=9)
+    whole, half = (perturb(like, images, "norm", tmp_path, mix=mix) for mix in (1.0, 0.5))
+    assert whole.id != half.id and half.settings["mix"] == "0.5" and "mix" not in whole.settings
+    start = visual_weights(load_encoder(like.settings["encoder"]))
+    for name, weight in visual_weights(tuned_encoder(half)).items():
+        change = visual_weights(tuned_encoder(whole))[name] - start[name]
+        torch.testing.assert_close(weight - start[name], change / 2, rtol=1e-3, atol=1e-6)
+    row = perturb(like, images, "drift", tmp_path, mix=0.5).metrics().iloc[0]
+    mixed, before = embed(tuned_encoder(like, mix=0.5), images), embed(load_encoder(like.settings["encoder"]), images)
+    assert row["drift"] == pytest.approx(row["drift_like"], rel=1e-3)
+    assert row["drift_like"] == pytest.approx((1 - (mixed * before).sum(1)).mean().item(), rel=1e-3)
+
+
 def test_a_perturbation_is_fixed_by_its_settings(like, tmp_path):
     one, two = (perturb(like, pictures(8), "norm", tmp_path / name) for name in ("one", "two"))
     assert one.id == two.id and same_weights(one, two) and perturb(like, pictures(8), "norm", tmp_path / "one") == one
