@@ -695,17 +695,19 @@ def _soup_mix(plan: Plan, row: Row) -> float:
 
 
 def push_mixes(plan: Plan, rows: Sequence[Row]) -> None:
-    """feedback_pushes_mixed.csv: random pushes as far as the runs of `SOUPS` and the soups go at their chosen mixes.
+    """feedback_pushes_mixed.csv: random pushes as far as the runs of `SOUPS`, and their soups, go at the chosen mix.
 
-    Of each run and soup that is here, once.
+    Of each run that is here, and of the soup in feedback_soup.csv if all its runs are; once.
     """
-    path, report = plan.results / "feedback_pushes_mixed.csv", plan.reports("measure")
+    path, report, soups = plan.results / "feedback_pushes_mixed.csv", plan.reports("measure"), read_soups(plan)
     table = pd.read_csv(path) if path.is_file() else pd.DataFrame({"run": []})
     for row in [row for row in SOUPS if row in rows]:
         chosen, runs = _runs_of(plan, row)
         goals = [(row.objective, run, float(chosen["mix"])) for run in runs]
-        if len(runs) > 1:
-            goals.append((f"soup of {row.objective}", soup(runs, plan.runs), _soup_mix(plan.chooser, row)))
+        mixed = soup(runs, plan.runs) if len(runs) > 1 else None
+        for line in soups.itertuples():
+            if mixed and line.chosen and line.runs == mixed.settings["runs"]:
+                goals.append((line.objective, mixed, line.mix))
         for name, run, mix in goals:
             if run.id not in set(table["run"]):
                 pushed = pd.DataFrame(measure_pushes(plan, run, report, mix)).T.rename_axis("match").reset_index()
