@@ -47,6 +47,7 @@ import torch
 
 from diva_lab import messages
 from diva_lab.analysis.alignment import alignment_report
+from diva_lab.analysis.conflict import probe_gradients
 from diva_lab.analysis.readability import DRAWS, Instrument, readability, world_pairs_in_memory
 from diva_lab.evaluation.shift import shift_report
 from diva_lab.evaluation.world import PATTERNS, WORLD_MEASURES, WORLD_SPLITS, cache_report, world_report, world_scenes
@@ -141,6 +142,8 @@ RATE_SEED = 99  # of runs that choose a rate; no seed that is reported
 LOSS_ALLOWED = {"zeroshot": 0.05}  # in a run that may be chosen, from its start
 MIX_ALLOWED = {"zeroshot": 0.02, "nmi": 0.05}  # at a mix that may be chosen
 TRIED = ["lr", "mix", "pairs", "zeroshot", "nmi", "within"]  # columns of feedback_rates.csv
+TERMS = ("contrastive", "diva")  # of the naive sum
+NULL = ("cos", "cos/low", "cos/high", "other", "other/sd", "random/sd")  # of `probe_gradients`
 PAUSE = 20.0  # seconds, where other processes have all in hand
 DIVERGED = 0.7  # zero-shot accuracy below which a run is stopped
 Report = Callable[[Encoder], dict[str, float]]
@@ -348,6 +351,13 @@ def measure_pushes(plan: Plan, run: Run, report: Report, mix: float = 1.0) -> di
     return {match: table.iloc[-1].drop("step").round(DIGITS).to_dict() for match, table in pushed.items()}
 
 
+def measure_conflict(run: Run) -> dict[str, dict[str, list]]:
+    """The cosine of the two terms' gradients in each step of a naive sum, and its null: probes of different batches."""
+    probes, steps = run.probes(), run.metrics()[["step", "cos", "norm_con", "norm_rec"]]
+    null = probes[(probes["of"] == "~".join(TERMS)) & probes["measure"].isin(NULL)][["step", "measure", "value"]]
+    return {name: table.round(DIGITS).to_dict("list") for name, table in (("steps", steps), ("null", null))}
+
+
 def run_once(plan: Plan, settings: Settings, report: Report, **facts: object) -> dict:
     """The record of a run, which is trained if it is on none; one that diverges is recorded as far as it came.
 
@@ -371,8 +381,9 @@ def _train(plan: Plan, settings: Settings, report: Report, facts: dict[str, obje
             raise Diverged
         return values
 
+    probe = partial(probe_gradients, objectives=TERMS, bins=0) if settings.objective == "naive" else None
     try:
-        run = tune(settings, plan.runs, watch)
+        run = tune(settings, plan.runs, watch, probe)
         if facts["row"].rpartition("/")[0] not in RELEASED:
             mixes = score_mixes(run, plan.mixes, report)
             facts["mixes"] = mixes.map(lambda value: round(value, DIGITS)).to_dict("list")
@@ -383,7 +394,10 @@ def _train(plan: Plan, settings: Settings, report: Report, facts: dict[str, obje
         facts["shift"] = plan.shift(*pair, plan.world, facts["split"])
     except (Diverged, FloatingPointError):
         facts["diverged"] = True
-    write_record(find_run(settings, plan.runs), plan.results / "records", **facts)
+    run = find_run(settings, plan.runs)
+    if probe:
+        facts["conflict"] = measure_conflict(run)
+    write_record(run, plan.results / "records", **facts)
     return plan.record(settings)
 
 
@@ -493,10 +507,11 @@ def write_tables(plan: Plan) -> None:
 
     feedback.csv: every evaluation of every run. feedback_mixes.csv: every mix of every run's end. feedback_pushes.csv:
     random pushes as far as each run went. feedback_rates.csv: every trial of a rate. feedback_released.csv: the end of
-    each run of `RELEASED`. feedback_matched.csv: `matched_scores`. feedback_predicted.csv: `predicted_gains`, of the
-    projectors in readability.csv. feedback_missing.csv: the seeds that are not on record.
+    each run of `RELEASED`. feedback_conflict.csv and feedback_null.csv: `measure_conflict` of the naive sum.
+    feedback_matched.csv: `matched_scores`. feedback_predicted.csv: `predicted_gains`, of the projectors in
+    readability.csv. feedback_missing.csv: the seeds that are not on record.
     """
-    curves, mixes, pushes, tried, released, missing = [], [], [], [], [], []
+    curves, mixes, pushes, tried, released, missing, steps, null = ([] for _ in range(8))
     for row in plan.rows():
         place = {"objective": row.objective, "alignment": row.alignment}
         chosen, trials = choose_trial(plan, row)
@@ -521,9 +536,13 @@ def write_tables(plan: Plan) -> None:
             mixes.append(mixed.assign(chosen=mixed["mix"] == chosen["mix"], **facts))
             pushed = pd.DataFrame(record.get("pushes", {})).T.rename_axis("match").reset_index()
             pushes.append(_kept("match", pushed).assign(**facts))
+            if conflict := record.get("conflict"):
+                steps.append(pd.DataFrame(conflict["steps"]).assign(**facts))
+                null.append(pd.DataFrame(conflict["null"]).assign(**facts))
     tables = {
         "feedback": curves, "feedback_mixes": mixes, "feedback_pushes": pushes, "feedback_rates": tried,
-        "feedback_released": released, "feedback_missing": [pd.DataFrame(missing)],
+        "feedback_released": released, "feedback_missing": [pd.DataFrame(missing)], "feedback_conflict": steps,
+        "feedback_null": null,
     }  # fmt: skip
     if mixes:
         apart = pd.concat(mixes).drop_duplicates(["run", "mix"])  # two rows may have chosen the same runs

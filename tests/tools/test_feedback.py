@@ -177,6 +177,15 @@ def test_tables_hold_every_evaluation_and_name_what_is_missing(plan):
     assert pushes["match"].tolist() == ["norm"]
 
 
+def test_the_naive_sum_records_the_cosine_of_its_terms_in_each_step_and_that_of_different_batches(plan):
+    align_all(plan)
+    run_rows(replace(plan, seeds=(0,)), Row("naive, equal norms", "anchored"))
+    feedback.write_tables(plan)
+    steps, null = (pd.read_csv(plan.results / f"feedback_{name}.csv") for name in ("conflict", "null"))
+    assert steps["step"].tolist() == [0, 1] and steps["cos"].between(-1, 1).all() and (steps["norm_rec"] > 0).all()
+    assert set(null["measure"]) == set(feedback.NULL) and sorted(set(null["step"])) == [0, 1, 2]
+
+
 def test_a_soup_is_of_the_runs_that_are_here_and_a_row_without_them_keeps_its_lines(plan, monkeypatch):
     monkeypatch.setattr(feedback, "SOUP_MIXES", (0.0, 0.5))
     row = Row("caption-contrast, mixed", "none")
