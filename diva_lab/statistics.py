@@ -304,6 +304,36 @@ def compare_rows(
     return paired_differences(shared[shared["objective"].isin([*kept, baseline])], measures, baseline)
 
 
+def nested_changes(
+    first: pd.DataFrame, last: pd.DataFrame, measures: Sequence[str]
+) -> dict[str, tuple[float, float, float]]:
+    """`nested_t` of what each measure changed, from tables with a row a seed; `last` names the seeds of stage 1.
+
+    Its column `align_seed` is NaN for a run without stage 1, which is a group of its own.
+    """
+    groups = last["align_seed"].fillna(last.index.to_series()).tolist()
+    return {name: nested_t((last[name] - first[name]).to_numpy(), groups) for name in measures}
+
+
+def compare_mixes(mixes: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
+    """What each row of the study of alignments changed at the mix that was chosen beforehand, by `nested_changes`.
+
+    Args:
+        mixes: columns `objective`, `alignment`, `seed`, `align_seed`, `mix`, `chosen` and the measures, as
+            data/results/feedback_mixes.csv.
+
+    Returns:
+        As `paired_differences`; a row is named "objective, alignment", or by its objective alone without stage 1.
+    """
+    rows = []
+    for (objective, alignment), runs in mixes.groupby(["objective", "alignment"], sort=False):
+        name = objective if runs["align_seed"].isna().all() else f"{objective}, {alignment}"
+        first, last = (runs[of].set_index("seed") for of in (runs["mix"] == 0, runs["chosen"]))
+        changes = nested_changes(first, last, measures)
+        rows += [(name, measure, *change, len(last)) for measure, change in changes.items()]
+    return pd.DataFrame(rows, columns=["objective", "measure", "difference", "low", "high", "seeds"])
+
+
 def conflict_rate(
     cosines: np.ndarray | pd.Series | Sequence[np.ndarray],
     block: int = 10,

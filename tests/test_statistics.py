@@ -14,6 +14,7 @@ from diva_lab.statistics import (
     bootstrap_counts,
     bootstrap_mean,
     bootstrap_weights,
+    compare_mixes,
     compare_rows,
     conflict_rate,
     holm,
@@ -198,6 +199,20 @@ def test_a_single_seed_has_a_difference_and_no_interval():
 def test_the_baseline_must_be_there():
     with pytest.raises(ValueError, match="no baseline 'zero' among none, dcr, diva"):
         paired_differences(RESULTS, ["nmi"], baseline="zero")
+
+
+def test_mixes_are_compared_with_their_start_the_seeds_of_stage_2_within_stage_1():
+    place = {"objective": "diva, mixed", "alignment": "unpaired", "mix": 0.0, "chosen": False, "nmi": 0.8}
+    starts = pd.DataFrame([place | {"seed": seed, "align_seed": 10_000.0 + seed % 2} for seed in (0, 1, 2)])
+    ends = starts.assign(mix=0.5, chosen=True, nmi=[0.7, 0.6, 0.9])  # seeds 0 and 2 share a projector
+    alone = starts[:1].assign(objective="caption-contrast", alignment="none", align_seed=np.nan)
+    other = alone.assign(mix=1.0, chosen=True, nmi=0.75)
+    table = compare_mixes(pd.concat([starts, ends, alone, other]), ["nmi"]).set_index("objective")
+    assert table.index.tolist() == ["diva, mixed, unpaired", "caption-contrast"] and table["seeds"].tolist() == [3, 1]
+    assert table["difference"].tolist() == pytest.approx([-0.1, -0.05])
+    ours = table.loc["diva, mixed, unpaired", ["low", "high"]].tolist()
+    assert ours == pytest.approx(stats.t.interval(0.95, 1, -0.1, 0.1))
+    assert table.loc["caption-contrast", ["low", "high"]].isna().all()
 
 
 def test_compare_rows_leaves_out_rows_that_have_not_been_run_or_share_no_seed():

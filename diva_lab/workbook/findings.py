@@ -11,7 +11,7 @@ import pandas as pd
 from diva_lab.evaluation.pairs import compare_pairs
 from diva_lab.figures.feedback import ROWS
 from diva_lab.figures.style import CHANCE, label_of
-from diva_lab.statistics import conflict_rate, nested_t, paired_t, percent, rank_correlation
+from diva_lab.statistics import conflict_rate, nested_changes, paired_t, percent, rank_correlation
 
 # --- numbers with their interval --------------------------------------------------------------------------------
 
@@ -200,11 +200,8 @@ def tabulate_matched(matched: pd.DataFrame, at: str, measure: str) -> str:
 
 def _state_changes(first: pd.DataFrame, last: pd.DataFrame, measures: Sequence[str]) -> str:
     """Each measure after training and its change, from tables with a row a seed and the column `align_seed`."""
-    texts, groups = [], last["align_seed"].fillna(last.index.to_series()).tolist()
-    for name in measures:
-        change = nested_t((last[name] - first[name]).to_numpy(), groups)
-        texts.append(f"{label_of(name)} **{100 * last[name].mean():.1f}**, {points(*change)}")
-    return "; ".join(texts)
+    changes = nested_changes(first, last, measures).items()
+    return "; ".join(f"{label_of(key)} **{100 * last[key].mean():.1f}**, {points(*change)}" for key, change in changes)
 
 
 def state_readability(table: pd.DataFrame, name: str) -> str:
