@@ -63,6 +63,7 @@ from diva_lab.training.runs import Run
 from diva_lab.training.settings import SHIPPED, Settings
 from diva_lab.training.soup import soup
 from diva_lab.training.stages import align, find_run, tune
+from diva_lab.workbook.findings import SOUP
 from diva_lab.world import World
 from tools.pseudo_labels import FOLDER as LABELS
 from tools.records import DIGITS, read_record, write_record
@@ -665,7 +666,7 @@ def read_soups(plan: Plan) -> pd.DataFrame:
     if not path.is_file():
         return pd.DataFrame()
     table = pd.read_csv(path).query("split == 'measure'")
-    return table.assign(objective="soup of " + table["objective"], seed=0, align_seed=None)
+    return table.assign(objective=SOUP + table["objective"], seed=0, align_seed=None)
 
 
 def measure_soups(plan: Plan, rows: Sequence[Row]) -> None:

@@ -11,7 +11,9 @@ import pandas as pd
 from diva_lab.evaluation.pairs import compare_pairs
 from diva_lab.figures.feedback import ROWS
 from diva_lab.figures.style import CHANCE, label_of
-from diva_lab.statistics import conflict_rate, nested_changes, paired_t, percent, rank_correlation
+from diva_lab.statistics import conflict_rate, nested_changes, nested_t, paired_t, percent, rank_correlation
+
+SOUP = "soup of "  # before the objective of a row that is the mean of its runs, as in feedback_matched.csv
 
 # --- numbers with their interval --------------------------------------------------------------------------------
 
@@ -189,12 +191,39 @@ def tabulate_matched(matched: pd.DataFrame, at: str, measure: str) -> str:
     table = matched[(matched["at"] == at) & (matched["measure"] == measure)]
     levels = sorted(table["level"].unique())
     lines = [["", *(f"{100 * level:g}" for level in levels)], ["---"] * (len(levels) + 1)]
-    for (objective, alignment), rows in table.groupby(["objective", "alignment"], sort=False):
-        base = objective.removeprefix("soup of ")
-        name = ROWS.get((base, alignment), (base if alignment == "none" else f"{base}, {alignment}",))[0]
+    for row, rows in table.groupby(["objective", "alignment"], sort=False):
         found = rows.set_index("level")[["value", "low", "high"]].reindex(levels)
-        cells = [brackets(*cell) for cell in found.to_numpy()]
-        lines.append([f"mean of the runs of {name}" if base != objective else name, *cells])
+        lines.append([_name_row(*row), *(brackets(*cell) for cell in found.to_numpy())])
+    return _tabulate(lines)
+
+
+def tabulate_mixes(mixes: pd.DataFrame, measures: Sequence[str]) -> str:
+    """A Markdown table: each row's measures in percent at the mix that was chosen for it, with intervals over stage 1.
+
+    Args:
+        mixes: as data/results/feedback_mixes.csv; a soup has no interval.
+    """
+    names = [label_of(name) for name in measures]
+    start = [brackets(value, np.nan, np.nan) for value in mixes.loc[mixes["mix"] == 0, measures].mean()]
+    lines = [["", "mix", "seeds", *names], ["---"] * (len(names) + 3), ["original", "0", "", *start]]
+    for row, runs in mixes[mixes["chosen"]].groupby(["objective", "alignment"], sort=False):
+        groups = runs["align_seed"].fillna(runs["seed"]).tolist()
+        cells = [brackets(*nested_t(runs[name].to_numpy(), groups)) for name in measures]
+        seeds = "" if row[0].startswith(SOUP) else str(len(runs))
+        lines.append([_name_row(*row), f"{runs['mix'].iloc[0]:g}", seeds, *cells])
+    return _tabulate(lines)
+
+
+def _name_row(objective: str, alignment: str) -> str:
+    """What a row, or the mean of its runs, is called in a table."""
+    base = objective.removeprefix(SOUP)
+    other = label_of(base if alignment == "none" else f"{base}, {alignment}")
+    name = ROWS.get((base, alignment), (other,))[0]
+    return f"mean of the runs of {name}" if base != objective else name
+
+
+def _tabulate(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of cells."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

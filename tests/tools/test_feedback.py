@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from diva_lab.paths import DATA, ROOT
-from diva_lab.workbook.findings import tabulate_matched
+from diva_lab.workbook.findings import tabulate_matched, tabulate_mixes
 from tools import feedback
 from tools.feedback import (
     ALIGNMENTS,
@@ -292,6 +292,18 @@ def test_the_tables_at_the_same_score_of_the_results_page_are_those_of_the_recor
     for at, measure, block in shown:
         made, lines = tabulate_matched(matched, at, measure).splitlines(), block.splitlines()
         assert lines[:2] == made[:2] and len(lines) >= 7 and set(lines) <= set(made)
+
+
+def test_the_main_tables_of_the_results_page_are_those_of_the_records():
+    page = (ROOT / "docs" / "results.md").read_text()
+    shown = re.findall(r"<!-- mixes(?: (world-\d))?[^\n]* -->\n(.*?)<!-- /mixes -->", page, re.DOTALL)
+    assert shown
+    for world, block in shown:
+        plan = Plan(results=DATA / "results" / world)
+        mixes = pd.concat([pd.read_csv(plan.results / "feedback_mixes.csv"), feedback.read_soups(plan)])
+        made = tabulate_mixes(mixes, ["pairs/mean", "probe/mean", "zeroshot", "nmi"]).splitlines()
+        lines = block.splitlines()
+        assert lines[:3] == made[:3] and len(lines) > 8 and set(lines) <= set(made)
 
 
 def test_a_row_with_a_rate_of_its_own_takes_it_without_a_trial(plan):

@@ -43,6 +43,16 @@ def test_a_mix_is_stated_as_it_was_chosen_with_the_interval_over_stage_1():
     assert findings.state_mix(MIXES, ("dcr", "anchored"), ["pairs/mean"]) == "dcr, anchored: not run."
 
 
+def test_rows_at_their_chosen_mixes_are_a_table_and_a_soup_has_no_interval():
+    one = MIXES[MIXES["chosen"] & (MIXES["objective"] == "diva, mixed")].head(1)
+    mixes = pd.concat([MIXES, one.assign(objective="soup of diva, mixed", align_seed=np.nan)])
+    lines = findings.tabulate_mixes(mixes, ["pairs/mean", "zeroshot"]).splitlines()
+    assert lines[0] == "|  | mix | seeds | pair score (P) | zero-shot (D) |"
+    assert lines[2] == "| original | 0 |  | 20.5 | 90.0 |"
+    assert "| DIVA, rate and mix chosen, anchored | 0.5 | 2 | 40.5 [34.1, 46.9] | 85.0 [85.0, 85.0] |" in lines
+    assert lines[-1] == "| mean of the runs of DIVA, rate and mix chosen, anchored | 0.5 |  | 40.0 | 85.0 |"
+
+
 def test_scores_at_the_same_level_are_a_table_with_a_dash_where_a_row_does_not_come():
     rows = [("diva", "anchored", "pairs/mean", 0.2, "zeroshot", 0.965, 0.96, 0.97),
             ("diva", "anchored", "pairs/mean", 0.25, "zeroshot", 0.95, 0.94, 0.96),
