@@ -26,7 +26,9 @@ def points(value: float, low: float, high: float, digits: int = 1) -> str:
 
 
 def number(value: float, low: float, high: float, digits: int = 4) -> str:
-    """A number with its interval: "+0.0011 (95 % interval -0.0067 to +0.0088)"."""
+    """A number with its interval: "+0.0011 (95 % interval -0.0067 to +0.0088)"; NaN: no interval."""
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return f"{value:+.{digits}f} (no interval)"
     return f"{value:+.{digits}f} (95 % interval {low:+.{digits}f} to {high:+.{digits}f})"
 
 
@@ -253,7 +255,7 @@ def state_prediction(predicted: pd.DataFrame) -> str:
         f"Rank correlation (Spearman) of readability before with the gain after, over {len(predicted)} pairs of a "
         f"projector and a pattern: **{number(*whole, 2)}**, projectors resampled. Over the means of "
         f"the {len(means)} projectors: **{between:+.2f}**. Among the patterns of one anchored projector, "
-        f"mean of {len(within)}: **{number(*paired_t(within), 2)}**."
+        f"mean of {len(within)}: **{number(*nested_t(within, range(len(within))), 2)}**."
     )
 
 

@@ -81,6 +81,8 @@ def test_a_prediction_is_stated_over_all_between_projectors_and_within_anchored_
     text = findings.state_prediction(table)
     assert "over 6 pairs of a projector and a pattern: **+0." in text and "of the 3 projectors: **" in text
     assert "mean of 2: **+0.00 (95 % interval -12.71 to +12.71)**" in text
+    alone = findings.state_prediction(table[table["projector"] != "b"])
+    assert "mean of 1: **+1.00 (no interval)**" in alone
 
 
 def test_a_line_fitted_on_one_world_is_tested_on_another_against_the_mean_gain():
