@@ -43,8 +43,6 @@ RUNS = pd.DataFrame(
     {"objective": ["naive", "naive, upgrad", "dcr, velocity"], "cos": [-0.1, 0.0, 0.1], "p": [1.0, 2, 3]}
 )
 LINE = pd.DataFrame({"x": [-0.1, 0.1], "mean": [1.0, 3.0], "low": [0.5, 2.5], "high": [1.5, 3.5]})
-RATES = pd.DataFrame({"objective": ["dcr", "dcr", "naive, upgrad"], "lr": [1e-5, 1e-4, 1e-5]})
-RATES = RATES.assign(chosen=[False, True, True], zeroshot=[0.9, 0.9, 0.8], **{"pairs/mean": [0.2, 0.3, 0.2]})
 RECOVERED = pd.DataFrame({"condition": ["global"] * 3, "t": [50, 150, 250], "recovered": [0.2, 0.5, 0.4]})
 RECOVERED = RECOVERED.assign(low=RECOVERED["recovered"] - 0.1, high=RECOVERED["recovered"] + 0.1)
 PATHS = pd.DataFrame(
@@ -206,7 +204,6 @@ DRAWN = {
     "message_maps": lambda source="": figures.message_maps(MAPS, source=source),
     "claims": lambda source="": figures.claims(DIFFERENCES, {"Does it?": ["diva", "dcr, velocity"]}, source),
     "runs_scatter": lambda source="": figures.runs_scatter(RUNS, "cos", "p", LINE, source=source),
-    "learning_rates": lambda source="": figures.learning_rates(RATES, source),
     "parts_conflict": lambda source="": figures.parts_conflict(PARTS, source=source),
     "cosine_by_timestep": lambda source="": figures.cosine_by_timestep(PROBES, source=source),
     "signal_by_timestep": lambda source="": figures.signal_by_timestep(PROBES, source),

@@ -39,4 +39,4 @@ from diva_lab.figures.scores import (
 )
 from diva_lab.figures.style import COLOURS, LABELS, MARKERS, MEASURES, STYLE, running_mean, trace
 from diva_lab.figures.theory import affine_range, message_maps, theorem_bounds
-from diva_lab.figures.training import learning_rates, loss_curves, recovered_fraction, trade_off
+from diva_lab.figures.training import loss_curves, recovered_fraction, trade_off

@@ -1,8 +1,7 @@
-"""Figures of training: losses, recovered fraction, P against D over the steps, learning rates."""
+"""Figures of training: losses, recovered fraction, P against D over the steps."""
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -96,26 +95,4 @@ def trade_off(
                 axis.set_view_interval(*((low + high) / 2 + LEAST_RANGE * np.array([-0.5, 0.5])), ignore=True)
             axis.set_major_formatter(style.PERCENT)
     style.move_legend(fig, "outside upper left", 5)
-    return style.finish(fig, source)
-
-
-@style.apply
-def learning_rates(rates: pd.DataFrame, source: str = "") -> Figure:
-    """Every learning rate tried for each row of the study: the mean of P and D, by which one was chosen (framed).
-
-    `rates`: columns `objective`, `lr`, `chosen`, `pairs/mean`, `zeroshot`. In points below the row's best.
-    """
-    style.require_columns(rates, ("objective", "lr", "chosen", "pairs/mean", "zeroshot"))
-    rates = rates.assign(score=50 * (rates["pairs/mean"] + rates["zeroshot"]))
-    table = rates.pivot_table("score", "objective", "lr", sort=False).sort_index(axis=1)
-    below = table.sub(table.max(axis=1), axis=0).rename(index=style.label_of, columns="{:g}".format)  # [rows, rates]
-    numbers = below.map(lambda value: style.minus_signs(f"{value:.1f}"))
-    fig, ax = plt.subplots(figsize=(style.WIDTH, 0.7 + 0.2 * len(table)))
-    sns.heatmap(below, cmap=sns.blend_palette([style.WRONG, "#FAFAF8"], as_cmap=True), cbar=False, ax=ax, annot=numbers,
-                fmt="", annot_kws={"fontsize": 6.5}, vmin=min(below.min(axis=None), -1e-3), vmax=0)  # fmt: skip
-    chosen = rates[rates["chosen"].astype(bool)]
-    for cell in zip(table.columns.get_indexer(chosen["lr"]), table.index.get_indexer(chosen["objective"]), strict=True):
-        ax.add_patch(plt.Rectangle(cell, 1, 1, fill=False, edgecolor=style.INK, linewidth=1.2, clip_on=False))
-    ax.set(xlabel="learning rate", ylabel="")
-    ax.grid(False)
     return style.finish(fig, source)

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from figure_records import METRICS, PATHS, RATES, RECOVERED, N, legend, lines
+from figure_records import METRICS, PATHS, RECOVERED, N, legend, lines
 from matplotlib.colors import to_hex
 
 from diva_lab import figures
@@ -47,14 +47,3 @@ def test_the_trade_off_does_not_magnify_less_than_two_points():
         .get_xlim()
     )
     assert high - low == pytest.approx(0.02)
-
-
-def test_learning_rates_are_points_below_the_rows_best_and_the_chosen_ones_are_framed():
-    fig = figures.learning_rates(RATES)
-    (cells,) = fig.axes[0].collections
-    shown = np.ma.filled(cells.get_array().astype(float), np.nan)
-    assert shown == pytest.approx(np.array([[-5, 0], [0, np.nan]]), nan_ok=True)
-    assert [frame.get_xy() for frame in fig.axes[0].patches] == [(1, 0), (0, 1)]  # a cell is one wide and high
-    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["DCR", "naive sum, upgrad"]
-    assert [label.get_text() for label in fig.axes[0].get_xticklabels()] == ["1e-05", "0.0001"]
-    assert [text.get_text() for text in fig.axes[0].texts] == ["\N{MINUS SIGN}5.0", "0.0", "0.0"]
