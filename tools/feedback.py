@@ -535,8 +535,7 @@ def write_tables(plan: Plan) -> None:
                 curves.append(_kept("step", record["evaluations"]).assign(images=images, **facts))
             mixed = _kept("mix", all_mixes(record))
             mixes.append(mixed.assign(chosen=mixed["mix"] == chosen["mix"], **facts))
-            pushed = pd.DataFrame(record.get("pushes", {})).T.rename_axis("match").reset_index()
-            pushes.append(_kept("match", pushed).assign(**facts))
+            pushes.append(_kept("match", _push_table(record.get("pushes", {}))).assign(**facts))
             if conflict := record.get("conflict"):
                 steps.append(pd.DataFrame(conflict["steps"]).assign(**facts))
                 null.append(pd.DataFrame(conflict["null"]).assign(**facts))
@@ -621,6 +620,11 @@ def _facts(plan: Plan, row: Row, record: dict) -> dict:
     align_seed = None if row.alignment == NO_PROJECTOR else plan.align_seeds[seed % len(plan.align_seeds)]
     facts = {"seed": seed, "align_seed": align_seed, "lr": record["settings"]["lr"], "run": record["run"]}
     return facts | {"git": made["git"], "torch": made["versions"]["torch"]}
+
+
+def _push_table(pushes: dict[str, dict[str, float]]) -> pd.DataFrame:
+    """A row for each of `measure_pushes`, by `match`."""
+    return pd.DataFrame(pushes).T.rename_axis("match").reset_index()
 
 
 def _kept(key: str, table: pd.DataFrame) -> pd.DataFrame:
@@ -724,13 +728,12 @@ def push_mixes(plan: Plan, rows: Sequence[Row]) -> None:
     for row in [row for row in SOUPS if row in rows]:
         chosen, runs = _runs_of(plan, row)
         goals = [(row.objective, run, float(chosen["mix"])) for run in runs]
-        mixed = soup(runs, plan.runs) if len(runs) > 1 else None
         for line in soups.itertuples():
-            if mixed and line.chosen and line.runs == mixed.settings["runs"]:
-                goals.append((line.objective, mixed, line.mix))
+            if line.chosen and set(line.runs.split()) == {run.id for run in runs}:
+                goals.append((line.objective, soup(runs, plan.runs), line.mix))
         for name, run, mix in goals:
             if run.id not in set(table["run"]):
-                pushed = pd.DataFrame(measure_pushes(plan, run, report, mix)).T.rename_axis("match").reset_index()
+                pushed = _push_table(measure_pushes(plan, run, report, mix))
                 facts = {"objective": name, "alignment": row.alignment, "mix": mix, "run": run.id}
                 table = pd.concat([table, pushed.assign(**facts, git=environment()["git"])])
                 table.to_csv(path, index=False, float_format="%.5g")
