@@ -3,7 +3,7 @@
     python -m tools.feedback align [ALIGNMENT ...]    stage 1 of each alignment and seed -> data/results/projectors
     python -m tools.feedback rates [ROW ...]          each row's learning rate, at the full dose on the split `choose`
     python -m tools.feedback run [ROW ...]            each row's seeds, on the split `measure`
-    python -m tools.feedback tables                   data/results/feedback.csv, and what was tried and is missing
+    python -m tools.feedback tables [ROW ...]         data/results/feedback.csv, and what was tried and is missing
     python -m tools.feedback readability              the instrument on every projector -> data/results/readability.csv
     python -m tools.feedback soup [ROW ...]           the mean of the mixed rows' runs -> data/results/feedback_soup.csv
     python -m tools.feedback pushes [ROW ...]         random pushes as far as the mixed rows' runs and soups go
@@ -503,8 +503,8 @@ def all_mixes(record: dict) -> pd.DataFrame:
     return pd.concat([start, pd.DataFrame(record.get("mixes", {})), end]).reset_index(drop=True)
 
 
-def write_tables(plan: Plan) -> None:
-    """What is on record, and what is missing, as tables.
+def write_tables(plan: Plan, rows: Sequence[Row]) -> None:
+    """What is on record of the rows, and what is missing, as tables.
 
     feedback.csv: every evaluation of every run. feedback_mixes.csv: every mix of every run's end. feedback_pushes.csv:
     random pushes as far as each run went. feedback_rates.csv: every trial of a rate. feedback_released.csv: the end of
@@ -513,7 +513,7 @@ def write_tables(plan: Plan) -> None:
     readability.csv. feedback_missing.csv: the seeds that are not on record.
     """
     curves, mixes, pushes, tried, released, missing, steps, null = ([] for _ in range(8))
-    for row in plan.rows():
+    for row in rows:
         place = {"objective": row.objective, "alignment": row.alignment}
         chosen, trials = choose_trial(plan, row)
         if rate_row(row) == row and len(trials):
@@ -819,7 +819,7 @@ def main(argv: list[str] | None = None) -> None:
         tasks += row_tasks(plan, rows)
     take_turns(tasks)
     if args.part in ("tables", "all"):
-        write_tables(plan)
+        write_tables(plan, rows)
     if args.part == "readability":
         measure_readability(plan)
     if args.part == "soup":

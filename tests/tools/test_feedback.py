@@ -161,7 +161,7 @@ def test_processes_share_the_runs_and_none_takes_what_another_has_in_hand(plan, 
 def test_tables_hold_every_evaluation_and_name_what_is_missing(plan):
     align_all(plan)
     run_rows(replace(plan, seeds=(0,)), ROW)
-    feedback.write_tables(plan)
+    feedback.write_tables(plan, plan.rows())
     table = pd.read_csv(plan.results / "feedback.csv")
     assert table["step"].tolist() == [0, 1, 2] and table["images"].tolist() == [0, 2, 4]
     assert set(table["objective"]) == {"diva"} and set(table["align_seed"]) == {10_000} and table["git"].notna().all()
@@ -179,8 +179,11 @@ def test_tables_hold_every_evaluation_and_name_what_is_missing(plan):
 
 def test_the_naive_sum_records_the_cosine_of_its_terms_in_each_step_and_that_of_different_batches(plan):
     align_all(plan)
-    run_rows(replace(plan, seeds=(0,)), Row("naive, equal norms", "anchored"))
-    feedback.write_tables(plan)
+    row = Row("naive, equal norms", "anchored")
+    run_rows(replace(plan, seeds=(0,)), row)
+    feedback.write_tables(plan, [row])
+    missing = pd.read_csv(plan.results / "feedback_missing.csv")
+    assert missing["seed"].tolist() == [1] and set(missing["objective"]) == {row.objective}
     steps, null = (pd.read_csv(plan.results / f"feedback_{name}.csv") for name in ("conflict", "null"))
     assert steps["step"].tolist() == [0, 1] and steps["cos"].between(-1, 1).all() and (steps["norm_rec"] > 0).all()
     assert set(null["measure"]) == set(feedback.NULL) and sorted(set(null["step"])) == [0, 1, 2]
@@ -239,7 +242,7 @@ def test_the_soup_on_other_models_takes_the_mix_of_the_shipped_ones(plan, tmp_pa
 def test_a_rival_without_projector_is_run_once_without_alignment(plan, objective):
     row = Row(objective, "none")
     run_rows(replace(plan, seeds=(0,)), row)
-    feedback.write_tables(plan)
+    feedback.write_tables(plan, plan.rows())
     assert pd.read_csv(plan.results / "feedback.csv")["align_seed"].isna().all()
     assert [r for r in all_rows() if r.objective == objective] == [row]
 
@@ -248,7 +251,7 @@ def test_a_row_of_the_released_code_takes_its_base_rows_rate_and_has_a_table_of_
     align_all(plan)
     row = Row("diva, VAE input", "anchored")
     run_rows(replace(plan, seeds=(0,)), ROW, row)
-    feedback.write_tables(plan)
+    feedback.write_tables(plan, plan.rows())
     table = pd.read_csv(plan.results / "feedback_released.csv")
     assert table["objective"].tolist() == [row.objective] and table["step"].tolist() == [2]
     base = pd.read_csv(plan.results / "feedback.csv")
