@@ -24,9 +24,9 @@ ROWS = {  # objective and alignment -> name, colour and marker where rows of sev
     for alignment in ALIGNMENTS
 } | {
     ("dcr", "anchored"): ("DCR, anchored", style.COLOURS["dcr"], "s"),
-    ("dcr, bounded", "anchored"): ("DCR bounded, anchored", "#56B4E9", "h"),
+    ("dcr, bounded", "anchored"): ("DCR, bounded, anchored", "#56B4E9", "h"),
     ("naive, equal norms", "anchored"): ("naive sum, anchored", style.COLOURS["naive"], "v"),
-    ("dcr, guided", "anchored"): ("DCR guided, anchored", "#8C6D1F", "*"),
+    ("dcr, guided", "anchored"): ("DCR, guided, anchored", "#8C6D1F", "*"),
     ("caption-contrast", "none"): ("CLIP's loss on captions", style.COLOURS["caption-contrast"], "P"),
     ("caption-contrast, mixed", "none"): (
         "CLIP's loss on captions, rate and mix chosen", style.COLOURS["caption-contrast"], "P"

@@ -299,14 +299,14 @@ def test_the_tables_at_the_same_score_of_the_results_page_are_those_of_the_recor
 
 def test_the_main_tables_of_the_results_page_are_those_of_the_records():
     page = (ROOT / "docs" / "results.md").read_text()
-    shown = re.findall(r"<!-- mixes(?: (world-\d))?[^\n]* -->\n(.*?)<!-- /mixes -->", page, re.DOTALL)
+    shown = re.findall(r"<!-- mixes(?: (\w+-\w+))?[^\n]* -->\n(.*?)<!-- /mixes -->", page, re.DOTALL)
     assert shown
-    for world, block in shown:
-        plan = Plan(results=DATA / "results" / world)
+    for models, block in shown:
+        plan = Plan(results=DATA / "results" / models)
         mixes = pd.concat([pd.read_csv(plan.results / "feedback_mixes.csv"), feedback.read_soups(plan)])
         made = tabulate_mixes(mixes, ["pairs/mean", "probe/mean", "zeroshot", "nmi"]).splitlines()
         lines = block.splitlines()
-        assert lines[:3] == made[:3] and len(lines) > 8 and set(lines) <= set(made)
+        assert lines[:3] == made[:3] and len(lines) > 3 and set(lines) <= set(made)
 
 
 def test_a_row_with_a_rate_of_its_own_takes_it_without_a_trial(plan):
