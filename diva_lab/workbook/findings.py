@@ -232,7 +232,8 @@ def _tabulate(lines: Sequence[Sequence[str]]) -> str:
 def _state_changes(first: pd.DataFrame, last: pd.DataFrame, measures: Sequence[str]) -> str:
     """Each measure after training and its change, from tables with a row a seed and the column `align_seed`."""
     changes = nested_changes(first, last, measures).items()
-    return "; ".join(f"{label_of(key)} **{100 * last[key].mean():.1f}**, {points(*change)}" for key, change in changes)
+    ends = {key: 100 * (first[key].mean() + change[0]) for key, change in changes}
+    return "; ".join(f"{label_of(key)} **{ends[key]:.1f}**, {points(*change)}" for key, change in changes)
 
 
 def state_readability(table: pd.DataFrame, name: str) -> str:

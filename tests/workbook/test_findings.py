@@ -34,6 +34,13 @@ def test_an_alignment_states_its_end_its_change_and_how_many_seeds_of_both_stage
     assert findings.state_alignment(DOSE, "placebo", ["pairs/mean"]) == "placebo: not run."
 
 
+def test_the_score_that_is_stated_is_the_mean_over_stage_1_as_its_change_is():
+    shared = DOSE[(DOSE["alignment"] == "anchored") & (DOSE["seed"] == 0)].assign(seed=2)  # the projector of seed 0
+    shared["pairs/mean"] += 0.2 * (shared["images"] == shared["images"].max())
+    text = findings.state_alignment(pd.concat([DOSE, shared]), "anchored", ["pairs/mean"])
+    assert "pair score (P) **35.0**, +15.0 points" in text  # the mean of (30 + 50) / 2 and 30
+
+
 def test_a_mix_is_stated_as_it_was_chosen_with_the_interval_over_stage_1():
     assert findings.state_mix(MIXES, ("diva, mixed", "anchored"), ["pairs/mean", "zeroshot"]) == (
         "diva, mixed, anchored, mix 0.5 (2 seeds): pair score (P) **40.5**, +20.0 points (95 % interval +20.0 to "
