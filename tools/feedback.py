@@ -504,7 +504,7 @@ def all_mixes(record: dict) -> pd.DataFrame:
 
 
 def write_tables(plan: Plan, rows: Sequence[Row]) -> None:
-    """What is on record of the rows, and what is missing, as tables.
+    """What is on record of these rows alone, and what is missing, as tables in place of those that were there.
 
     feedback.csv: every evaluation of every run. feedback_mixes.csv: every mix of every run's end. feedback_pushes.csv:
     random pushes as far as each run went. feedback_rates.csv: every trial of a rate. feedback_released.csv: the end of
@@ -819,7 +819,7 @@ def main(argv: list[str] | None = None) -> None:
         tasks += row_tasks(plan, rows)
     take_turns(tasks)
     if args.part in ("tables", "all"):
-        write_tables(plan, rows)
+        write_tables(plan, rows if args.part == "tables" else plan.rows())
     if args.part == "readability":
         measure_readability(plan)
     if args.part == "soup":
