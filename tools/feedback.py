@@ -510,7 +510,7 @@ def write_tables(plan: Plan, rows: Sequence[Row]) -> None:
     random pushes as far as each run went. feedback_rates.csv: every trial of a rate. feedback_released.csv: the end of
     each run of `RELEASED`. feedback_conflict.csv and feedback_null.csv: `measure_conflict` of the naive sum.
     feedback_matched.csv: `matched_scores`. feedback_predicted.csv: `predicted_gains`, of the projectors in
-    readability.csv. feedback_missing.csv: the seeds that are not on record.
+    readability.csv. feedback_missing.csv: the seeds that are not on record, no line if all are.
     """
     curves, mixes, pushes, tried, released, missing, steps, null = ([] for _ in range(8))
     for row in rows:
@@ -541,8 +541,7 @@ def write_tables(plan: Plan, rows: Sequence[Row]) -> None:
                 null.append(pd.DataFrame(conflict["null"]).assign(**facts))
     tables = {
         "feedback": curves, "feedback_mixes": mixes, "feedback_pushes": pushes, "feedback_rates": tried,
-        "feedback_released": released, "feedback_missing": [pd.DataFrame(missing)], "feedback_conflict": steps,
-        "feedback_null": null,
+        "feedback_released": released, "feedback_conflict": steps, "feedback_null": null,
     }  # fmt: skip
     if mixes:
         apart = pd.concat(mixes).drop_duplicates(["run", "mix"])  # two rows may have chosen the same runs
@@ -555,6 +554,8 @@ def write_tables(plan: Plan, rows: Sequence[Row]) -> None:
             pd.concat(parts).to_csv(plan.results / f"{name}.csv", index=False, float_format="%.5g")
         else:
             (plan.results / f"{name}.csv").unlink(missing_ok=True)
+    missing = pd.DataFrame(missing, columns=["objective", "alignment", "seed"])
+    missing.to_csv(plan.results / "feedback_missing.csv", index=False)
 
 
 def matched_scores(mixes: pd.DataFrame) -> pd.DataFrame:

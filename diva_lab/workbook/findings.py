@@ -162,7 +162,7 @@ def state_alignment(curves: pd.DataFrame, alignment: str, measures: Sequence[str
         return f"{alignment}: not run."
     last = rows.groupby("seed").last()
     changes = _state_changes(rows.groupby("seed").first(), last, measures)
-    of = f"{len(last)} seeds, {last['align_seed'].nunique()} of stage 1"
+    of = f"{_seeds(last)}, {last['align_seed'].nunique()} of stage 1"
     return f"{alignment} ({of}; {last['images'].max():,} images): {changes}."
 
 
@@ -178,7 +178,7 @@ def state_mix(mixes: pd.DataFrame, row: tuple[str, str], measures: Sequence[str]
     if rows.empty:
         return f"{name}: not run."
     first, last = (rows[of].set_index("seed") for of in (rows["mix"] == 0, rows["chosen"]))
-    return f"{name}, mix {last['mix'].iloc[0]:g} ({len(last)} seeds): {_state_changes(first, last, measures)}."
+    return f"{name}, mix {last['mix'].iloc[0]:g} ({_seeds(last)}): {_state_changes(first, last, measures)}."
 
 
 def tabulate_matched(matched: pd.DataFrame, at: str, measure: str) -> str:
@@ -222,6 +222,11 @@ def _name_row(objective: str, alignment: str) -> str:
     other = label_of(base if alignment == "none" else f"{base}, {alignment}")
     name = ROWS.get((base, alignment), (other,))[0]
     return f"mean of the runs of {name}" if base != objective else name
+
+
+def _seeds(runs: pd.DataFrame) -> str:
+    """How many, a row each."""
+    return f"{len(runs)} seed" + "s" * (len(runs) != 1)
 
 
 def _tabulate(lines: Sequence[Sequence[str]]) -> str:

@@ -177,6 +177,14 @@ def test_tables_hold_every_evaluation_and_name_what_is_missing(plan):
     assert pushes["match"].tolist() == ["norm"]
 
 
+def test_a_study_without_gaps_says_so_in_a_table_of_no_line(plan):
+    row = Row("caption-contrast", "none")
+    run_rows(plan, row)
+    feedback.write_tables(plan, [row])
+    missing = pd.read_csv(plan.results / "feedback_missing.csv")
+    assert missing.columns.tolist() == ["objective", "alignment", "seed"] and missing.empty
+
+
 def test_the_naive_sum_records_the_cosine_of_its_terms_in_each_step_and_that_of_different_batches(plan):
     align_all(plan)
     row = Row("naive, equal norms", "anchored")

@@ -30,7 +30,7 @@ def test_an_alignment_states_its_end_its_change_and_how_many_seeds_of_both_stage
         "+10.0); zero-shot (D) **80.0**, -10.0 points (95 % interval -10.0 to -10.0)."
     )
     one = findings.state_alignment(DOSE.query("seed == 0"), "anchored", ["pairs/mean"])
-    assert "1 seeds, 1 of stage 1" in one and "one seed, no interval" in one
+    assert "1 seed, 1 of stage 1" in one and "one seed, no interval" in one
     assert findings.state_alignment(DOSE, "placebo", ["pairs/mean"]) == "placebo: not run."
 
 
