@@ -226,7 +226,7 @@ def _name_row(objective: str, alignment: str) -> str:
 
 def _seeds(runs: pd.DataFrame) -> str:
     """How many, a row each."""
-    return f"{len(runs)} seed" + "s" * (len(runs) != 1)
+    return f"{len(runs)} seed{'s' if len(runs) != 1 else ''}"
 
 
 def _tabulate(lines: Sequence[Sequence[str]]) -> str:
