@@ -23,13 +23,17 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import pandas as pd
+import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -48,6 +52,7 @@ ADDED: dict[str, object] = {  # setting added since 0.2 -> its default, at which
     "embedding_noise": 0, "teacher": "tiny-vision", "resampled": False, "workers": 0,
     "latents_on_disk": False,
 }  # fmt: skip
+PATIENCE = 10  # seconds, for a lock whose holder was killed
 RECORDS = {  # kind -> its last step less the checkpoint's
     "metrics": 1, "skipped": 1, "evaluations": 0, "probes": 0, "processes": 0,
 }  # fmt: skip
@@ -78,6 +83,36 @@ def _write(path: Path, text: str) -> None:
     _sync(new)
     new.replace(path)
     _sync(path.parent)
+
+
+def _holder(file: TextIO) -> str:
+    """Lock an open file; returns "", or which process holds it.
+
+    A process that was killed leaves its lock to what it had started (a data loader's workers, a call of git), which
+    ends soon after it: such a lock is waited for, up to PATIENCE seconds.
+    """
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return ""
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another process"
+        if not _has_ended(holder):
+            return holder
+        if time.monotonic() > end:
+            return f"what {holder} had started before it ended"
+        time.sleep(0.05)
+
+
+def _has_ended(holder: str) -> bool:
+    """Whether a lock's holder is a process of this machine, and has ended."""
+    written = re.fullmatch(rf"process (\d+) on {re.escape(platform.node())}", holder)
+    try:
+        return bool(written) and psutil.Process(int(written[1])).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _parse(line: str) -> dict | None:
@@ -138,13 +173,11 @@ class Run:
             file = open(self.folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115, closed below
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise RuntimeError(
-                    f"run {self.id} is being trained by {file.read() or 'another process'}; let it end, or stop it and "
-                    f"run the same again (held: {file.name})"
-                ) from None
+                if holder := _holder(file):
+                    raise RuntimeError(
+                        f"run {self.id} is being trained by {holder}; let it end, or stop it and run the same again "
+                        f"(held: {file.name})"
+                    )
             except OSError as error:
                 print(f"{file.name}: no locks here ({error.strerror}); train it by one process at a time", flush=True)
             with self._writing():

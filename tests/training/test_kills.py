@@ -1,6 +1,7 @@
 """A run that is killed, cut off or out of disk at any moment goes on to the same bits; its records can be read."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import random
@@ -261,6 +262,29 @@ def test_a_second_process_on_a_run_is_told_which_one_holds_it(settings, tmp_path
     child.kill()
     child.join()
     assert align(settings, tmp_path).done
+
+
+def test_a_killed_run_goes_on_as_soon_as_what_it_had_started_has_ended(tmp_path, monkeypatch):
+    run, held = Run.at(TOY, tmp_path), FORK.Event()
+
+    def hold() -> None:
+        with run.lock():
+            FORK.Process(target=time.sleep, args=(1,)).start()
+            held.set()
+            time.sleep(60)
+
+    child = FORK.Process(target=hold)
+    child.start()
+    assert held.wait(60)
+    child.kill()
+    child.join()
+    with open(run.folder / "lock") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "PATIENCE", 0)
+        with pytest.raises(RuntimeError, match=f"by what process {child.pid} on .* had started before it ended; let"):
+            train_toy(tmp_path)
+    assert not left_over(tmp_path)
 
 
 def test_a_finished_run_is_returned_without_writing_a_file(settings, tmp_path, capsys):
