@@ -261,7 +261,7 @@ def state_prediction(predicted: pd.DataFrame) -> str:
         f"Rank correlation (Spearman) of readability before with the gain after, over {len(predicted)} pairs of a "
         f"projector and a pattern: **{number(*whole, 2)}**, projectors resampled. Over the means of "
         f"the {len(means)} projectors: **{between:+.2f}**. Among the patterns of one anchored projector, "
-        f"mean of {len(within)}: **{number(*nested_t(within, range(len(within))), 2)}**."
+        f"mean of {len(within)}: **{np.mean(within):+.2f}**, from {min(within):+.2f} to {max(within):+.2f}."
     )
 
 
