@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -265,11 +266,11 @@ def test_a_second_process_on_a_run_is_told_which_one_holds_it(settings, tmp_path
 
 
 def test_a_killed_run_goes_on_as_soon_as_what_it_had_started_has_ended(tmp_path, monkeypatch):
-    run, held = Run.at(TOY, tmp_path), FORK.Event()
+    run, held, end = Run.at(TOY, tmp_path), FORK.Event(), FORK.Event()
 
     def hold() -> None:
         with run.lock():
-            FORK.Process(target=time.sleep, args=(1,)).start()
+            FORK.Process(target=end.wait, args=(60,)).start()
             held.set()
             time.sleep(60)
 
@@ -284,6 +285,7 @@ def test_a_killed_run_goes_on_as_soon_as_what_it_had_started_has_ended(tmp_path,
         patch.setattr(runs, "PATIENCE", 0)
         with pytest.raises(RuntimeError, match=f"by what process {child.pid} on .* had started before it ended; let"):
             train_toy(tmp_path)
+    threading.Timer(0.5, end.set).start()
     assert not left_over(tmp_path)
 
 
