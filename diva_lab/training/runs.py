@@ -52,6 +52,7 @@ ADDED: dict[str, object] = {  # setting added since 0.2 -> its default, at which
     "embedding_noise": 0, "teacher": "tiny-vision", "resampled": False, "workers": 0,
     "latents_on_disk": False,
 }  # fmt: skip
+HOLDER = "process {} on {}"  # what a lock says of the process that holds it: its id, its machine
 PATIENCE = 10  # seconds, for a lock whose holder was killed
 RECORDS = {  # kind -> its last step less the checkpoint's
     "metrics": 1, "skipped": 1, "evaluations": 0, "probes": 0, "processes": 0,
@@ -108,7 +109,7 @@ def _holder(file: TextIO) -> str:
 
 def _has_ended(holder: str) -> bool:
     """Whether a lock's holder is a process of this machine, and has ended."""
-    written = re.fullmatch(rf"process (\d+) on {re.escape(platform.node())}", holder)
+    written = re.fullmatch(HOLDER.format(r"(\d+)", re.escape(platform.node())), holder)
     try:
         return bool(written) and psutil.Process(int(written[1])).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -182,7 +183,7 @@ class Run:
                 print(f"{file.name}: no locks here ({error.strerror}); train it by one process at a time", flush=True)
             with self._writing():
                 file.truncate(0)
-                file.write(f"process {os.getpid()} on {platform.node()}")
+                file.write(HOLDER.format(os.getpid(), platform.node()))
                 file.flush()
             yield
 
